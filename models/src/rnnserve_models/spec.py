@@ -1,0 +1,261 @@
+"""What a model is, as ``model.yaml`` states it and as an engine shows it.
+
+A model directory, ``<name>/<version>/``, holds a ``model.yaml`` and the files that it names. The model is either
+*cells* with weights, which both engines can run, or a *graph* in ONNX, whose tensors the description maps to inputs,
+outputs and states. `ModelSpec` is that file, validated. `TensorSpec` and `StateSpec` are what every engine shows to
+the rest of the house, whatever it was made from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import numpy as np
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from rnnserve_models.errors import ModelError
+from rnnserve_models.options import LayerOptions
+
+DType = Literal["float16", "float32", "float64", "int32", "int64", "bool", "uint8"]
+"""The element types that a tensor may have, by NumPy's names."""
+
+Axis = Literal["batch", "time", "squeeze"] | Annotated[int, Field(ge=0)]
+"""An axis of a graph's tensor: the rows, the time steps, an axis of size 1 that clients do not see (such as ONNX's
+``num_directions``), or a feature axis of that size."""
+
+OPTION_NAMES = tuple(LayerOptions.__dataclass_fields__)
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """An input or output at one time step of one row: ``shape`` is without the batch and time axes."""
+
+    name: str
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    finite: bool = False
+
+
+@dataclass(frozen=True)
+class StateSpec:
+    """A state of one row: ``shape`` is without the batch axis; ``path`` is its place in Keras's nesting.
+
+    ``default`` is what a session starts from, of shape ``shape``; None means zeros.
+    """
+
+    name: str
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    path: tuple[int, ...]
+    default: np.ndarray | None = field(default=None, compare=False)
+
+    def initial(self, rows: int) -> np.ndarray:
+        """The default states of ``rows`` rows: [rows, *shape]."""
+        state = np.zeros((rows, *self.shape), self.dtype)
+        if self.default is not None:
+            state[:] = self.default
+        return state
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class CellSpec(_Part):
+    """A cell, as Keras writes one: ``{class_name: LSTMCell, config: {units: 4}}``."""
+
+    class_name: str
+    config: dict[str, Any]
+
+
+class GraphTensor(_Part):
+    """How a tensor of the graph is seen from outside."""
+
+    name: str
+    tensor: str = ""
+    dtype: DType = "float32"
+    axes: tuple[Axis, ...]
+
+    @model_validator(mode="after")
+    def _one_batch_axis(self) -> Self:
+        if self.axes.count("batch") != 1 or self.axes.count("time") > 1:
+            raise ValueError(f"axes must name batch once and time at most once, got {list(self.axes)}")
+        return self
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The feature axes."""
+        return tuple(axis for axis in self.axes if isinstance(axis, int))
+
+    @property
+    def has_time(self) -> bool:
+        """Whether one run of the graph takes or gives many time steps of it."""
+        return "time" in self.axes
+
+
+class GraphInput(GraphTensor):
+    """An input of the graph.
+
+    ``context``: the graph wants each step preceded, along its last feature axis, by the last so many elements of the
+    step before. They are carried as a state named ``<name>_context``, zeros at first, and ``axes`` counts only the
+    new elements.
+    """
+
+    context: Annotated[int, Field(ge=0)] = 0
+    finite: bool = False
+
+    @model_validator(mode="after")
+    def _context_fits(self) -> Self:
+        if self.context and (not self.shape or self.context > self.shape[-1]):
+            raise ValueError(f"context is {self.context}, but a step has {list(self.shape)} elements")
+        return self
+
+
+class GraphState(_Part):
+    """A state of the graph: the graph's ``input`` takes what its ``output`` gave the time before."""
+
+    name: str
+    input: str
+    output: str
+    dtype: DType = "float32"
+    axes: tuple[Axis, ...]
+    path: tuple[int, ...] | None = None
+
+    @model_validator(mode="after")
+    def _axes_of_a_state(self) -> Self:
+        if self.axes.count("batch") != 1 or "time" in self.axes:
+            raise ValueError(f"axes must name batch once and time never, got {list(self.axes)}")
+        return self
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The feature axes."""
+        return tuple(axis for axis in self.axes if isinstance(axis, int))
+
+
+class GraphConstant(_Part):
+    """An input of the graph that always has the same value."""
+
+    tensor: str
+    dtype: DType
+    value: Any
+
+    def array(self) -> np.ndarray:
+        """The value as an array of its type."""
+        return np.asarray(self.value, self.dtype)
+
+
+class Source(_Part):
+    """Where a file that is not ours to copy is taken from: a file in a wheel of a package on PyPI, by its digest."""
+
+    package: str
+    version: str
+    path: str
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+class GraphSpec(_Part):
+    """An ONNX graph and what its tensors mean.
+
+    Every input of the graph is an input, a state, a constant or ``lengths``: the number of valid steps of each row,
+    int32 or int64, [batch]. A graph whose inputs have no time axis computes one step a run.
+    """
+
+    file: str
+    source: Source | None = None
+    inputs: Annotated[tuple[GraphInput, ...], Field(min_length=1)]
+    outputs: Annotated[tuple[GraphTensor, ...], Field(min_length=1)]
+    states: tuple[GraphState, ...] = ()
+    constants: tuple[GraphConstant, ...] = ()
+    lengths: str | None = None
+    bit_identical: bool = False
+
+    @model_validator(mode="after")
+    def _one_kind_of_time(self) -> Self:
+        timed = {tensor.has_time for tensor in self.inputs}
+        if len(timed) > 1:
+            raise ValueError("either every input has a time axis or none has")
+        if timed == {False} and any(tensor.has_time for tensor in self.outputs):
+            raise ValueError("an output has a time axis, but no input has")
+        if self.lengths and timed == {False}:
+            raise ValueError("lengths is given, but no input has a time axis")
+        for kind in (self.inputs, self.states, self.outputs):
+            _distinct([part.name for part in kind])
+        return self
+
+
+class ModelSpec(_Part):
+    """``model.yaml``."""
+
+    description: str = ""
+    engine: Literal["auto", "numpy", "onnx"] = "auto"
+    options: dict[str, bool] = {}
+    settable_options: tuple[str, ...] = OPTION_NAMES
+    masking: bool = True
+    dtype: Literal["float16", "float32", "float64"] = "float32"
+    input_dim: Annotated[int, Field(gt=0)] | None = None
+    finite: bool = False
+    cell: CellSpec | tuple[CellSpec, ...] | None = None
+    weights: str | None = None
+    graph: GraphSpec | None = None
+
+    @model_validator(mode="after")
+    def _cells_or_graph(self) -> Self:
+        if (self.cell is None) == (self.graph is None):
+            raise ValueError("give either cell (with input_dim and weights) or graph")
+        if self.cell is not None and (self.input_dim is None or self.weights is None):
+            raise ValueError("a model of cells needs input_dim, the number of features, and weights, a file")
+        if self.graph is not None and (self.input_dim or self.weights or self.finite):
+            raise ValueError("input_dim, weights and finite belong to cell; a graph says these under its inputs")
+        if self.graph is not None and self.engine == "numpy":
+            raise ValueError("a graph runs under onnx; engine: numpy needs cell")
+        if unknown := sorted({*self.options, *self.settable_options} - set(OPTION_NAMES)):
+            raise ValueError(f"unknown options {unknown}; the options are {list(OPTION_NAMES)}")
+        return self
+
+    @property
+    def default_options(self) -> LayerOptions:
+        """Keras's defaults, with this model's own where it has any."""
+        return LayerOptions(**self.options)
+
+    def files(self) -> Iterator[str]:
+        """The files beside ``model.yaml`` that the model is made of."""
+        if self.weights is not None:
+            yield self.weights
+        if self.graph is not None:
+            yield self.graph.file
+
+
+def _distinct(names: list[str]) -> None:
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"names given twice: {twice}")
+
+
+def read_spec(path: Path) -> ModelSpec:
+    """Reads and validates a ``model.yaml``.
+
+    Raises:
+        ModelError: the file is missing, is not YAML, or does not describe a model; the message names the file, each
+            wrong key, what was expected and what was found.
+    """
+    try:
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ModelError(f"{path}: cannot be read: {error}") from error
+    except yaml.YAMLError as error:
+        raise ModelError(f"{path}: is not YAML: {error}") from error
+    if not isinstance(document, dict):
+        raise ModelError(f"{path}: must be a mapping of keys such as cell and weights, got {type(document).__name__}")
+    try:
+        return ModelSpec.model_validate(document)
+    except ValidationError as error:
+        faults = "; ".join(
+            f"{'.'.join(str(part) for part in fault['loc']) or 'model'}: {fault['msg']}"
+            + (f", got {fault['input']!r:.80}" if fault["type"] != "value_error" and fault["loc"] else "")
+            for fault in error.errors()
+        )
+        raise ModelError(f"{path}: {faults}") from error
