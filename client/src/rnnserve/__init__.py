@@ -1,0 +1,93 @@
+"""The client of rnnserve, the server of stateful recurrent models.
+
+`Client` is for threads and `rnnserve.aio.Client`, the same, for asyncio. Errors are one tree under `RnnserveError`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rnnserve import aio, errors
+    from rnnserve.client import RNN, Client, Session, SessionGroup
+    from rnnserve.codec import TensorError
+    from rnnserve.errors import (
+        Cancelled,
+        ClientClosed,
+        DeadlineExceeded,
+        GroupError,
+        InvalidInput,
+        InvalidRequest,
+        ModelNotFound,
+        ModelUnavailable,
+        NotFound,
+        OptionUnsupported,
+        RequestError,
+        RnnserveError,
+        ServerBusy,
+        ServerError,
+        SessionClosed,
+        SessionExists,
+        SessionExpired,
+        SessionNotFound,
+        StepMismatch,
+        TooLarge,
+        Unavailable,
+        Violation,
+    )
+    from rnnserve.models import Model, SessionInfo, StateSpec, TensorSpec
+    from rnnserve.options import LayerOptions
+
+__all__ = [
+    "RNN",
+    "Cancelled",
+    "Client",
+    "ClientClosed",
+    "DeadlineExceeded",
+    "GroupError",
+    "InvalidInput",
+    "InvalidRequest",
+    "LayerOptions",
+    "Model",
+    "ModelNotFound",
+    "ModelUnavailable",
+    "NotFound",
+    "OptionUnsupported",
+    "RequestError",
+    "RnnserveError",
+    "ServerBusy",
+    "ServerError",
+    "Session",
+    "SessionClosed",
+    "SessionExists",
+    "SessionExpired",
+    "SessionGroup",
+    "SessionInfo",
+    "SessionNotFound",
+    "StateSpec",
+    "StepMismatch",
+    "TensorError",
+    "TensorSpec",
+    "TooLarge",
+    "Unavailable",
+    "Violation",
+    "aio",
+    "errors",
+]
+
+_MODULES = {"client": ("RNN", "Client", "Session", "SessionGroup"), "codec": ("TensorError",)}
+_MODULES |= {"models": ("Model", "SessionInfo", "StateSpec", "TensorSpec"), "options": ("LayerOptions",)}
+_HOME = {name: module for module, names in _MODULES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    """Imports on first use: the server takes the codec from here and needs no client."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    if name in ("aio", "errors"):
+        return import_module(f"{__name__}.{name}")
+    value = getattr(import_module(f"{__name__}.{_HOME.get(name, 'errors')}"), name)
+    globals()[name] = value
+    return value

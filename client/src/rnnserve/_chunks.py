@@ -1,0 +1,151 @@
+"""What travels on lanes: chunks on their way out, columns on their way back. Plain data, no I/O."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from rnnserve.codec import Array, encode_joined
+from rnnserve.errors import GroupError, RequestError
+from rnnserve.v1 import inference_pb2
+
+
+@dataclass(slots=True)
+class Columns:
+    """A decoded result: outputs and states by name, a row of each for each lane."""
+
+    outputs: dict[str, Array]
+    states: dict[str, Array]
+
+
+class Answer(NamedTuple):
+    """What became of one wish: its ticket, and a value or an error.
+
+    The value of an open is its Session message; of a chunk of one lane, (columns, row); of a chunk of several lanes,
+    columns with a row for each; of a close or a barrier, None.
+    """
+
+    ticket: Any
+    value: Any
+    error: RequestError | None = None
+
+
+class Lane:
+    """A lane of the stream. `next_step` is the step at which the next chunk wished on it will start."""
+
+    __slots__ = ("close_ticket", "generation", "next_step", "number", "open", "open_ticket", "pending")
+
+    def __init__(self, number: int, open_ticket: Any) -> None:
+        self.number = number
+        self.open = False
+        self.next_step = 0
+        # Counts the failures. What was wished before one is answered with errors that tell nothing of the session.
+        self.generation = 0
+        self.pending: deque[Pending] = deque()
+        self.open_ticket = open_ticket
+        self.close_ticket: Any = None
+
+
+class Chunk:
+    """A chunk for one lane or for several, a row of each input for each lane.
+
+    `inputs` are [N, batch, time, ...] and `mask` is bool [N, batch, time], in C order, little-endian; the leading axis
+    may be left out when N is 1. `key` is equal for chunks that may share a frame. `ticket` comes back in the answer.
+    """
+
+    __slots__ = ("first_steps", "inputs", "key", "lanes", "mask", "names", "nbytes", "shapes", "ticket", "timesteps")
+
+    def __init__(
+        self,
+        names: tuple[str, ...],
+        inputs: Sequence[Array],
+        mask: Array | None,
+        shapes: tuple[tuple[int, ...], ...],
+        timesteps: int,
+        key: Hashable,
+        ticket: Any = None,
+    ) -> None:
+        self.names = names
+        self.inputs = inputs
+        self.mask = mask
+        self.shapes = shapes  # of one row of each input
+        self.timesteps = timesteps
+        self.key = key
+        self.ticket = ticket
+        self.nbytes = sum([array.nbytes for array in inputs])
+        self.lanes: list[Lane] = []
+        self.first_steps: list[int] = []
+
+    def own(self) -> Chunk:
+        """Copies the arrays, for a caller who may write to them before the chunk has left."""
+        self.inputs = [array.copy() for array in self.inputs]
+        return self
+
+
+class Gather:
+    """Puts the rows of a chunk of several lanes together as they are answered."""
+
+    __slots__ = ("columns", "errors", "left", "size")
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.left = size
+        self.columns: Columns | None = None
+        self.errors: dict[int, RequestError] = {}
+
+    def put(self, columns: Columns, rows: list[int], sources: list[int]) -> None:
+        """Takes rows `sources` of a result as rows `rows` of the whole."""
+        self.left -= len(rows)
+        answered = len(next(iter(columns.outputs.values()), ()))
+        if len(rows) == answered == self.size and rows == sources == list(range(self.size)):
+            self.columns = columns  # the whole frame, as it was asked: nothing to move
+            return
+        if self.columns is None:
+            self.columns = Columns(
+                {name: np.zeros((self.size, *a.shape[1:]), a.dtype) for name, a in columns.outputs.items()},
+                {name: np.zeros((self.size, *a.shape[1:]), a.dtype) for name, a in columns.states.items()},
+            )
+        for whole, part in ((self.columns.outputs, columns.outputs), (self.columns.states, columns.states)):
+            for name, array in part.items():
+                whole[name][rows] = array[sources]
+
+    def answer(self, ticket: Any) -> Answer:
+        """The one answer, when nothing is left."""
+        if not self.errors:
+            return Answer(ticket, self.columns)
+        index, first = next(iter(self.errors.items()))
+        error = GroupError(f"{len(self.errors)} of {self.size} sessions failed; {index}: {first}", self.errors)
+        return Answer(ticket, self.columns, error)
+
+
+class Pending(NamedTuple):
+    """A row of a chunk that is not answered; with `chunk` None, a barrier."""
+
+    first_step: int
+    generation: int
+    chunk: Chunk | None
+    row: int
+    gather: Gather | None
+    ticket: Any
+
+
+def write_frame(frame: inference_pb2.StepFrame, chunks: list[Chunk]) -> None:
+    """Puts chunks of one key into one frame, a row of each column for each lane."""
+    if len(chunks) == 1:
+        frame.lanes.extend([lane.number for lane in chunks[0].lanes])
+        frame.first_steps.extend(chunks[0].first_steps)
+    else:
+        frame.lanes.extend([lane.number for chunk in chunks for lane in chunk.lanes])
+        frame.first_steps.extend([step for chunk in chunks for step in chunk.first_steps])
+    count = len(frame.lanes)
+    first = chunks[0]
+    for index, name in enumerate(first.names):
+        named = frame.inputs.add(name=name)
+        encode_joined(named.tensor, [chunk.inputs[index] for chunk in chunks], (count, *first.shapes[index]))
+    if first.mask is not None:
+        masks = [chunk.mask for chunk in chunks if chunk.mask is not None]
+        encode_joined(frame.mask, masks, (count, *first.shapes[0][:2]))

@@ -1,0 +1,189 @@
+"""A connection to a server, under asyncio: the channel, the calls that are not streamed, and the current stream."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, TypeVar
+
+import grpc
+import grpc.aio
+
+from rnnserve._link import Link
+from rnnserve.errors import ClientClosed, DeadlineExceeded, RequestError, Unavailable, from_rpc_error
+from rnnserve.models import Model, SessionInfo
+from rnnserve.v1 import inference_pb2, model_pb2, session_pb2
+from rnnserve.v1.inference_pb2_grpc import InferenceServiceStub
+from rnnserve.v1.model_pb2_grpc import ModelServiceStub
+from rnnserve.v1.session_pb2_grpc import SessionServiceStub
+
+T = TypeVar("T")
+
+# A returned sequence may be longer than gRPC's usual limit of 4 MiB; the server guards itself with its own.
+_OPTIONS: tuple[tuple[str, Any], ...] = (
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.max_send_message_length", -1),
+)
+
+_SERVING = b"\x08\x01"  # grpc.health.v1.HealthCheckResponse with status SERVING
+
+
+class Connection:
+    """What both clients stand on. Everything runs on one event loop; the channel is opened on first use."""
+
+    def __init__(
+        self,
+        target: str,
+        timeout: float | None,
+        credentials: grpc.ChannelCredentials | None,
+        options: Sequence[tuple[str, Any]],
+    ) -> None:
+        self.target = target
+        self.timeout = timeout
+        self._credentials = credentials
+        self._options = (*_OPTIONS, *options)
+        self._channel: grpc.aio.Channel | None = None
+        self._link: Link | None = None
+        self._models: dict[tuple[str, str], Model] = {}
+        self._newest: dict[str, Model] = {}
+        self._closed = False
+
+    async def close(self) -> None:
+        """Ends the stream and the channel; calls that are not answered fail with ClientClosed. Closes once."""
+        self._closed = True
+        link, self._link = self._link, None
+        channel, self._channel = self._channel, None
+        if link is not None and link.alive:
+            await link.close(ClientClosed("the client was closed before the answer came"))
+        if channel is not None:
+            await channel.close()
+
+    def link(self) -> Link:
+        """The stream, started now if there is none or the last one was lost."""
+        if self._link is None or not self._link.alive:
+            stub = InferenceServiceStub(self.channel())
+            self._link = Link(stub.Stream)
+        return self._link
+
+    def channel(self) -> grpc.aio.Channel:
+        """The channel, opened on first use."""
+        if self._closed:
+            raise ClientClosed("the client is closed")
+        if self._channel is None:
+            if self._credentials is None:
+                self._channel = grpc.aio.insecure_channel(self.target, self._options)
+            else:
+                self._channel = grpc.aio.secure_channel(self.target, self._credentials, self._options)
+        return self._channel
+
+    def seconds(self, limit: float | None) -> float | None:
+        """The deadline of a call: its own, else the client's."""
+        return self.timeout if limit is None else limit
+
+    async def limited(self, work: Awaitable[T], limit: float | None) -> T:
+        """The result of work that makes several calls, or DeadlineExceeded."""
+        seconds = self.seconds(limit)
+        try:
+            async with asyncio.timeout(seconds):
+                return await work
+        except DeadlineExceeded:
+            raise
+        except TimeoutError as error:
+            raise DeadlineExceeded(f"no answer within {seconds:g} s") from error
+
+    async def wait(self, ticket: asyncio.Future[T], limit: float | None) -> T:
+        """The answer to a ticket, or DeadlineExceeded. Costs no task."""
+        seconds = self.seconds(limit)
+        if seconds is None:
+            return await ticket
+        handle = asyncio.get_running_loop().call_later(seconds, _expire, ticket, seconds)
+        try:
+            return await ticket
+        finally:
+            handle.cancel()
+
+    async def predict(
+        self, request: inference_pb2.PredictRequest, limit: float | None
+    ) -> inference_pb2.PredictResponse:
+        """One call without a session."""
+        return await self._unary(InferenceServiceStub(self.channel()).Predict, request, limit)
+
+    async def newest(self, name: str, version: str, limit: float | None, *, known: bool = False) -> Model:
+        """A model's description; with `known`, the one that was fetched before, if there is one."""
+        model = (self._models.get((name, version)) if version else self._newest.get(name)) if known else None
+        if model is None:
+            request = model_pb2.GetModelRequest(name=name, version=version)
+            response = await self._unary(ModelServiceStub(self.channel()).GetModel, request, limit)
+            model = self._keep(Model.from_message(response.model))
+            if not version:
+                self._newest[name] = model
+        return model
+
+    async def model_of(self, session: session_pb2.Session, limit: float | None) -> Model:
+        """The description of a session's model, fetched once for each digest."""
+        model = self._models.get((session.model, session.version))
+        if model is None or model.digest != session.digest:
+            model = await self.newest(session.model, session.version, limit)
+        return model
+
+    async def models(self, limit: float | None) -> list[Model]:
+        """Every loaded model."""
+        found: list[Model] = []
+        request = model_pb2.ListModelsRequest()
+        while True:
+            response = await self._unary(ModelServiceStub(self.channel()).ListModels, request, limit)
+            found += [self._keep(Model.from_message(each)) for each in response.models]
+            request.page_token = response.next_page_token
+            if not request.page_token:
+                return found
+
+    async def sessions_page(self, model: str, token: str, limit: float | None) -> tuple[list[SessionInfo], str]:
+        """A page of the live sessions, oldest first, and the token of the next one, empty at the end."""
+        request = session_pb2.ListSessionsRequest(model=model, page_token=token)
+        response = await self._unary(SessionServiceStub(self.channel()).ListSessions, request, limit)
+        return [SessionInfo.from_message(each) for each in response.sessions], response.next_page_token
+
+    async def get_session(self, session_id: str, limit: float | None) -> SessionInfo:
+        """A session as it is."""
+        request = session_pb2.GetSessionRequest(session_id=session_id)
+        response = await self._unary(SessionServiceStub(self.channel()).GetSession, request, limit)
+        return SessionInfo.from_message(response.session)
+
+    async def reset_session(self, request: session_pb2.ResetSessionRequest, limit: float | None) -> None:
+        """Puts a session's states back."""
+        await self._unary(SessionServiceStub(self.channel()).ResetSession, request, limit)
+
+    async def delete_session(self, session_id: str, limit: float | None) -> None:
+        """Ends a session."""
+        request = session_pb2.DeleteSessionRequest(session_id=session_id)
+        await self._unary(SessionServiceStub(self.channel()).DeleteSession, request, limit)
+
+    async def health(self, limit: float | None) -> bool:
+        """Whether the server says that it serves; False when it cannot be reached."""
+        check: Callable[..., Awaitable[bytes]] = self.channel().unary_unary("/grpc.health.v1.Health/Check")
+        try:
+            return await self._unary(check, b"", limit) == _SERVING
+        except (Unavailable, DeadlineExceeded):
+            return False
+
+    def _keep(self, model: Model) -> Model:
+        self._models[model.name, model.version] = model
+        return model
+
+    async def _unary(self, method: Callable[..., Awaitable[T]], request: Any, limit: float | None) -> T:
+        try:
+            return await method(request, timeout=self.seconds(limit))
+        except grpc.RpcError as error:
+            failure: RequestError = from_rpc_error(error)
+        except asyncio.CancelledError:
+            # Closing the channel cancels its calls, which must not look as if their tasks had been cancelled.
+            task = asyncio.current_task()
+            if self._closed and task is not None and not task.cancelling():
+                raise ClientClosed("the client was closed before the answer came") from None
+            raise
+        raise failure
+
+
+def _expire(ticket: asyncio.Future[Any], seconds: float) -> None:
+    if not ticket.done():
+        ticket.set_exception(DeadlineExceeded(f"no answer within {seconds:g} s"))

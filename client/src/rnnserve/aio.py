@@ -1,0 +1,440 @@
+"""The client for asyncio. `rnnserve.Client` is the same for threads.
+
+    async with rnnserve.aio.Client("localhost:50051") as client:
+        rnn = client.RNN("lstm-32-64", return_sequences=True)
+        y = await rnn(x)
+        async with client.session("silero-vad") as vad:
+            async for probability in vad.stream(frames):
+                ...
+
+One client has one bidirectional stream to the server, opened on first use, for all its sessions. Whatever its tasks
+ask for in one turn of the event loop leaves in one message. A client belongs to one event loop.
+
+Arrays that come back are read-only views of what arrived.
+"""
+# ruff: noqa: ASYNC109  (a timeout is an argument of every call, as in httpx and grpc)
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterable, AsyncIterator, Generator, Iterable, Sequence
+from types import TracebackType
+from typing import Any, Self, Unpack
+
+import grpc
+
+from rnnserve._chunks import Chunk
+from rnnserve._connection import Connection
+from rnnserve._layer import Layer
+from rnnserve._live import Live, Wish
+from rnnserve._pipeline import WINDOW, pipelined
+from rnnserve.errors import GroupError, RequestError
+from rnnserve.models import Model, SessionInfo
+from rnnserve.nest import Nest
+from rnnserve.options import LayerOptions, SessionOptions, given_options
+
+__all__ = ["RNN", "Client", "Session", "SessionGroup"]
+
+
+class Client:
+    """A client of one server.
+
+    Args:
+        target: where the server is, as gRPC writes it, such as `localhost:50051`.
+        timeout: seconds that a call may take unless it is given its own; None for no limit.
+        credentials: for TLS; without them the connection is not encrypted.
+        options: gRPC channel options.
+
+    Every call raises the exceptions of `rnnserve.errors`.
+    """
+
+    def __init__(
+        self,
+        target: str,
+        *,
+        timeout: float | None = None,
+        credentials: grpc.ChannelCredentials | None = None,
+        options: Sequence[tuple[str, Any]] = (),
+    ) -> None:
+        self._connection = Connection(target, timeout, credentials, options)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Closes the connection. Sessions that were not closed live on until they expire."""
+        await self._connection.close()
+
+    def RNN(  # noqa: N802  (Keras's name)
+        self,
+        model: str | Sequence[str],
+        *,
+        return_sequences: bool = False,
+        return_state: bool = False,
+        go_backwards: bool = False,
+        stateful: bool = False,
+        unroll: bool = False,
+        time_major: bool = False,
+        zero_output_for_mask: bool = False,
+        version: str | Sequence[str] = "",
+        idle_lifetime: float | None = None,
+    ) -> RNN:
+        """A recurrent layer with the options and the defaults of `tf.keras.layers.RNN`, computed by the server.
+
+        `model` is a model's name, or a list of names for a stack (Keras's list of cells). Every option is sent as it
+        is here; OptionUnsupported is raised when a model cannot honour one. `idle_lifetime` is for the session of a
+        stateful layer.
+        """
+        options = LayerOptions(
+            return_sequences, return_state, go_backwards, stateful, unroll, time_major, zero_output_for_mask
+        )
+        return RNN(Layer(self._connection, model, version, options, idle_lifetime))
+
+    def session(
+        self,
+        model: str,
+        *,
+        batch_size: int = 1,
+        initial_state: Nest = None,
+        version: str = "",
+        idle_lifetime: float | None = None,
+        session_id: str = "",
+        timeout: float | None = None,
+        **options: Unpack[SessionOptions],
+    ) -> Session:
+        """A new session, to be entered with `async with` (which ends it) or awaited.
+
+        Args:
+            model: the model's name.
+            batch_size: the number of rows in every step, fixed for the session's life.
+            initial_state: the states to start from, nested as Keras nests them, each [batch_size, ...]; None for the
+                model's default.
+            version: the model's version; empty for the newest.
+            idle_lifetime: seconds without use after which the server ends the session.
+            session_id: an id of one's own.
+            timeout: seconds that opening may take.
+            options: options of the layer, such as return_sequences; what is not given takes the model's default.
+        """
+        wish = Wish(model, version, batch_size, initial_state, idle_lifetime, session_id, given_options(options))
+        return Session(lambda: Live.create(self._connection, wish, timeout), ends=True)
+
+    def attach(self, session_id: str, *, timeout: float | None = None) -> Session:
+        """A session that is alive on the server; `async with` leaves it alive."""
+        return Session(lambda: Live.attach(self._connection, session_id, timeout), ends=False)
+
+    def session_group(
+        self,
+        model: str,
+        count: int,
+        *,
+        batch_size: int = 1,
+        initial_state: Nest = None,
+        version: str = "",
+        idle_lifetime: float | None = None,
+        timeout: float | None = None,
+        **options: Unpack[SessionOptions],
+    ) -> SessionGroup:
+        """`count` new sessions of one kind that step together, to be entered with `async with` or awaited.
+
+        They are opened in one message, and a step of all of them is one frame. Arguments are those of `session`, the
+        same for each.
+        """
+        if count < 1:
+            raise ValueError(f"count must be at least 1, got {count}")
+        wish = Wish(model, version, batch_size, initial_state, idle_lifetime, "", given_options(options))
+        return SessionGroup(lambda: Live.create(self._connection, wish, timeout, count=count, group=True), ends=True)
+
+    async def models(self, *, timeout: float | None = None) -> list[Model]:
+        """What the server hosts, by name, the newest version of each first."""
+        return await self._connection.models(timeout)
+
+    async def model(self, name: str, *, version: str = "", timeout: float | None = None) -> Model:
+        """One version of one model; the newest if none is named."""
+        return await self._connection.newest(name, version, timeout)
+
+    async def sessions(self, *, model: str = "", timeout: float | None = None) -> AsyncIterator[SessionInfo]:
+        """The live sessions, oldest first; of one model, if named."""
+        token = ""
+        while True:
+            page, token = await self._connection.sessions_page(model, token, timeout)
+            for session in page:
+                yield session
+            if not token:
+                return
+
+    async def health(self, *, timeout: float | None = None) -> bool:
+        """Whether the server says that it serves. False too when it cannot be reached."""
+        return await self._connection.health(timeout)
+
+
+class RNN:
+    """A recurrent layer, called as Keras calls one; made by `Client.RNN`.
+
+    With stateful=True the state stays on the server, in a session that is made by the first call and has that call's
+    batch size from then on; `async with` or `close` ends it.
+    """
+
+    def __init__(self, layer: Layer) -> None:
+        self._layer = layer
+
+    async def __call__(
+        self, x: Any, *, mask: Any = None, initial_state: Nest = None, timeout: float | None = None
+    ) -> Any:
+        """Runs the layer over a batch of sequences.
+
+        Args:
+            x: [batch, time, *features] ([time, batch, ...] with time_major); for a model of several inputs a mapping
+                from their names. Other numbers are cast to the model's element type as Keras 3 casts them.
+            mask: which steps count, [batch, time] or [batch, time, 1], the batch 1 for all rows.
+            initial_state: the states to start from, nested as Keras nests them, each [batch, ...]. A stateful layer
+                takes them in place of what it recorded.
+            timeout: seconds that the call may take.
+
+        Returns:
+            The output, [batch, time, ...] with return_sequences, else [batch, ...] (a dict for several outputs); with
+            return_state a list of the output and the states.
+        """
+        return await self._layer.call(x, mask, initial_state, timeout)
+
+    async def __aenter__(self) -> Self:
+        await self.build()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await _leave(self._layer.close(), error)
+
+    async def build(self, *, timeout: float | None = None) -> None:
+        """Fetches the model's description, which a first call does too and the properties need."""
+        await self._layer.build(timeout)
+
+    async def reset_states(self, states: Nest = None, *, timeout: float | None = None) -> None:
+        """Puts the recorded states to zeros (the model's default, if it has another) or to given values.
+
+        AttributeError when the layer is not stateful, as in Keras.
+        """
+        await self._layer.reset_states(states, timeout)
+
+    reset_state = reset_states
+
+    async def close(self) -> None:
+        """Ends the session of a stateful layer."""
+        await self._layer.close()
+
+    @property
+    def models(self) -> list[Model]:
+        """The models, lowest first. This and the sizes and shapes below need a built layer."""
+        return self._layer.models
+
+    @property
+    def options(self) -> LayerOptions:
+        """The options of the layer."""
+        return self._layer.options
+
+    @property
+    def batch_size(self) -> int | None:
+        """The batch size of a stateful layer, from its first call on."""
+        return self._layer.batch_size
+
+    @property
+    def states(self) -> list[Nest] | None:
+        """The states that a stateful layer recorded last; None for the model's default."""
+        return self._layer.states
+
+    @property
+    def state_size(self) -> list[Nest]:
+        """The size of each state, nested as Keras nests it."""
+        return self._layer.state_size
+
+    @property
+    def output_size(self) -> Any:
+        """The size of the output at one step."""
+        return self._layer.output_size
+
+    def get_initial_state(self, batch_size: int) -> list[Nest]:
+        """Zeros [batch_size, ...] for each state, nested as Keras nests them."""
+        return self._layer.get_initial_state(batch_size)
+
+    def compute_output_shape(self, shape: Any) -> Any:
+        """The shape of the result for an input of that shape; with return_state a list with the states' shapes."""
+        return self._layer.compute_output_shape(shape)
+
+
+class _Entered:
+    """What sessions and groups share: they are opened by `await` or `async with`, and left in two ways."""
+
+    def __init__(self, open_live: Any, *, ends: bool) -> None:
+        self._open_live = open_live
+        self._ends = ends
+        self._opened: Live | None = None
+
+    @property
+    def _live(self) -> Live:
+        if self._opened is None:
+            raise RuntimeError("the session is not open: await it, or enter it with `async with`, first")
+        return self._opened
+
+    async def _open(self) -> Self:
+        if self._opened is None:
+            self._opened = await self._open_live()
+        return self
+
+    def __await__(self) -> Generator[Any, None, Self]:
+        return self._open().__await__()
+
+    async def __aenter__(self) -> Self:
+        return await self._open()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await _leave(self._live.close(delete=self._ends), error)
+
+    async def close(self, *, timeout: float | None = None) -> None:
+        """Ends it on the server, behind the steps sent so far."""
+        await self._live.close(delete=True, limit=timeout)
+
+    async def detach(self, *, timeout: float | None = None) -> None:
+        """Leaves it alive on the server, for `Client.attach`."""
+        await self._live.close(delete=False, limit=timeout)
+
+    async def reset_states(self, states: Nest = None, *, timeout: float | None = None) -> None:
+        """Puts the states to the model's default or to given values, behind the steps sent so far.
+
+        The values are nested as Keras nests them, each [batch_size, ...]. The step number does not change.
+        """
+        await self._live.reset(states, timeout)
+
+    @property
+    def model(self) -> Model:
+        """The model."""
+        return self._live.signature.model
+
+    @property
+    def options(self) -> LayerOptions:
+        """The options of the layer, as the server holds them."""
+        return self._live.signature.options
+
+    @property
+    def batch_size(self) -> int:
+        """The number of rows in every step of a session."""
+        return self._live.signature.batch_size or 1
+
+
+class Session(_Entered):
+    """A stateful layer on the server, made by `Client.session` or `Client.attach`.
+
+    A step that fails leaves the session as it was; the steps that were sent behind it fail with StepMismatch. When
+    the connection is lost, what was not answered fails with Unavailable, and the next call takes the session up again
+    on a new one.
+    """
+
+    async def step(self, x: Any, *, timeout: float | None = None) -> Any:
+        """One time step.
+
+        `x` is [*features] for a batch size of 1 and the output [*shape], a NumPy scalar if that is empty; otherwise
+        they are [batch, *features] and [batch, *shape]. With return_state a list of the output and the states, each
+        [batch, ...]. Several inputs or outputs are mappings by name.
+        """
+        live = self._live
+        ticket = asyncio.get_running_loop().create_future()
+        live.submit(live.signature.step(x, ticket))
+        columns, row = await live.connection.wait(ticket, timeout)
+        return live.signature.step_result(columns, row)
+
+    async def __call__(self, x: Any, *, mask: Any = None, timeout: float | None = None) -> Any:
+        """A chunk of time steps: arrays and results as for `RNN.__call__`."""
+        live = self._live
+        ticket = asyncio.get_running_loop().create_future()
+        live.submit(live.signature.chunk(x, mask, ticket))
+        columns, row = await live.connection.wait(ticket, timeout)
+        return live.signature.chunk_result(columns, row)
+
+    async def stream(
+        self, frames: Iterable[Any] | AsyncIterable[Any], *, window: int = WINDOW, timeout: float | None = None
+    ) -> AsyncIterator[Any]:
+        """The output of each step, in order, for frames that are each what `step` takes.
+
+        At most `window` steps are sent ahead of the output that is yielded. An output of an asynchronous iterable is
+        yielded as soon as it is there. A plain iterable is asked for its next frame first, until the window is full;
+        for a live one use window=1.
+        """
+        live = self._live
+
+        def send(frame: Any) -> asyncio.Future[Any]:
+            ticket = asyncio.get_running_loop().create_future()
+            live.submit(live.signature.step(frame, ticket).own())
+            return ticket
+
+        async for columns, row in pipelined(frames, send, lambda it: live.connection.wait(it, timeout), window):
+            yield live.signature.step_result(columns, row)
+
+    async def info(self, *, timeout: float | None = None) -> SessionInfo:
+        """The session as the server has it now."""
+        return await self._live.connection.get_session(self.session_id, timeout)
+
+    @property
+    def session_id(self) -> str:
+        """The session's id on the server."""
+        return self._live.session_ids[0]
+
+    @property
+    def next_step(self) -> int:
+        """The number of time steps consumed, those on their way included: where the next call starts."""
+        return self._live.next_steps[0]
+
+
+class SessionGroup(_Entered):
+    """Sessions of one kind that step together, made by `Client.session_group`.
+
+    Where some of them fail, GroupError tells which, and has the result of the others.
+    """
+
+    def __len__(self) -> int:
+        return len(self._live.session_ids)
+
+    async def step(self, x: Any, *, timeout: float | None = None) -> Any:
+        """One time step of every session: arrays as for `Session.step`, with a leading axis of sessions."""
+        live = self._live
+        ticket = asyncio.get_running_loop().create_future()
+        return await self._run(live.signature.step_all(x, len(self), ticket), timeout, step=True)
+
+    async def __call__(self, x: Any, *, mask: Any = None, timeout: float | None = None) -> Any:
+        """A chunk of every session: arrays as for `Session.__call__`, with a leading axis of sessions."""
+        live = self._live
+        ticket = asyncio.get_running_loop().create_future()
+        return await self._run(live.signature.chunk_all(x, len(self), mask, ticket), timeout, step=False)
+
+    async def _run(self, chunk: Chunk, timeout: float | None, *, step: bool) -> Any:
+        live = self._live
+        live.submit(chunk)
+        try:
+            answer = await live.connection.wait(chunk.ticket, timeout)
+        except GroupError as error:
+            answer = error
+        return live.group_result(answer, step=step)
+
+    @property
+    def session_ids(self) -> list[str]:
+        """The sessions' ids on the server, in the order of the leading axis."""
+        return list(self._live.session_ids)
+
+    @property
+    def next_steps(self) -> list[int]:
+        """Where each session's next call starts."""
+        return self._live.next_steps
+
+
+async def _leave(closing: Any, error: BaseException | None) -> None:
+    """Closes at the end of a block, without hiding the error that ended it behind one of closing."""
+    try:
+        await closing
+    except RequestError:
+        if error is None:
+            raise

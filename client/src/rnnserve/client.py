@@ -1,0 +1,433 @@
+"""The client for threads; `rnnserve.aio.Client` is the same for asyncio.
+
+    with rnnserve.Client("localhost:50051") as client:
+        rnn = client.RNN("lstm-32-64", return_sequences=True)
+        y = rnn(x)
+        with client.session("silero-vad") as vad:
+            for probability in vad.stream(frames):
+                ...
+
+Every method may be called from any thread. One client has one stream to the server, run by one background thread;
+what several threads ask for at the same time leaves in one message.
+
+Arrays that come back are read-only views of what arrived.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from types import TracebackType
+from typing import Any, Self, Unpack
+
+import grpc
+
+from rnnserve._chunks import Chunk
+from rnnserve._connection import Connection
+from rnnserve._layer import Layer
+from rnnserve._live import Live, Wish
+from rnnserve._pipeline import WINDOW, check_window
+from rnnserve._portal import Portal, new_ticket
+from rnnserve.errors import DeadlineExceeded, GroupError, RequestError
+from rnnserve.models import Model, SessionInfo
+from rnnserve.nest import Nest
+from rnnserve.options import LayerOptions, SessionOptions, given_options
+
+__all__ = ["RNN", "Client", "Session", "SessionGroup"]
+
+
+class Client:
+    """A client of one server.
+
+    Args:
+        target: where the server is, as gRPC writes it, such as `localhost:50051`.
+        timeout: seconds that a call may take unless it is given its own; None for no limit.
+        credentials: for TLS; without them the connection is not encrypted.
+        options: gRPC channel options.
+
+    Every call raises the exceptions of `rnnserve.errors`.
+    """
+
+    def __init__(
+        self,
+        target: str,
+        *,
+        timeout: float | None = None,
+        credentials: grpc.ChannelCredentials | None = None,
+        options: Sequence[tuple[str, Any]] = (),
+    ) -> None:
+        self._connection = Connection(target, timeout, credentials, options)
+        self._portal = Portal()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes the connection and joins its thread. Sessions that were not closed live on until they expire."""
+        self._portal.close(self._connection.close())
+
+    def RNN(  # noqa: N802  (Keras's name)
+        self,
+        model: str | Sequence[str],
+        *,
+        return_sequences: bool = False,
+        return_state: bool = False,
+        go_backwards: bool = False,
+        stateful: bool = False,
+        unroll: bool = False,
+        time_major: bool = False,
+        zero_output_for_mask: bool = False,
+        version: str | Sequence[str] = "",
+        idle_lifetime: float | None = None,
+    ) -> RNN:
+        """A recurrent layer with the options and the defaults of `tf.keras.layers.RNN`, computed by the server.
+
+        `model` is a model's name, or a list of names for a stack (Keras's list of cells). Every option is sent as it
+        is here; OptionUnsupported is raised when a model cannot honour one. `idle_lifetime` is for the session of a
+        stateful layer. Raises ModelNotFound for a model that the server does not have.
+        """
+        options = LayerOptions(
+            return_sequences, return_state, go_backwards, stateful, unroll, time_major, zero_output_for_mask
+        )
+        layer = Layer(self._connection, model, version, options, idle_lifetime)
+        self._portal.run(layer.build())
+        return RNN(self._portal, layer)
+
+    def session(
+        self,
+        model: str,
+        *,
+        batch_size: int = 1,
+        initial_state: Nest = None,
+        version: str = "",
+        idle_lifetime: float | None = None,
+        session_id: str = "",
+        timeout: float | None = None,
+        **options: Unpack[SessionOptions],
+    ) -> Session:
+        """A new session; leaving its `with` block ends it.
+
+        Args:
+            model: the model's name.
+            batch_size: the number of rows in every step, fixed for the session's life.
+            initial_state: the states to start from, nested as Keras nests them, each [batch_size, ...]; None for the
+                model's default.
+            version: the model's version; empty for the newest.
+            idle_lifetime: seconds without use after which the server ends the session.
+            session_id: an id of one's own.
+            timeout: seconds that opening may take.
+            options: options of the layer, such as return_sequences; what is not given takes the model's default.
+        """
+        wish = Wish(model, version, batch_size, initial_state, idle_lifetime, session_id, given_options(options))
+        live = self._portal.run(Live.create(self._connection, wish, timeout))
+        return Session(self._portal, live, ends=True)
+
+    def attach(self, session_id: str, *, timeout: float | None = None) -> Session:
+        """A session that is alive on the server; leaving its `with` block leaves it alive."""
+        return Session(self._portal, self._portal.run(Live.attach(self._connection, session_id, timeout)), ends=False)
+
+    def session_group(
+        self,
+        model: str,
+        count: int,
+        *,
+        batch_size: int = 1,
+        initial_state: Nest = None,
+        version: str = "",
+        idle_lifetime: float | None = None,
+        timeout: float | None = None,
+        **options: Unpack[SessionOptions],
+    ) -> SessionGroup:
+        """`count` new sessions of one kind that step together; leaving the `with` block ends them.
+
+        They are opened in one message, and a step of all of them is one frame. Arguments are those of `session`, the
+        same for each.
+        """
+        if count < 1:
+            raise ValueError(f"count must be at least 1, got {count}")
+        wish = Wish(model, version, batch_size, initial_state, idle_lifetime, "", given_options(options))
+        live = self._portal.run(Live.create(self._connection, wish, timeout, count=count, group=True))
+        return SessionGroup(self._portal, live, ends=True)
+
+    def models(self, *, timeout: float | None = None) -> list[Model]:
+        """What the server hosts, by name, the newest version of each first."""
+        return self._portal.run(self._connection.models(timeout))
+
+    def model(self, name: str, *, version: str = "", timeout: float | None = None) -> Model:
+        """One version of one model; the newest if none is named."""
+        return self._portal.run(self._connection.newest(name, version, timeout))
+
+    def sessions(self, *, model: str = "", timeout: float | None = None) -> Iterator[SessionInfo]:
+        """The live sessions, oldest first; of one model, if named. Fetched a page at a time."""
+        token = ""
+        while True:
+            page, token = self._portal.run(self._connection.sessions_page(model, token, timeout))
+            yield from page
+            if not token:
+                return
+
+    def health(self, *, timeout: float | None = None) -> bool:
+        """Whether the server says that it serves. False too when it cannot be reached."""
+        return self._portal.run(self._connection.health(timeout))
+
+
+class RNN:
+    """A recurrent layer, called as Keras calls one; made by `Client.RNN`.
+
+    With stateful=True the state stays on the server, in a session that is made by the first call and has that call's
+    batch size from then on; a `with` block or `close` ends it.
+    """
+
+    def __init__(self, portal: Portal, layer: Layer) -> None:
+        self._portal = portal
+        self._layer = layer
+
+    def __call__(self, x: Any, *, mask: Any = None, initial_state: Nest = None, timeout: float | None = None) -> Any:
+        """Runs the layer over a batch of sequences.
+
+        Args:
+            x: [batch, time, *features] ([time, batch, ...] with time_major); for a model of several inputs a mapping
+                from their names. Other numbers are cast to the model's element type as Keras 3 casts them.
+            mask: which steps count, [batch, time] or [batch, time, 1], the batch 1 for all rows.
+            initial_state: the states to start from, nested as Keras nests them, each [batch, ...]. A stateful layer
+                takes them in place of what it recorded.
+            timeout: seconds that the call may take.
+
+        Returns:
+            The output, [batch, time, ...] with return_sequences, else [batch, ...] (a dict for several outputs); with
+            return_state a list of the output and the states.
+        """
+        return self._portal.run(self._layer.call(x, mask, initial_state, timeout))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        _leave(self.close, error)
+
+    def reset_states(self, states: Nest = None, *, timeout: float | None = None) -> None:
+        """Puts the recorded states to zeros (the model's default, if it has another) or to given values.
+
+        AttributeError when the layer is not stateful, as in Keras.
+        """
+        self._portal.run(self._layer.reset_states(states, timeout))
+
+    reset_state = reset_states
+
+    def close(self) -> None:
+        """Ends the session of a stateful layer."""
+        self._portal.run(self._layer.close())
+
+    @property
+    def models(self) -> list[Model]:
+        """The models, lowest first."""
+        return self._layer.models
+
+    @property
+    def options(self) -> LayerOptions:
+        """The options of the layer."""
+        return self._layer.options
+
+    @property
+    def batch_size(self) -> int | None:
+        """The batch size of a stateful layer, from its first call on."""
+        return self._layer.batch_size
+
+    @property
+    def states(self) -> list[Nest] | None:
+        """The states that a stateful layer recorded last; None for the model's default."""
+        return self._layer.states
+
+    @property
+    def state_size(self) -> list[Nest]:
+        """The size of each state, nested as Keras nests it."""
+        return self._layer.state_size
+
+    @property
+    def output_size(self) -> Any:
+        """The size of the output at one step."""
+        return self._layer.output_size
+
+    def get_initial_state(self, batch_size: int) -> list[Nest]:
+        """Zeros [batch_size, ...] for each state, nested as Keras nests them."""
+        return self._layer.get_initial_state(batch_size)
+
+    def compute_output_shape(self, shape: Any) -> Any:
+        """The shape of the result for an input of that shape; with return_state a list with the states' shapes."""
+        return self._layer.compute_output_shape(shape)
+
+
+class _Entered:
+    """What sessions and groups share."""
+
+    def __init__(self, portal: Portal, live: Live, *, ends: bool) -> None:
+        self._portal = portal
+        self._live = live
+        self._ends = ends
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        _leave(self.close if self._ends else self.detach, error)
+
+    def close(self, *, timeout: float | None = None) -> None:
+        """Ends it on the server, behind the steps sent so far."""
+        self._portal.run(self._live.close(delete=True, limit=timeout))
+
+    def detach(self, *, timeout: float | None = None) -> None:
+        """Leaves it alive on the server, for `Client.attach`."""
+        self._portal.run(self._live.close(delete=False, limit=timeout))
+
+    def reset_states(self, states: Nest = None, *, timeout: float | None = None) -> None:
+        """Puts the states to the model's default or to given values, behind the steps sent so far.
+
+        The values are nested as Keras nests them, each [batch_size, ...]. The step number does not change.
+        """
+        self._portal.run(self._live.reset(states, timeout))
+
+    @property
+    def model(self) -> Model:
+        """The model."""
+        return self._live.signature.model
+
+    @property
+    def options(self) -> LayerOptions:
+        """The options of the layer, as the server holds them."""
+        return self._live.signature.options
+
+    @property
+    def batch_size(self) -> int:
+        """The number of rows in every step of a session."""
+        return self._live.signature.batch_size or 1
+
+    def _run(self, chunk: Chunk, timeout: float | None) -> Any:
+        self._portal.submit(self._live, chunk)
+        return self._wait(chunk.ticket, timeout)
+
+    def _wait(self, ticket: concurrent.futures.Future[Any], timeout: float | None) -> Any:
+        seconds = self._live.connection.seconds(timeout)
+        try:
+            return ticket.result(seconds)
+        except DeadlineExceeded:
+            raise
+        except TimeoutError:
+            ticket.cancel()
+            raise DeadlineExceeded(f"no answer within {seconds:g} s") from None
+
+
+class Session(_Entered):
+    """A stateful layer on the server, made by `Client.session` or `Client.attach`.
+
+    A step that fails leaves the session as it was; the steps that were sent behind it fail with StepMismatch. When
+    the connection is lost, what was not answered fails with Unavailable, and the next call takes the session up again
+    on a new one.
+    """
+
+    def step(self, x: Any, *, timeout: float | None = None) -> Any:
+        """One time step.
+
+        `x` is [*features] for a batch size of 1 and the output [*shape], a NumPy scalar if that is empty; otherwise
+        they are [batch, *features] and [batch, *shape]. With return_state a list of the output and the states, each
+        [batch, ...]. Several inputs or outputs are mappings by name.
+        """
+        signature = self._live.signature
+        columns, row = self._run(signature.step(x, new_ticket()), timeout)
+        return signature.step_result(columns, row)
+
+    def __call__(self, x: Any, *, mask: Any = None, timeout: float | None = None) -> Any:
+        """A chunk of time steps: arrays and results as for `RNN.__call__`."""
+        signature = self._live.signature
+        columns, row = self._run(signature.chunk(x, mask, new_ticket()), timeout)
+        return signature.chunk_result(columns, row)
+
+    def stream(self, frames: Iterable[Any], *, window: int = WINDOW, timeout: float | None = None) -> Iterator[Any]:
+        """The output of each step, in order, for frames that are each what `step` takes.
+
+        At most `window` steps are sent ahead of the output that is yielded, so the next frame is asked for before the
+        output of the last one is there; for a live source use window=1. What is left unanswered when the caller stops
+        early is given up; it may have been applied.
+        """
+        check_window(window)
+        signature = self._live.signature
+        sent: deque[concurrent.futures.Future[Any]] = deque()
+        try:
+            for frame in frames:
+                chunk = signature.step(frame, new_ticket()).own()
+                self._portal.submit(self._live, chunk)
+                sent.append(chunk.ticket)
+                while sent and (len(sent) >= window or sent[0].done()):
+                    yield signature.step_result(*self._wait(sent.popleft(), timeout))
+            while sent:
+                yield signature.step_result(*self._wait(sent.popleft(), timeout))
+        finally:
+            for ticket in sent:
+                ticket.cancel()
+
+    def info(self, *, timeout: float | None = None) -> SessionInfo:
+        """The session as the server has it now."""
+        return self._portal.run(self._live.connection.get_session(self.session_id, timeout))
+
+    @property
+    def session_id(self) -> str:
+        """The session's id on the server."""
+        return self._live.session_ids[0]
+
+    @property
+    def next_step(self) -> int:
+        """The number of time steps consumed, those on their way included: where the next call starts."""
+        return self._live.next_steps[0]
+
+
+class SessionGroup(_Entered):
+    """Sessions of one kind that step together, made by `Client.session_group`.
+
+    Where some of them fail, GroupError tells which, and has the result of the others.
+    """
+
+    def __len__(self) -> int:
+        return len(self._live.session_ids)
+
+    def step(self, x: Any, *, timeout: float | None = None) -> Any:
+        """One time step of every session: arrays as for `Session.step`, with a leading axis of sessions."""
+        return self._group(self._live.signature.step_all(x, len(self), new_ticket()), timeout, step=True)
+
+    def __call__(self, x: Any, *, mask: Any = None, timeout: float | None = None) -> Any:
+        """A chunk of every session: arrays as for `Session.__call__`, with a leading axis of sessions."""
+        return self._group(self._live.signature.chunk_all(x, len(self), mask, new_ticket()), timeout, step=False)
+
+    def _group(self, chunk: Chunk, timeout: float | None, *, step: bool) -> Any:
+        try:
+            answer = self._run(chunk, timeout)
+        except GroupError as error:
+            answer = error
+        return self._live.group_result(answer, step=step)
+
+    @property
+    def session_ids(self) -> list[str]:
+        """The sessions' ids on the server, in the order of the leading axis."""
+        return list(self._live.session_ids)
+
+    @property
+    def next_steps(self) -> list[int]:
+        """Where each session's next call starts."""
+        return self._live.next_steps
+
+
+def _leave(close: Any, error: BaseException | None) -> None:
+    """Closes at the end of a block, without hiding the error that ended it behind one of closing."""
+    try:
+        close()
+    except RequestError:
+        if error is None:
+            raise

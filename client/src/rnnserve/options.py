@@ -1,0 +1,66 @@
+"""The options of `tf.keras.layers.RNN`, with Keras's meaning and Keras's defaults."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, TypedDict
+
+from rnnserve.v1 import options_pb2
+
+
+@dataclass(frozen=True)
+class LayerOptions:
+    """The options of a recurrent layer.
+
+    Attributes:
+        return_sequences: an output for every time step rather than for the last one.
+        return_state: the final states beside the output.
+        go_backwards: iterate time from its last step to its first; a returned sequence stays in that order.
+        stateful: the state of one call is the initial state of the next.
+        unroll: accepted because Keras has it; never changes a result.
+        time_major: inputs, masks and output sequences are [time, batch, ...]; states never are.
+        zero_output_for_mask: the output at a masked step is zeros rather than the previous output.
+    """
+
+    return_sequences: bool = False
+    return_state: bool = False
+    go_backwards: bool = False
+    stateful: bool = False
+    unroll: bool = False
+    time_major: bool = False
+    zero_output_for_mask: bool = False
+
+    def to_message(self) -> options_pb2.LayerOptions:
+        """Every option, set explicitly: what the caller sees is what the server is asked for."""
+        return options_pb2.LayerOptions(**asdict(self))
+
+    @classmethod
+    def from_message(cls, message: options_pb2.LayerOptions) -> LayerOptions:
+        """What the server says holds."""
+        return cls(**{name: getattr(message, name) for name in NAMES})
+
+
+NAMES = tuple(field.name for field in fields(LayerOptions))
+
+
+class SessionOptions(TypedDict, total=False):
+    """The options that a session may be given; what is left out takes the model's default."""
+
+    return_sequences: bool
+    return_state: bool
+    go_backwards: bool
+    unroll: bool
+    time_major: bool
+    zero_output_for_mask: bool
+
+
+def given_options(given: Mapping[str, Any]) -> options_pb2.LayerOptions:
+    """Only the options that were given. Raises TypeError for a name that is no option of a session."""
+    known = SessionOptions.__annotations__
+    for name, value in given.items():
+        if name not in known:
+            raise TypeError(f"{name!r} is not an option of a session; the options are {list(known)}")
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} must be True or False, got {value!r}")
+    return options_pb2.LayerOptions(**given)

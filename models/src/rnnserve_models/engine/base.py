@@ -1,0 +1,61 @@
+"""The contract of an engine.
+
+An engine is one function over a ragged, time-major batch:
+
+    run(inputs {name: [T, R, ...]}, lengths [R], states {name: [R, ...]})  ->  outputs {name: [T, R, ...]}, states'
+
+Everything that Keras calls an option happens before or after it. Row ``r`` consumes its first ``lengths[r]`` steps;
+what its outputs hold behind them is unspecified. An engine keeps nothing between two runs.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from rnnserve_models.spec import StateSpec, TensorSpec
+
+Array = np.ndarray[Any, np.dtype[Any]]
+Arrays = dict[str, Array]
+
+
+class EngineError(RuntimeError):
+    """The engine could not compute a batch. The states that it was given are as they were."""
+
+
+class Engine(ABC):
+    """Computes one model.
+
+    Attributes:
+        name: "numpy" or "onnx".
+        inputs: the inputs, each with a time axis in `run`.
+        outputs: the outputs.
+        states: the states, in the order in which Keras lists them.
+        bit_identical: a row's results are the same bits whatever the other rows are and however its steps are cut
+            into runs.
+    """
+
+    name: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    states: tuple[StateSpec, ...]
+    bit_identical: bool
+
+    @abstractmethod
+    def run(self, inputs: Mapping[str, Array], lengths: Array, states: Mapping[str, Array]) -> tuple[Arrays, Arrays]:
+        """Advances every row.
+
+        Args:
+            inputs: every input, [T, R, *shape], finite behind a row's length.
+            lengths: int64 [R], each from 1 to T.
+            states: every state, [R, *shape]; not modified.
+
+        Returns:
+            Every output, [T, R, *shape], and every state after each row's last valid step, [R, *shape].
+
+        Raises:
+            EngineError: the batch could not be computed.
+        """

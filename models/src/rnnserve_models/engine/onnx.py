@@ -1,0 +1,270 @@
+"""ONNX graphs under onnxruntime, made ragged, stateful and aware of context."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+import onnxruntime as ort
+
+from rnnserve_models.engine.base import Array, Arrays, Engine, EngineError
+from rnnserve_models.errors import ModelError
+from rnnserve_models.spec import Axis, GraphInput, GraphSpec, GraphState, GraphTensor, StateSpec, TensorSpec
+
+_DTYPES = {
+    "tensor(float16)": "float16",
+    "tensor(float)": "float32",
+    "tensor(double)": "float64",
+    "tensor(int32)": "int32",
+    "tensor(int64)": "int64",
+    "tensor(bool)": "bool",
+    "tensor(uint8)": "uint8",
+}
+
+
+class OnnxEngine(Engine):
+    """Runs a graph whose tensors a `GraphSpec` explains.
+
+    A graph that takes ``lengths`` runs a ragged batch at once. One that does not runs it in segments: the rows that
+    are still live, up to the length of the shortest of them, and again. A graph without a time axis runs one step at
+    a time, which is the same with segments of one step.
+    """
+
+    name = "onnx"
+
+    def __init__(
+        self,
+        graph: bytes,
+        spec: GraphSpec,
+        *,
+        states: Sequence[StateSpec] = (),
+        threads: int = 1,
+        origin: str = "graph",
+    ) -> None:
+        """Loads a graph.
+
+        Args:
+            graph: the serialized ModelProto.
+            spec: what its tensors mean.
+            states: what the states are called and where they nest, for a spec that does not say.
+            threads: of onnxruntime, for one operator.
+            origin: the file, for messages.
+
+        Raises:
+            ModelError: onnxruntime refuses the graph, or the spec does not describe it.
+        """
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        try:
+            self._session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime raises a dozen types of its own for a bad graph
+            raise ModelError(f"{origin}: onnxruntime refuses the graph: {error}") from error
+        _check_graph(self._session, spec, origin)
+        self._spec = spec
+        self._stepwise = not spec.inputs[0].has_time
+        self._constants = {constant.tensor: constant.array() for constant in spec.constants}
+        self._lengths_dtype = next(
+            (_DTYPES[node.type] for node in self._session.get_inputs() if node.name == spec.lengths), "int32"
+        )
+        self._fetches = [tensor.tensor or tensor.name for tensor in spec.outputs]
+        self._fetches += [state.output for state in spec.states]
+        self._contexts = [tensor for tensor in spec.inputs if tensor.context]
+        self.bit_identical = spec.bit_identical
+        self.inputs = tuple(TensorSpec(t.name, np.dtype(t.dtype), t.shape, t.finite) for t in spec.inputs)
+        self.outputs = tuple(TensorSpec(t.name, np.dtype(t.dtype), t.shape) for t in spec.outputs)
+        self.states = tuple(states) or tuple(
+            StateSpec(state.name, np.dtype(state.dtype), state.shape, state.path or (index,))
+            for index, state in enumerate(spec.states)
+        )
+        self.states += tuple(
+            StateSpec(
+                _context_name(tensor),
+                np.dtype(tensor.dtype),
+                (*tensor.shape[:-1], tensor.context),
+                (len(self.states) + index,),
+            )
+            for index, tensor in enumerate(self._contexts)
+        )
+
+    def run(self, inputs: Mapping[str, Array], lengths: Array, states: Mapping[str, Array]) -> tuple[Arrays, Arrays]:
+        """See `Engine.run`."""
+        inputs, contexts = self._with_contexts(inputs, lengths, states)
+        steps = len(next(iter(inputs.values())))
+        whole = self._spec.lengths is not None or bool((lengths == steps).all())
+        if whole and not (self._stepwise and steps > 1):
+            outputs, states = self._run(inputs, lengths, states)
+        else:
+            outputs, states = self._run_segments(inputs, lengths, states)
+        return outputs, {**states, **contexts}
+
+    def _with_contexts(
+        self, inputs: Mapping[str, Array], lengths: Array, states: Mapping[str, Array]
+    ) -> tuple[Mapping[str, Array], Arrays]:
+        """Precedes each step by the end of the step before, and keeps the end of each row's last step."""
+        if not self._contexts:
+            return inputs, {}
+        inputs, kept = dict(inputs), {}
+        rows = np.arange(len(lengths))
+        for tensor in self._contexts:
+            x, name = inputs[tensor.name], _context_name(tensor)  # [T, R, ..., features]
+            before = np.concatenate([states[name][None], x[:-1, ..., -tensor.context :]])  # [T, R, ..., context]
+            inputs[tensor.name] = np.concatenate([before, x], axis=-1)
+            kept[name] = x[lengths - 1, rows][..., -tensor.context :]  # [R, ..., context]
+        return inputs, kept
+
+    def _run_segments(
+        self, inputs: Mapping[str, Array], lengths: Array, states: Mapping[str, Array]
+    ) -> tuple[Arrays, Arrays]:
+        steps, rows = next(iter(inputs.values())).shape[:2]
+        outputs = {spec.name: np.zeros((steps, rows, *spec.shape), spec.dtype) for spec in self.outputs}
+        carried = {state.name: states[state.name].copy() for state in self._spec.states}  # [R, ...]
+        for start, stop in _segments(lengths, stepwise=self._stepwise):
+            live = np.flatnonzero(lengths > start)
+            part, after = self._run(
+                {name: x[start:stop, live] for name, x in inputs.items()},
+                np.full(len(live), stop - start),
+                {name: state[live] for name, state in carried.items()},
+            )
+            for name, y in part.items():
+                outputs[name][start:stop, live] = y
+            for name, state in after.items():
+                carried[name][live] = state
+        return outputs, carried
+
+    def _run(self, inputs: Mapping[str, Array], lengths: Array, states: Mapping[str, Array]) -> tuple[Arrays, Arrays]:
+        """One run of the graph, all rows to the end (or to ``lengths`` where the graph takes them)."""
+        spec = self._spec
+        feeds = dict(self._constants)
+        for tensor in spec.inputs:
+            feeds[tensor.tensor or tensor.name] = _to_axes(inputs[tensor.name], tensor.axes)
+        for state in spec.states:
+            feeds[state.input] = _state_to_axes(states[state.name], state.axes)
+        if spec.lengths is not None:
+            feeds[spec.lengths] = lengths.astype(self._lengths_dtype)
+        try:
+            results = self._session.run(self._fetches, feeds)
+        except Exception as error:  # onnxruntime raises a dozen types of its own
+            raise EngineError(f"onnxruntime failed: {error}") from error
+        steps, rows = next(iter(inputs.values())).shape[:2]
+        outputs = {
+            tensor.name: _from_axes(result, tensor, steps, rows)
+            for tensor, result in zip(spec.outputs, results, strict=False)
+        }
+        after = {
+            state.name: _state_from_axes(result, state, rows)
+            for state, result in zip(spec.states, results[len(spec.outputs) :], strict=True)
+        }
+        return outputs, after
+
+
+def _context_name(tensor: GraphInput) -> str:
+    return f"{tensor.name}_context"
+
+
+def _segments(lengths: Array, *, stepwise: bool) -> Iterator[tuple[int, int]]:
+    """The cuts of time between which the set of live rows stays the same."""
+    stops = range(1, int(lengths.max()) + 1) if stepwise else np.unique(lengths)
+    start = 0
+    for stop in stops:
+        yield start, int(stop)
+        start = int(stop)
+
+
+def _to_axes(x: Array, axes: Sequence[Axis]) -> Array:
+    """[T, R, *features] to the axes that the graph wants; T is 1 where it wants no time."""
+    if "time" not in axes:
+        return _state_to_axes(x[0], axes)
+    order = _order(axes, ("time", "batch"))
+    if order != sorted(order):
+        x = x.transpose(order)
+    return x.reshape(_squeezed(x.shape, axes)) if "squeeze" in axes else x
+
+
+def _state_to_axes(state: Array, axes: Sequence[Axis]) -> Array:
+    """[R, *features] to the axes that the graph wants."""
+    order = _order(axes, ("batch",))
+    if order != sorted(order):
+        state = state.transpose(order)
+    return state.reshape(_squeezed(state.shape, axes)) if "squeeze" in axes else state
+
+
+def _from_axes(y: Array, tensor: GraphTensor, steps: int, rows: int) -> Array:
+    """The graph's axes to [T, R, *features]; a graph's output without time is the one of its last step."""
+    if tensor.has_time:
+        y = _without_squeeze(y, tensor.axes)
+        y = y.transpose(np.argsort(_order(tensor.axes, ("time", "batch"))))
+        return _checked(y, (steps, rows, *tensor.shape), tensor.name)
+    y = _without_squeeze(y, tensor.axes).transpose(np.argsort(_order(tensor.axes, ("batch",))))
+    y = _checked(y, (rows, *tensor.shape), tensor.name)
+    return y[None] if steps == 1 else np.broadcast_to(y, (steps, *y.shape))
+
+
+def _state_from_axes(y: Array, state: GraphState, rows: int) -> Array:
+    y = _without_squeeze(y, state.axes).transpose(np.argsort(_order(state.axes, ("batch",))))
+    return _checked(y, (rows, *state.shape), state.name)
+
+
+def _order(axes: Sequence[Axis], leading: tuple[str, ...]) -> list[int]:
+    """Where each of the graph's axes stands in [*leading, *features]."""
+    features = iter(range(len(leading), len(axes)))
+    return [leading.index(axis) if isinstance(axis, str) else next(features) for axis in axes if axis != "squeeze"]
+
+
+def _squeezed(shape: tuple[int, ...], axes: Sequence[Axis]) -> list[int]:
+    extents = iter(shape)
+    return [1 if axis == "squeeze" else next(extents) for axis in axes]
+
+
+def _without_squeeze(y: Array, axes: Sequence[Axis]) -> Array:
+    if y.ndim != len(axes):
+        raise EngineError(f"the graph gave a tensor of shape {list(y.shape)} where model.yaml has axes {list(axes)}")
+    return y.squeeze(tuple(index for index, axis in enumerate(axes) if axis == "squeeze"))
+
+
+def _checked(y: Array, shape: tuple[int, ...], name: str) -> Array:
+    if y.shape != shape:
+        raise EngineError(f"{name}: the graph gave shape {list(y.shape)} where model.yaml says {list(shape)}")
+    return y
+
+
+def _check_graph(session: ort.InferenceSession, spec: GraphSpec, origin: str) -> None:
+    """Holds the description against the graph: every tensor there, of its type and rank, and none left over."""
+    described: dict[str, tuple[str, int | None]] = {}
+    for tensor in spec.inputs:
+        described[tensor.tensor or tensor.name] = (tensor.dtype, len(tensor.axes))
+    for state in spec.states:
+        described[state.input] = (state.dtype, len(state.axes))
+    for constant in spec.constants:
+        described[constant.tensor] = (constant.dtype, constant.array().ndim)
+    if spec.lengths is not None:
+        described[spec.lengths] = ("int32 or int64", 1)
+    _compare(session.get_inputs(), described, "input", origin)
+    if left := [node.name for node in session.get_inputs() if node.name not in described]:
+        raise ModelError(
+            f"{origin}: the graph takes {left}, which model.yaml does not mention; "
+            "list each under inputs, states (if the graph should get back what it gave) or constants"
+        )
+    outputs: dict[str, tuple[str, int | None]] = {}
+    for output in spec.outputs:
+        outputs[output.tensor or output.name] = (output.dtype, len(output.axes))
+    for state in spec.states:
+        outputs[state.output] = (state.dtype, len(state.axes))
+    _compare(session.get_outputs(), outputs, "output", origin)
+
+
+def _compare(
+    nodes: Sequence[ort.NodeArg], described: dict[str, tuple[str, int | None]], kind: str, origin: str
+) -> None:
+    graph = {node.name: node for node in nodes}
+    for name, (dtype, rank) in described.items():
+        if name not in graph:
+            raise ModelError(f"{origin}: the graph has no {kind} {name!r}; it has {sorted(graph)}")
+        node = graph[name]
+        found = _DTYPES.get(node.type, node.type)
+        if found not in dtype.split(" or "):
+            raise ModelError(f"{origin}: {kind} {name!r} is {found} in the graph, but {dtype} in model.yaml")
+        if rank is not None and isinstance(node.shape, list) and len(node.shape) not in (rank, 0):
+            raise ModelError(f"{origin}: {kind} {name!r} has {len(node.shape)} axes in the graph, {rank} in model.yaml")

@@ -1,0 +1,120 @@
+"""From a model directory to a model that runs."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from rnnserve_models.cell import Cell
+from rnnserve_models.cells import cells_from_specs
+from rnnserve_models.engine.base import Engine
+from rnnserve_models.engine.numpy import NumpyEngine
+from rnnserve_models.errors import ModelError
+from rnnserve_models.spec import CellSpec, ModelSpec, read_spec
+from rnnserve_models.weights import load_weights
+
+EngineChoice = Literal["auto", "numpy", "onnx"]
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A version of a model, ready to run.
+
+    Attributes:
+        name: its name.
+        version: its version.
+        digest: "sha256:" and the digest of its description and files.
+        spec: its description.
+        engine: what computes it.
+    """
+
+    name: str
+    version: str
+    digest: str
+    spec: ModelSpec
+    engine: Engine
+
+
+def load_model(directory: Path, *, engine: EngineChoice | None = None, threads: int = 1) -> LoadedModel:
+    """Loads ``<name>/<version>/``.
+
+    Args:
+        directory: the model directory; its last two parts are the name and the version.
+        engine: instead of the one that ``model.yaml`` asks for. "auto" prefers onnx. A graph runs under onnx always.
+        threads: of onnxruntime, for one operator.
+
+    Raises:
+        ModelError: the directory does not hold a model; the message names the file and what is wrong with it.
+    """
+    spec = read_spec(directory / "model.yaml")
+    for name in spec.files():
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise ModelError(f"{directory / 'model.yaml'}: {name!r} must be a file beside model.yaml")
+        if not (directory / name).is_file():
+            raise ModelError(f"{directory / name}: the file is missing{_recipe(spec, directory)}")
+    return LoadedModel(
+        name=directory.parent.name,
+        version=directory.name,
+        digest=digest(directory, spec),
+        spec=spec,
+        engine=_engine(directory, spec, engine or spec.engine, threads),
+    )
+
+
+def digest(directory: Path, spec: ModelSpec) -> str:
+    """ "sha256:" and the digest of ``model.yaml`` and every file that it names."""
+    total = hashlib.sha256()
+    for name in ("model.yaml", *sorted(spec.files())):
+        content = hashlib.sha256((directory / name).read_bytes())
+        total.update(f"{name}\0{content.hexdigest()}\n".encode())
+    return f"sha256:{total.hexdigest()}"
+
+
+def load_cell(directory: Path, spec: ModelSpec) -> Cell:
+    """The cell, or stack of cells, of a model of cells, with its weights."""
+    if spec.cell is None or spec.weights is None or spec.input_dim is None:
+        raise ModelError(f"{directory}: the model is a graph and has no cells")
+    specs = (spec.cell,) if isinstance(spec.cell, CellSpec) else spec.cell
+    return load_weights(directory / spec.weights, cells_from_specs(specs), spec.input_dim, np.dtype(spec.dtype))
+
+
+def _engine(directory: Path, spec: ModelSpec, choice: EngineChoice, threads: int) -> Engine:
+    # onnxruntime takes a second to import: a caller that stays with NumPy does not pay for it.
+    if spec.graph is not None:
+        from rnnserve_models.engine.onnx import OnnxEngine
+        from rnnserve_models.graph import check_states
+
+        graph = (directory / spec.graph.file).read_bytes()
+        check_states(graph, spec.graph, origin=str(directory / spec.graph.file))
+        return OnnxEngine(graph, spec.graph, threads=threads, origin=str(directory / spec.graph.file))
+    cell = load_cell(directory, spec)
+    assert spec.input_dim is not None  # load_cell checked it
+    dtype = np.dtype(spec.dtype)
+    if choice == "numpy":
+        return NumpyEngine(cell, finite=spec.finite)
+    from rnnserve_models.engine.onnx import OnnxEngine
+    from rnnserve_models.export import export_cell
+
+    graph, graph_spec = export_cell(cell, spec.input_dim, dtype)
+    inputs = tuple(part.model_copy(update={"finite": spec.finite}) for part in graph_spec.inputs)
+    return OnnxEngine(
+        graph,
+        graph_spec.model_copy(update={"inputs": inputs}),
+        states=cell.state_specs(),
+        threads=threads,
+        origin=str(directory),
+    )
+
+
+def _recipe(spec: ModelSpec, directory: Path) -> str:
+    if spec.graph is None or spec.graph.source is None:
+        return ""
+    source = spec.graph.source
+    return (
+        f"; it is taken from the package {source.package} {source.version}: "
+        f"run `rnnserve fetch {directory.parent.parent}` where the package index can be reached"
+    )

@@ -1,0 +1,103 @@
+"""The one place where failures become gRPC statuses."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
+
+import grpc
+import structlog
+from google.protobuf import any_pb2
+from google.protobuf.duration_pb2 import Duration
+from google.rpc import error_details_pb2
+
+from rnnserve.codec import TensorError
+from rnnserve.v1 import error_pb2
+from rnnserve_server import errors
+from rnnserve_server.errors import ServiceError
+
+log = structlog.get_logger(__name__)
+
+DOMAIN = "rnnserve"
+
+_STATUS: dict[type[ServiceError], grpc.StatusCode] = {
+    errors.InvalidInput: grpc.StatusCode.INVALID_ARGUMENT,
+    errors.OptionUnsupported: grpc.StatusCode.UNIMPLEMENTED,
+    errors.ModelUnknown: grpc.StatusCode.NOT_FOUND,
+    errors.VersionUnknown: grpc.StatusCode.NOT_FOUND,
+    errors.ModelUnavailable: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.SessionError: grpc.StatusCode.NOT_FOUND,
+    errors.SessionExists: grpc.StatusCode.ALREADY_EXISTS,
+    errors.SessionsFull: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    errors.LaneUnknown: grpc.StatusCode.NOT_FOUND,
+    errors.LaneOpen: grpc.StatusCode.ALREADY_EXISTS,
+    errors.LaneRepeated: grpc.StatusCode.INVALID_ARGUMENT,
+    errors.StepMismatch: grpc.StatusCode.OUT_OF_RANGE,
+    errors.QueueFull: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    errors.TooLarge: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    errors.DeadlinePassed: grpc.StatusCode.DEADLINE_EXCEEDED,
+    errors.Cancelled: grpc.StatusCode.CANCELLED,
+    errors.Draining: grpc.StatusCode.UNAVAILABLE,
+    errors.EngineFailed: grpc.StatusCode.INTERNAL,
+    errors.InternalError: grpc.StatusCode.INTERNAL,
+}
+
+
+def status_code(error: ServiceError) -> grpc.StatusCode:
+    """The status of an error: that of its class, or of the nearest class above it."""
+    return next(_STATUS[kind] for kind in type(error).__mro__ if kind in _STATUS)
+
+
+def status(error: ServiceError) -> error_pb2.Status:
+    """An error as google.rpc.Status has it, with ErrorInfo and, where they apply, BadRequest and RetryInfo."""
+    code = status_code(error)
+    details: list[Any] = [
+        error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=error.metadata),
+    ]
+    if error.violations:
+        bad_request = error_details_pb2.BadRequest()
+        for field, description in error.violations:
+            bad_request.field_violations.add(field=field, description=description)
+        details.append(bad_request)
+    if error.retry_after is not None:
+        delay = Duration()
+        delay.FromNanoseconds(int(error.retry_after * 1e9))
+        details.append(error_details_pb2.RetryInfo(retry_delay=delay))
+    packed = []
+    for detail in details:
+        packed.append(any_pb2.Any())
+        packed[-1].Pack(detail)
+    return error_pb2.Status(code=code.value[0], message=str(error), details=packed)
+
+
+def service_error(error: Exception) -> ServiceError:
+    """Any failure as a ServiceError. What is not expected is logged, and its text kept from the caller."""
+    if isinstance(error, ServiceError):
+        return error
+    if isinstance(error, TensorError):
+        return errors.InvalidInput(error.field, error.expected, error.got)
+    log.exception("request failed", exc_info=error)
+    return errors.InternalError("the server failed; its log has the cause")
+
+
+async def abort(context: grpc.aio.ServicerContext[Any, Any], error: Exception) -> None:
+    """Ends a call with an error."""
+    told = service_error(error)
+    await context.abort(status_code(told), str(told), (("grpc-status-details-bin", status(told).SerializeToString()),))
+
+
+Method = TypeVar("Method", bound=Callable[..., Awaitable[Any]])
+
+
+def told(method: Method) -> Method:
+    """A method of a servicer that ends its call with a status whenever it raises."""
+
+    @functools.wraps(method)
+    async def wrapper(self: Any, request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+        try:
+            return await method(self, request, context)
+        except Exception as error:  # the boundary: every failure becomes a status here
+            return await abort(context, error)
+
+    return wrapper  # type: ignore[return-value]

@@ -1,0 +1,108 @@
+"""rnnserve.v1.InferenceService."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import grpc
+import numpy as np
+
+from rnnserve.codec import decode, decode_named, encode_named
+from rnnserve.v1 import inference_pb2 as pb
+from rnnserve.v1 import inference_pb2_grpc
+from rnnserve_models.engine.base import Arrays
+from rnnserve_server.api.errors import abort, told
+from rnnserve_server.api.messages import asked_options
+from rnnserve_server.api.stream import LaneStream
+from rnnserve_server.blocks import Block
+from rnnserve_server.core import Core, resolve_options
+from rnnserve_server.errors import InvalidRequest, ServiceError
+from rnnserve_server.layout import to_wire
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class _Call:
+    """The sink of one unary call."""
+
+    def __init__(self, session_id: str, deadline: float | None) -> None:
+        self.cancelled = False
+        self.deadline = deadline
+        self.done: asyncio.Future[tuple[Block, Arrays, Arrays]] = asyncio.get_running_loop().create_future()
+        self._session_id = session_id
+
+    def session_id(self, tag: int) -> str:
+        return self._session_id
+
+    def result(self, block: Block, outputs: Arrays, states: Arrays) -> None:
+        if not self.done.done():
+            self.done.set_result((block, outputs, states))
+
+    def failed(self, block: Block, errors: list[tuple[int, ServiceError]]) -> None:
+        if not self.done.done():
+            self.done.set_exception(errors[0][1])
+
+
+class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
+    """See inference.proto."""
+
+    def __init__(self, core: Core) -> None:
+        self._core = core
+
+    @told
+    async def Predict(self, request: pb.PredictRequest, context: Context) -> pb.PredictResponse:
+        """See InferenceService.Predict."""
+        core = self._core
+        core.check_room()
+        left = context.time_remaining()
+        call = _Call(request.session_id, None if left is None else core.clock() + left)
+        inputs = decode_named(request.inputs, "inputs")
+        mask = decode(request.mask, "mask") if request.HasField("mask") else None
+        step = 0
+        if request.session_id:
+            for field in ("model", "version", "options", "initial_states"):
+                if getattr(request, field) and (field != "options" or request.HasField("options")):
+                    raise InvalidRequest(field, "nothing", "a value", "a session has its own")
+            session = core.sessions.get(request.session_id)
+            version = session.group.model.version
+            core.submit_chunks(
+                session.group,
+                np.array([session.slot]),
+                np.array([session.generation]),
+                np.array([request.first_step], np.uint64) if request.HasField("first_step") else None,
+                {name: x[None] for name, x in inputs.items()},
+                None if mask is None else mask[None],
+                call,
+                np.zeros(1, np.int64),
+            )
+        else:
+            if not request.model:
+                raise InvalidRequest("model", "a model's name, or a session_id", "neither")
+            if request.HasField("first_step"):
+                raise InvalidRequest("first_step", "nothing", str(request.first_step), "only sessions count steps")
+            model = core.repository.get(request.model, request.version)
+            version = model.version
+            options = resolve_options(model, asked_options(request.options), stateful=False)
+            initial_states = decode_named(request.initial_states, "initial_states")
+            core.submit_call(model, options, inputs, mask, initial_states, call)
+        try:
+            block, outputs, states = await call.done
+        finally:
+            call.cancelled = True
+        outputs, states = to_wire(outputs, states, block.options, 1)
+        if block.sessions is not None and block.sessions.first_steps is not None:
+            step = int(block.sessions.first_steps[0]) + block.call.timesteps
+        return pb.PredictResponse(
+            outputs=encode_named({name: y[0] for name, y in outputs.items()}),
+            states=encode_named({name: state[0] for name, state in states.items()}),
+            version=version,
+            step=step,
+        )
+
+    async def Stream(self, request_iterator: Any, context: Context) -> None:  # type: ignore[override]
+        """See InferenceService.Stream."""
+        try:
+            await LaneStream(self._core, context).run()
+        except Exception as error:  # the boundary: every failure becomes a status here
+            await abort(context, error)

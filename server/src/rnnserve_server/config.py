@@ -1,0 +1,82 @@
+"""The settings of a server: read once, validated once, never changed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    YamlConfigSettingsSource,
+)
+
+Positive = Annotated[int, Field(gt=0)]
+Seconds = Annotated[float, Field(gt=0)]
+
+
+class Settings(BaseSettings):
+    """Each is a flag of ``rnnserve serve``, a variable ``RNNSERVE_<NAME>``, or a key of the YAML file that
+    ``RNNSERVE_CONFIG`` or ``--config`` names; the first of these that is set wins.
+    """
+
+    model_config = SettingsConfigDict(env_prefix="RNNSERVE_", frozen=True, extra="forbid")
+
+    models: Path = Field(Path("models/zoo"), description="the folder of <name>/<version>/model.yaml")
+    host: str = Field("127.0.0.1", description="the address to listen on")
+    port: Annotated[int, Field(ge=0, le=65535)] = Field(50051, description="the port to listen on; 0 takes a free one")
+    engine: Literal["auto", "numpy", "onnx"] | None = Field(
+        None, description="run models of cells under this engine, whatever their model.yaml says"
+    )
+    engine_threads: Positive = Field(1, description="onnxruntime's threads for one operator")
+
+    max_sessions: Positive = Field(100_000, description="live sessions at most")
+    max_state_bytes: Positive = Field(4 << 30, description="bytes of session states at most")
+    idle_lifetime: Seconds = Field(3600.0, description="seconds without use after which a session expires")
+    max_idle_lifetime: Seconds = Field(86400.0, description="the longest idle lifetime that a client may ask for")
+
+    max_batch_rows: Positive = Field(256, description="rows that the engine computes at once, at most")
+    slice_steps: Positive = Field(32, description="time steps that the engine computes at once, at most")
+    max_message_bytes: Positive = Field(64 << 20, description="the largest message, in bytes")
+    max_batch_size: Positive = Field(4096, description="the largest batch of one call or session, in rows")
+    max_lanes: Positive = Field(65536, description="lanes of one stream at most")
+    stream_queue_chunks: Positive = Field(4096, description="unanswered chunks of one stream before it is held back")
+    queue_bytes: Positive = Field(256 << 20, description="input bytes waiting in all before work is refused")
+
+    drain_seconds: Seconds = Field(10.0, description="seconds that open streams have to finish after SIGTERM")
+    log_format: Literal["console", "json"] = Field("console", description="how log lines look")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="the least severe line shown")
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Flags, then the environment, then the file."""
+        return init_settings, env_settings, YamlConfigSettingsSource(settings_cls)
+
+
+def load_settings(config: Path | None = None, **flags: object) -> Settings:
+    """Reads the settings.
+
+    Args:
+        config: a YAML file, or None.
+        flags: what the command line says; None is not said.
+
+    Raises:
+        pydantic.ValidationError: a setting is unknown or has a wrong value.
+    """
+    said = {name: value for name, value in flags.items() if value is not None}
+    if config is None:
+        return Settings(**said)  # type: ignore[arg-type]
+
+    class FileSettings(Settings):
+        model_config = SettingsConfigDict(yaml_file=config)
+
+    return FileSettings(**said)  # type: ignore[arg-type]

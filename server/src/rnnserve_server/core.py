@@ -1,0 +1,284 @@
+"""The house without its doors: models, sessions and workers, and what a request may ask of them.
+
+Knows nothing of gRPC. Lives on one event loop's thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+from rnnserve_models.engine.base import Array, Arrays
+from rnnserve_models.load import LoadedModel
+from rnnserve_models.options import LayerOptions
+from rnnserve_server.blocks import Barrier, Block, Sessions, Sink
+from rnnserve_server.config import Settings
+from rnnserve_server.errors import (
+    Draining,
+    InvalidRequest,
+    NotFinite,
+    OptionUnsupported,
+    QueueFull,
+    ServiceError,
+    SessionClosed,
+    TooLarge,
+    step_mismatch,
+)
+from rnnserve_server.layout import check_states, not_finite, to_call
+from rnnserve_server.repository import Repository
+from rnnserve_server.scheduler import Scheduler
+from rnnserve_server.sessions import Group, Session, SessionTable
+from rnnserve_server.worker import Worker
+
+_SESSION_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+_RETRY_AFTER = 0.1  # seconds; a tick takes milliseconds
+
+
+class Core:
+    """Everything that a server does between decoding a request and encoding its answer."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        repository: Repository,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        wall_clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.settings = settings
+        self.repository = repository
+        self.sessions = SessionTable(
+            max_sessions=settings.max_sessions,
+            max_state_bytes=settings.max_state_bytes,
+            clock=clock,
+            wall_clock=wall_clock,
+        )
+        self.clock = clock
+        self.draining = asyncio.Event()
+        self._workers: dict[tuple[str, str], Worker] = {}
+        self._room = asyncio.Event()
+
+    # Sessions
+
+    def create_session(
+        self,
+        model: str,
+        version: str,
+        batch_size: int,
+        options: Mapping[str, bool],
+        *,
+        initial_states: Arrays | None = None,
+        idle_lifetime: float | None = None,
+        session_id: str = "",
+    ) -> Session:
+        """Makes a session; see SessionConfig for the rules.
+
+        Raises:
+            ServiceError: as CreateSession says.
+        """
+        if self.draining.is_set():
+            raise Draining("the server is shutting down; open the session elsewhere", retry_after=1.0)
+        if session_id and not _SESSION_ID.fullmatch(session_id):
+            expected = "1 to 128 characters from A-Z a-z 0-9 . _ : -"
+            raise InvalidRequest("session_id", expected, repr(session_id[:200]))
+        if idle_lifetime is not None and idle_lifetime <= 0:
+            raise InvalidRequest("idle_lifetime", "a positive duration", f"{idle_lifetime} s")
+        batch_size = batch_size or 1
+        if batch_size > self.settings.max_batch_size:
+            raise TooLarge("batch_size", self.settings.max_batch_size, batch_size)
+        loaded = self.repository.get(model, version)
+        resolved = resolve_options(loaded, options, stateful=True)
+        if initial_states:
+            check_states(loaded.engine.states, initial_states, batch_size, "initial_states")
+        lifetime = self.settings.idle_lifetime if idle_lifetime is None else idle_lifetime
+        return self.sessions.create(
+            loaded,
+            batch_size,
+            resolved,
+            initial_states=initial_states or None,
+            idle_lifetime=min(lifetime, self.settings.max_idle_lifetime),
+            session_id=session_id,
+        )
+
+    async def reset_session(self, session_id: str, states: Arrays | None, step: int | None) -> Session:
+        """Resets a session's states when its turn has come; see ResetSession for the rules."""
+        session = self.sessions.get(session_id)
+        if states:
+            check_states(session.group.model.engine.states, states, session.group.batch_size, "states")
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+        def reset() -> None:
+            if done.cancelled():
+                return
+            try:
+                if self.sessions.get(session_id) is not session:  # ended meanwhile, and the id was used again
+                    raise SessionClosed(session_id)
+                if step is not None and step != session.step:
+                    raise step_mismatch(session.step, step)
+                self.sessions.reset(session, states or None)
+                done.set_result(None)
+            except ServiceError as error:
+                done.set_exception(error)
+
+        self.when_idle(session, reset)
+        await done
+        return session
+
+    def when_idle(self, session: Session, action: Callable[[], None]) -> None:
+        """Does something once the chunks queued for a session so far are done: now, if there are none."""
+        self.worker(session.group.model).submit(Barrier(session.group, session.slot, action))
+
+    # Work
+
+    def submit_chunks(
+        self,
+        group: Group,
+        slots: Array,
+        generations: Array,
+        first_steps: Array | None,
+        inputs: Mapping[str, Array],
+        mask: Array | None,
+        sink: Sink,
+        tags: Array,
+    ) -> None:
+        """Queues N chunks for N sessions of one group.
+
+        Args:
+            group: the sessions' group.
+            slots: [N], the sessions' slots.
+            generations: [N], the slots' generations when the sessions were found.
+            first_steps: uint64 [N], or None for wherever each session is.
+            inputs: every input, [N, batch, time, *shape] ([N, time, batch, *shape] with time_major).
+            mask: bool, [N, batch, time] (likewise), or None.
+            sink: where results go. Chunks that hold what the model forbids go there as failed, at once.
+            tags: [N], what the sink knows the chunks by.
+
+        Raises:
+            ServiceError: the inputs or the mask do not fit; nothing was queued.
+        """
+        _check_mask(group.model, mask)
+        call = to_call(
+            group.model.engine.inputs, group.options, inputs, mask, chunks=len(slots), batch_size=group.batch_size
+        )
+        sessions = Sessions(group, slots, generations, first_steps)
+        block = Block(call, group.batch_size, group.options, sink, tags, sessions)
+        if faults := not_finite(group.model.engine.inputs, call, group.batch_size):
+            sink.failed(block, [(index, _not_finite(name)) for index, name in faults.items()])
+            left = np.setdiff1d(np.arange(len(slots)), list(faults))
+            if not len(left):
+                return
+            block = block.take(left)
+        self.worker(group.model).submit(block)
+
+    def submit_call(
+        self,
+        model: LoadedModel,
+        options: LayerOptions,
+        inputs: Mapping[str, Array],
+        mask: Array | None,
+        initial_states: Arrays | None,
+        sink: Sink,
+    ) -> None:
+        """Queues one call without a session. Arguments as `submit_chunks`, without the leading axis N.
+
+        Raises:
+            ServiceError: the inputs, the mask or the states do not fit; nothing was queued.
+        """
+        _check_mask(model, mask)
+        specs = model.engine.inputs
+        call = to_call(
+            specs,
+            options,
+            {name: x[None] for name, x in inputs.items()},
+            None if mask is None else mask[None],
+            chunks=1,
+            batch_size=None,
+        )
+        rows = len(call.lengths)
+        if rows > self.settings.max_batch_size:
+            raise TooLarge("batch size", self.settings.max_batch_size, rows)
+        for name in not_finite(specs, call, rows).values():
+            raise _not_finite(name)
+        if initial_states:
+            check_states(model.engine.states, initial_states, rows, "initial_states")
+        states = initial_states or {spec.name: spec.initial(rows) for spec in model.engine.states}
+        self.worker(model).submit(Block(call, rows, options, sink, np.zeros(1, np.int64), states=states))
+
+    def worker(self, model: LoadedModel) -> Worker:
+        """The worker of a model version."""
+        key = (model.name, model.version)
+        if key not in self._workers:
+            self._workers[key] = Worker(
+                model.engine,
+                Scheduler(self.settings.max_batch_rows, self.settings.slice_steps),
+                self.sessions,
+                clock=self.clock,
+                on_progress=self._room.set,
+            )
+        return self._workers[key]
+
+    # Flow
+
+    @property
+    def queued_bytes(self) -> int:
+        """Bytes of input that wait or run, of all models."""
+        return sum(worker.queued_bytes for worker in self._workers.values())
+
+    def check_room(self) -> None:
+        """Raises QueueFull when as much work is waiting as may."""
+        if self.queued_bytes >= self.settings.queue_bytes:
+            raise QueueFull(
+                f"{self.queued_bytes} bytes of input are waiting, as many as may; try again shortly",
+                retry_after=_RETRY_AFTER,
+            )
+
+    async def wait_for_room(self) -> None:
+        """Waits until less work is waiting than may."""
+        while self.queued_bytes >= self.settings.queue_bytes:
+            self._room.clear()
+            await self._room.wait()
+
+    async def close(self) -> None:
+        """Finishes what is queued and ends the workers."""
+        for worker in self._workers.values():
+            await worker.close()
+
+
+def resolve_options(model: LoadedModel, asked: Mapping[str, bool], *, stateful: bool) -> LayerOptions:
+    """The options of a call or session: what was asked for, else the model's defaults.
+
+    Args:
+        model: the model.
+        asked: the options that the client set.
+        stateful: whether there is a session.
+
+    Raises:
+        InvalidRequest: ``stateful`` was asked for otherwise.
+        OptionUnsupported: the model cannot honour one.
+    """
+    if asked.get("stateful", stateful) != stateful:
+        hint = "a session is always stateful" if stateful else "to keep state between calls, make a session"
+        raise InvalidRequest("options.stateful", str(stateful).lower(), str(not stateful).lower(), hint)
+    options = {**vars(model.spec.default_options), "stateful": stateful}
+    for name, value in asked.items():
+        if value != options[name] and name not in model.spec.settable_options:
+            raise OptionUnsupported(
+                f"options.{name}: model {model.name!r} cannot honour {str(value).lower()}; "
+                f"it can be asked for {[*model.spec.settable_options]}",
+                metadata={"field": f"options.{name}", "expected": str(options[name]), "got": str(value)},
+            )
+        options[name] = value
+    return LayerOptions(**options)
+
+
+def _check_mask(model: LoadedModel, mask: Array | None) -> None:
+    if mask is not None and not model.spec.masking:
+        raise OptionUnsupported(f"mask: model {model.name!r} takes no mask", metadata={"field": "mask"})
+
+
+def _not_finite(name: str) -> NotFinite:
+    return NotFinite(f"inputs.{name}", "finite numbers", "a NaN or an infinity", "mask the step, or mend the input")

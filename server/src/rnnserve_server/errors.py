@@ -1,0 +1,239 @@
+"""What can go wrong, as a tree. `rnnserve_server.api.errors` turns each into a gRPC status, and nothing else does.
+
+A `ServiceError` is expected: the caller made a mistake, or the server is full or leaving. Anything else that is raised
+is a bug, is logged with its traceback, and reaches the caller as INTERNAL without its text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+
+class ServiceError(Exception):
+    """An expected failure.
+
+    Attributes:
+        reason: the reason of google.rpc.ErrorInfo, as listed in error.proto.
+        metadata: facts for a program.
+        violations: (field, description) of each wrong field of the request.
+        retry_after: seconds after which trying again may help, or None.
+    """
+
+    reason: ClassVar[str]
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        metadata: Mapping[str, object] | None = None,
+        violations: tuple[tuple[str, str], ...] = (),
+        retry_after: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.metadata = {key: str(value) for key, value in (metadata or {}).items()}
+        self.violations = violations
+        self.retry_after = retry_after
+
+
+class InvalidInput(ServiceError):
+    """A tensor does not fit the model."""
+
+    reason = "INVALID_INPUT"
+
+    def __init__(self, field: str, expected: str, got: str, hint: str = "") -> None:
+        description = f"expected {expected}, got {got}" + (f"; {hint}" if hint else "")
+        super().__init__(
+            f"{field}: {description}",
+            metadata={"field": field, "expected": expected, "got": got},
+            violations=((field, description),),
+        )
+
+
+class NotFinite(InvalidInput):
+    """A NaN or an infinity where the model forbids it."""
+
+    reason = "NOT_FINITE"
+
+
+class InvalidRequest(InvalidInput):
+    """A field of the request other than a tensor is wrong."""
+
+    reason = "INVALID_REQUEST"
+
+
+class OptionUnsupported(ServiceError):
+    """The model cannot honour an option."""
+
+    reason = "OPTION_UNSUPPORTED"
+
+
+class ModelUnknown(ServiceError):
+    """No model of that name."""
+
+    reason = "MODEL_UNKNOWN"
+
+
+class VersionUnknown(ServiceError):
+    """The model has no such version."""
+
+    reason = "VERSION_UNKNOWN"
+
+
+class ModelUnavailable(ServiceError):
+    """The model is known but could not be loaded."""
+
+    reason = "MODEL_UNAVAILABLE"
+
+
+class SessionError(ServiceError):
+    """There is no such live session."""
+
+    ended: ClassVar[str]
+
+    def __init__(self, session_id: str) -> None:
+        super().__init__(f"session {session_id!r} {self.ended}", metadata={"session_id": session_id})
+
+
+class SessionUnknown(SessionError):
+    """No session of that id was ever seen here."""
+
+    reason = "SESSION_UNKNOWN"
+    ended = "is unknown here"
+
+
+class SessionClosed(SessionError):
+    """The session was deleted."""
+
+    reason = "SESSION_CLOSED"
+    ended = "was deleted"
+
+
+class SessionExpired(SessionError):
+    """The session's idle lifetime ran out."""
+
+    reason = "SESSION_EXPIRED"
+    ended = "was idle for longer than its lifetime and expired"
+
+
+class SessionExists(SessionError):
+    """A live session has that id."""
+
+    reason = "SESSION_EXISTS"
+    ended = "is live already; take it by its id, or choose another id"
+
+
+class SessionsFull(ServiceError):
+    """The server holds as many sessions as it may."""
+
+    reason = "SESSIONS_FULL"
+
+
+class LaneUnknown(ServiceError):
+    """The lane is not open."""
+
+    reason = "LANE_UNKNOWN"
+
+    def __init__(self, lane: int) -> None:
+        super().__init__(f"lane {lane} is not open on this stream; open it first", metadata={"lane": lane})
+
+
+class LaneOpen(ServiceError):
+    """The lane is open already."""
+
+    reason = "LANE_OPEN"
+
+    def __init__(self, lane: int) -> None:
+        super().__init__(
+            f"lane {lane} is open on this stream already; close it first or choose another", metadata={"lane": lane}
+        )
+
+
+class LaneRepeated(ServiceError):
+    """A frame names a lane twice."""
+
+    reason = "LANE_REPEATED"
+
+    def __init__(self, lane: int) -> None:
+        description = f"lane {lane} is named twice in one frame; send its second chunk in another frame"
+        super().__init__(description, metadata={"lane": lane}, violations=(("frames.lanes", description),))
+
+
+class StepMismatch(ServiceError):
+    """A chunk does not start at the step that its session expects."""
+
+    def __init__(self, session_step: int, first_step: int) -> None:
+        super().__init__(
+            f"the session expects a chunk at step {session_step}, got one at step {first_step}",
+            metadata={
+                "field": "first_step",
+                "expected": session_step,
+                "got": first_step,
+                "expected_step": session_step,
+            },
+        )
+
+
+class StepAhead(StepMismatch):
+    """The chunk starts after the expected step."""
+
+    reason = "STEP_AHEAD"
+
+
+class StepBehind(StepMismatch):
+    """The chunk starts before the expected step."""
+
+    reason = "STEP_BEHIND"
+
+
+class QueueFull(ServiceError):
+    """More work is waiting than the server accepts."""
+
+    reason = "QUEUE_FULL"
+
+
+class TooLarge(ServiceError):
+    """A chunk or batch is larger than the server accepts."""
+
+    reason = "TOO_LARGE"
+
+    def __init__(self, field: str, most: int, got: int) -> None:
+        super().__init__(
+            f"{field}: expected at most {most}, got {got}; send it in several calls",
+            metadata={"field": field, "expected": f"at most {most}", "got": got},
+        )
+
+
+class DeadlinePassed(ServiceError):
+    """The deadline passed before the work was run."""
+
+    reason = "DEADLINE_PASSED"
+
+
+class Cancelled(ServiceError):
+    """The call ended before the work was run."""
+
+    reason = "CANCELLED"
+
+
+class Draining(ServiceError):
+    """The server is shutting down."""
+
+    reason = "DRAINING"
+
+
+class EngineFailed(ServiceError):
+    """The engine could not compute the batch."""
+
+    reason = "ENGINE_FAILED"
+
+
+class InternalError(ServiceError):
+    """A fault of the server's own."""
+
+    reason = "INTERNAL"
+
+
+def step_mismatch(session_step: int, first_step: int) -> StepMismatch:
+    """The error for a chunk at the wrong step."""
+    return (StepAhead if first_step > session_step else StepBehind)(session_step, first_step)

@@ -1,0 +1,169 @@
+"""Between the wire's axes and the engine's: what Keras does around its loop, for many chunks at once.
+
+On the wire a call is [batch, time, ...], and a frame of N chunks [N, batch, time, ...]; with time_major the batch and
+time axes change places. The engine wants [T, R, ...] with R = N * batch rows. Everything here works on N chunks; a
+single call is N = 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from rnnserve_models.engine.base import Array, Arrays
+from rnnserve_models.masking import Compacted, compact
+from rnnserve_models.options import LayerOptions
+from rnnserve_models.spec import StateSpec, TensorSpec
+from rnnserve_server.errors import InvalidInput
+
+
+def to_call(
+    specs: Sequence[TensorSpec],
+    options: LayerOptions,
+    arrays: Mapping[str, Array],
+    mask: Array | None,
+    *,
+    chunks: int,
+    batch_size: int | None,
+) -> Compacted:
+    """Checks the inputs of N chunks and lays them out for the engine.
+
+    Args:
+        specs: the model's inputs.
+        options: the options of the layer.
+        arrays: every input, [N, batch, time, *shape], or [N, time, batch, *shape] with time_major.
+        mask: bool, [N, batch, time] or [N, 1, time] (time and batch changed with time_major), or None.
+        chunks: N.
+        batch_size: what the session has fixed; None for any.
+
+    Returns:
+        The call, its rows in the order of chunks and then of batch.
+
+    Raises:
+        InvalidInput: an input is missing, unknown, or of the wrong dtype or shape.
+    """
+    check_names("inputs", [spec.name for spec in specs], arrays)
+    steps: int | None = None
+    rows = batch_size
+    time_axis, batch_axis = (1, 2) if options.time_major else (2, 1)
+    inputs = {}
+    for spec in specs:
+        x, field = arrays[spec.name], f"inputs.{spec.name}"
+        check_dtype(field, spec.dtype, x)
+        fits = (
+            x.ndim == 3 + len(spec.shape)
+            and x.shape[0] == chunks
+            and x.shape[3:] == spec.shape
+            and x.shape[batch_axis] == (rows if rows is not None else max(x.shape[batch_axis], 1))
+            and x.shape[time_axis] == (steps if steps is not None else max(x.shape[time_axis], 1))
+        )
+        if not fits:
+            raise InvalidInput(field, _expected(options, rows, steps, spec.shape), f"shape {list(x.shape[1:])}")
+        rows, steps = x.shape[batch_axis], x.shape[time_axis]
+        inputs[spec.name] = _time_major(x, time_axis)
+    assert rows is not None
+    assert steps is not None
+    if mask is not None:
+        check_dtype("mask", np.dtype(bool), mask)
+        if mask.ndim != 3 or mask.shape[batch_axis] not in (rows, 1):
+            raise InvalidInput("mask", _expected(options, rows, steps, ()), f"shape {list(mask.shape[1:])}")
+        shape = list(mask.shape)
+        shape[batch_axis] = rows
+        if shape != [chunks, *((steps, rows) if options.time_major else (rows, steps))]:
+            raise InvalidInput("mask", _expected(options, rows, steps, ()), f"shape {list(mask.shape[1:])}")
+        mask = _time_major(np.broadcast_to(mask, shape), time_axis)  # [T, R]
+    return compact(inputs, mask, go_backwards=options.go_backwards)
+
+
+def not_finite(specs: Sequence[TensorSpec], call: Compacted, batch_size: int) -> dict[int, str]:
+    """The chunks that hold a NaN or an infinity, in a step that is not masked, of an input that must not.
+
+    Returns:
+        The name of the first such input, by the chunk's position.
+    """
+    found: dict[int, str] = {}
+    for spec in specs:
+        if not spec.finite or np.isfinite(call.inputs[spec.name]).all():
+            continue
+        x = call.inputs[spec.name]
+        fine = np.isfinite(x).reshape(len(x), -1, batch_size * int(np.prod(spec.shape))).all(axis=(0, 2))  # [N]
+        for index in np.flatnonzero(~fine):
+            found.setdefault(int(index), spec.name)
+    return found
+
+
+def to_wire(
+    outputs: Mapping[str, Array], states: Mapping[str, Array], options: LayerOptions, chunks: int
+) -> tuple[Arrays, Arrays]:
+    """Outputs and states as the wire has them.
+
+    Args:
+        outputs: each [T, N * batch, ...] with return_sequences, else [N * batch, ...].
+        states: each [N * batch, ...].
+        options: the options of the layer.
+        chunks: N.
+
+    Returns:
+        Each output [N, batch, T, ...], [N, T, batch, ...] or [N, batch, ...], and each state [N, batch, ...]; no
+        states without return_state.
+    """
+    shown = {}
+    for name, y in outputs.items():
+        if not options.return_sequences:
+            shown[name] = y.reshape(chunks, len(y) // chunks, *y.shape[1:])
+            continue
+        y = y.reshape(y.shape[0], chunks, y.shape[1] // chunks, *y.shape[2:])  # [T, N, batch, ...]
+        shown[name] = np.moveaxis(y, 0, 1 if options.time_major else 2)
+    if not options.return_state:
+        return shown, {}
+    return shown, {
+        name: state.reshape(chunks, len(state) // chunks, *state.shape[1:]) for name, state in states.items()
+    }
+
+
+def check_states(specs: Sequence[StateSpec], arrays: Mapping[str, Array], batch_size: int | None, field: str) -> None:
+    """Checks states that a client gave, each [batch_size, *shape]; batch_size None is any, the same for all.
+
+    Raises:
+        InvalidInput: a state is missing, unknown, or of the wrong dtype or shape.
+    """
+    check_names(field, [spec.name for spec in specs], arrays)
+    for spec in specs:
+        state = arrays[spec.name]
+        check_dtype(f"{field}.{spec.name}", spec.dtype, state)
+        if state.ndim and batch_size is None:
+            batch_size = state.shape[0]
+        if state.shape != (batch_size, *spec.shape):
+            expected = f"shape {['batch' if batch_size is None else batch_size, *spec.shape]}".replace("'", "")
+            raise InvalidInput(f"{field}.{spec.name}", expected, f"shape {list(state.shape)}")
+
+
+def check_names(field: str, expected: Sequence[str], arrays: Mapping[str, Array]) -> None:
+    """Raises InvalidInput unless the arrays have exactly the expected names."""
+    if set(arrays) == set(expected):
+        return
+    for name in expected:
+        if name not in arrays:
+            raise InvalidInput(f"{field}.{name}", "a tensor", "none", f"{field} takes {list(expected)}")
+    unknown = next(name for name in arrays if name not in expected)
+    raise InvalidInput(f"{field}.{unknown}", f"one of {list(expected)}", f"{unknown!r}")
+
+
+def check_dtype(field: str, expected: np.dtype[np.generic], array: Array) -> None:
+    """Raises InvalidInput unless the array has the expected dtype."""
+    if array.dtype != expected:
+        raise InvalidInput(field, f"dtype {expected.name}", f"{array.dtype.name}", "the server does not convert")
+
+
+def _time_major(x: Array, time_axis: int) -> Array:
+    """[N, batch, time, ...] or [N, time, batch, ...] to [T, N * batch, ...]; a view where the bytes lie so."""
+    x = np.moveaxis(x, time_axis, 0)  # [T, N, batch, ...]
+    return x.reshape(x.shape[0], x.shape[1] * x.shape[2], *x.shape[3:])
+
+
+def _expected(options: LayerOptions, rows: int | None, steps: int | None, shape: tuple[int, ...]) -> str:
+    names: list[str] = ["batch" if rows is None else str(rows), "time" if steps is None else str(steps)]
+    if options.time_major:
+        names.reverse()
+    return f"shape [{', '.join([*names, *map(str, shape)])}]" + ("" if rows and steps else ", none of them 0")

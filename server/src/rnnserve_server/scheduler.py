@@ -1,0 +1,146 @@
+"""Continuous batching for recurrences: given what waits, what runs next.
+
+A session's chunks run in order, so each block follows the last block queued before it that has a session in common
+with it. A block that would follow several is split, so that it follows at most one and no session waits for another.
+
+Ready blocks are kept by the magnitude of the time steps they have left. A tick takes the magnitude whose oldest block
+has waited longest, fills up to ``max_batch_rows`` rows with it, and runs all of them for the steps that the shortest
+has left, at most ``slice_steps``. So nothing is padded, a tick is at least half full in time, and a long chunk, which
+goes to the back of the line after each slice, never keeps a short one waiting for more than one slice.
+
+Pure: no I/O, no clock of its own, no threads.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+import numpy as np
+
+from rnnserve_models.engine.base import Array
+from rnnserve_server.blocks import Barrier, Block
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """What runs next: some blocks, and for how many time steps."""
+
+    blocks: list[Block]
+    steps: int
+
+
+class Scheduler:
+    """The queue of one model.
+
+    Attributes:
+        max_batch_rows: rows of one tick, unless one chunk alone has more.
+        slice_steps: time steps of one tick at most.
+        queued_bytes: bytes of input that wait or run.
+    """
+
+    def __init__(self, max_batch_rows: int, slice_steps: int) -> None:
+        self.max_batch_rows = max_batch_rows
+        self.slice_steps = slice_steps
+        self.queued_bytes = 0
+        self._ready: list[deque[Block]] = [deque() for _ in range(slice_steps.bit_length() + 1)]
+        self._queued: dict[int, Block | Barrier] = {}
+        self._number = 0
+        self._order = 0
+
+    def __len__(self) -> int:
+        return len(self._queued)
+
+    def submit(self, work: Block | Barrier) -> None:
+        """Queues a block, or does a barrier's action when its turn comes, which may be at once."""
+        if isinstance(work, Barrier):
+            self._queue(work, int(work.group.tail[work.slot]))
+            return
+        for block, predecessor in self._parts(work):
+            self.queued_bytes += block.nbytes
+            self._queue(block, predecessor)
+
+    def next_tick(self) -> Tick | None:
+        """Takes the blocks that run next out of the line, or None when none is ready.
+
+        The caller hands each of them to `requeue` or `finish` afterwards.
+        """
+        line = min((line for line in self._ready if line), key=lambda line: line[0].order, default=None)
+        if line is None:
+            return None
+        blocks = [line.popleft()]
+        rows = blocks[0].rows
+        while line and not line[0].solo and not blocks[0].solo and rows + line[0].rows <= self.max_batch_rows:
+            rows += line[0].rows
+            blocks.append(line.popleft())
+        return Tick(blocks, min(self.slice_steps, *(block.steps - block.done for block in blocks)))
+
+    def requeue(self, block: Block) -> None:
+        """Puts a block that has steps left at the end of the line."""
+        self._order += 1
+        block.order = self._order
+        self._ready[min(self.slice_steps, block.steps - block.done).bit_length()].append(block)
+
+    def finish(self, work: Block | Barrier) -> None:
+        """Forgets work that is done, failed or dropped, and lets what follows it go on."""
+        del self._queued[work.number]
+        if isinstance(work, Block):
+            self.queued_bytes -= work.nbytes
+            if work.sessions is not None:
+                tail, slots = work.sessions.group.tail, work.sessions.slots
+                tail[slots[tail[slots] == work.number]] = -1
+        elif work.group.tail[work.slot] == work.number:
+            work.group.tail[work.slot] = -1
+        for follower in work.followers:
+            self._release(follower)
+
+    def holds(self, block: Block) -> bool:
+        """Whether a block was submitted and not finished."""
+        return self._queued.get(block.number) is block
+
+    def narrow(self, block: Block, index: Array) -> Block:
+        """Goes on with some of a block's N chunks: returns a block that takes the place of the one given."""
+        rest = block.take(index)
+        rest.number, rest.order, rest.followers = block.number, block.order, block.followers
+        self._queued[rest.number] = rest
+        self.queued_bytes += rest.nbytes - block.nbytes
+        if block.sessions is not None:
+            tail, dropped = block.sessions.group.tail, np.delete(block.sessions.slots, index)
+            tail[dropped[tail[dropped] == block.number]] = -1
+        return rest
+
+    def _parts(self, block: Block) -> list[tuple[Block, int]]:
+        """Cuts a block so that each part fits a tick and follows at most one other block, or none (-1)."""
+        if block.sessions is None:
+            return [(block, -1)]
+        tails = block.sessions.group.tail[block.sessions.slots]  # [N]
+        fitting = max(1, self.max_batch_rows // block.batch_size)
+        if len(tails) <= fitting and (tails == tails[0]).all():
+            return [(block, int(tails[0]))]
+        parts = []
+        for tail in np.unique(tails):
+            index = np.flatnonzero(tails == tail)
+            parts += [
+                (block.take(index[start : start + fitting]), int(tail)) for start in range(0, len(index), fitting)
+            ]
+        return parts
+
+    def _queue(self, work: Block | Barrier, predecessor: int) -> None:
+        self._number += 1
+        work.number = self._number
+        self._queued[work.number] = work
+        if isinstance(work, Barrier):
+            work.group.tail[work.slot] = work.number
+        elif work.sessions is not None:
+            work.sessions.group.tail[work.sessions.slots] = work.number
+        if predecessor in self._queued:
+            self._queued[predecessor].followers.append(work)
+        else:
+            self._release(work)
+
+    def _release(self, work: Block | Barrier) -> None:
+        if isinstance(work, Barrier):
+            work.action()
+            self.finish(work)
+        else:
+            self.requeue(work)

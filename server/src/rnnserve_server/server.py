@@ -1,0 +1,122 @@
+"""The server: the house with its doors, from listening to draining."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from typing import Any
+
+import grpc
+import structlog
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1._async import HealthServicer
+from grpc_reflection.v1alpha import reflection
+
+from rnnserve.v1 import inference_pb2, inference_pb2_grpc, model_pb2, model_pb2_grpc, session_pb2, session_pb2_grpc
+from rnnserve_server.api.inference import InferenceServicer
+from rnnserve_server.api.models import ModelServicer
+from rnnserve_server.api.sessions import SessionServicer
+from rnnserve_server.config import Settings
+from rnnserve_server.core import Core
+from rnnserve_server.repository import Repository
+
+log = structlog.get_logger(__name__)
+
+_EXPIRY_SECONDS = 1.0
+
+SERVICES = tuple(
+    module.DESCRIPTOR.services_by_name[name].full_name
+    for module, name in (
+        (model_pb2, "ModelService"),
+        (session_pb2, "SessionService"),
+        (inference_pb2, "InferenceService"),
+    )
+)
+
+
+class Server:
+    """A listening server.
+
+    Attributes:
+        core: what it serves.
+        port: the port it listens on, once started.
+    """
+
+    def __init__(self, settings: Settings, repository: Repository | None = None) -> None:
+        """Loads the models, unless a repository is given.
+
+        Raises:
+            ModelError: there are none.
+        """
+        self.settings = settings
+        self.core = Core(
+            settings,
+            repository or Repository.load(settings.models, engine=settings.engine, threads=settings.engine_threads),
+        )
+        self.port = 0
+        self._health = HealthServicer()
+        self._server: grpc.aio.Server | None = None
+        self._expirer: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Listens.
+
+        Raises:
+            OSError: the address cannot be listened on.
+        """
+        server = grpc.aio.server(options=_options(self.settings))
+        model_pb2_grpc.add_ModelServiceServicer_to_server(ModelServicer(self.core), server)
+        session_pb2_grpc.add_SessionServiceServicer_to_server(SessionServicer(self.core), server)
+        inference_pb2_grpc.add_InferenceServiceServicer_to_server(InferenceServicer(self.core), server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        names = (*SERVICES, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, server)
+        address = f"{self.settings.host}:{self.settings.port}"
+        try:
+            self.port = server.add_insecure_port(address)
+        except RuntimeError as error:
+            raise OSError(f"cannot listen on {address}: {error}") from error
+        await server.start()
+        self._server = server
+        self._expirer = asyncio.create_task(self._expire())
+        for service in ("", *SERVICES):
+            await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
+        log.info("serving", address=f"{self.settings.host}:{self.port}", models=len(list(self.core.repository)))
+
+    async def stop(self) -> None:
+        """Drains: says NOT_SERVING, takes no new calls, and lets open streams finish for ``drain_seconds``."""
+        log.info("draining", seconds=self.settings.drain_seconds, sessions=len(self.core.sessions))
+        self.core.draining.set()
+        await self._health.enter_graceful_shutdown()
+        if self._expirer is not None:
+            self._expirer.cancel()
+        if self._server is not None:
+            await self._server.stop(self.settings.drain_seconds)
+        await self.core.close()
+        log.info("stopped")
+
+    async def _expire(self) -> None:
+        while True:
+            await asyncio.sleep(_EXPIRY_SECONDS)
+            if expired := self.core.sessions.expire():
+                log.info("sessions expired", count=len(expired))
+
+
+async def serve(settings: Settings) -> None:
+    """Serves until SIGTERM or SIGINT, then drains."""
+    server = Server(settings)
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    await server.start()
+    await stop.wait()
+    await server.stop()
+
+
+def _options(settings: Settings) -> list[tuple[str, Any]]:
+    return [
+        ("grpc.max_receive_message_length", settings.max_message_bytes),
+        ("grpc.max_send_message_length", -1),
+        ("grpc.so_reuseport", 0),  # a second server on the port is a mistake, not a way to share the load
+    ]
