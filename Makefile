@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PROTOS := $(sort $(wildcard proto/rnnserve/v1/*.proto))
 SERVICES := $(shell grep -l '^service ' $(PROTOS))
 
-.PHONY: run test lint types stubs check-stubs bench requirements clean
+.PHONY: run test samples lint types stubs check-stubs bench requirements clean
 
 run: $(VENV)/.serve
 	-$(BIN)/rnnserve fetch models/zoo
@@ -15,6 +15,10 @@ run: $(VENV)/.serve
 test: $(VENV)/.dev
 	-$(BIN)/rnnserve fetch models/zoo
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+# Recordings to try the models with: speech and sunspot numbers.
+samples: $(VENV)/.serve
+	$(BIN)/python models/fetch_samples.py
 
 # The distributions are installed in place: an edit takes effect at once.
 $(VENV)/.serve: requirements/serve.txt client/pyproject.toml models/pyproject.toml server/pyproject.toml

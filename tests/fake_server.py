@@ -105,11 +105,13 @@ class FakeServer(InferenceServiceServicer, SessionServiceServicer, ModelServiceS
     resets: list[session_pb2.ResetSessionRequest] = field(default_factory=list)
     sessions: dict[str, Sums] = field(default_factory=dict)
     failures: deque[error_pb2.Status] = field(default_factory=deque)
+    broken: dict[str, error_pb2.Status] = field(default_factory=dict)  # model: what every chunk of it fails with
     streams: int = 0
 
     def __post_init__(self) -> None:
         self._changed = threading.Condition()
         self._held = False
+        self._opens_held = False
         self._waiting: list[tuple] = []
         self._queues: list[asyncio.Queue] = []
         self._made = 0
@@ -120,8 +122,12 @@ class FakeServer(InferenceServiceServicer, SessionServiceServicer, ModelServiceS
         """From now on chunks are taken and not answered."""
         self._held = True
 
+    def hold_opens(self) -> None:
+        """From now on messages with opens are taken and wait."""
+        self._opens_held = True
+
     def release(self) -> None:
-        """Runs and answers the chunks that were held."""
+        """Does and answers what was held."""
         self._loop.call_soon_threadsafe(self._release)
 
     def break_streams(self, code: grpc.StatusCode = grpc.StatusCode.INTERNAL) -> None:
@@ -138,6 +144,12 @@ class FakeServer(InferenceServiceServicer, SessionServiceServicer, ModelServiceS
         """Returns once the streams have asked for so many chunks."""
         with self._changed:
             assert self._changed.wait_for(lambda: self.rows >= count, timeout=30)
+
+    def wait_for_opens(self, count: int) -> None:
+        """Returns once the streams have asked for so many opens."""
+        with self._changed:
+            opens = lambda: sum(len(request.opens) for request in self.requests)  # noqa: E731
+            assert self._changed.wait_for(lambda: opens() >= count, timeout=30)
 
     @property
     def rows(self) -> int:
@@ -175,6 +187,8 @@ class FakeServer(InferenceServiceServicer, SessionServiceServicer, ModelServiceS
         return session_pb2.ResetSessionResponse(session=session.message())
 
     async def DeleteSession(self, request, context):
+        if self.failures:
+            await _abort(context, self.failures.popleft())
         await self._find(request.session_id, context)
         del self.sessions[request.session_id]
         return session_pb2.DeleteSessionResponse()
@@ -220,6 +234,9 @@ class FakeServer(InferenceServiceServicer, SessionServiceServicer, ModelServiceS
             reader.cancel()
 
     def _take(self, request, lanes, queue) -> None:
+        if self._opens_held and request.opens:
+            self._waiting.append((self._take, request, lanes, queue))
+            return
         response = inference_pb2.StreamResponse()
         for opening in request.opens:
             try:
@@ -229,11 +246,10 @@ class FakeServer(InferenceServiceServicer, SessionServiceServicer, ModelServiceS
                 response.errors.add(lane=opening.lane, operation=inference_pb2.LANE_OPERATION_OPEN, status=error.status)
         queue.put_nowait(response)
         for frame in request.frames:
-            work = (frame, lanes, queue)
             if self._held:
-                self._waiting.append(work)
+                self._waiting.append((self._run, frame, lanes, queue))
             else:
-                self._run(*work)
+                self._run(frame, lanes, queue)
         response = inference_pb2.StreamResponse()
         for closing in request.closes:
             session = lanes.pop(closing.lane)
@@ -266,7 +282,7 @@ class FakeServer(InferenceServiceServicer, SessionServiceServicer, ModelServiceS
         mask = codec.decode(frame.mask) if frame.HasField("mask") else None
         for row, (lane, first) in enumerate(zip(frame.lanes, frame.first_steps, strict=True)):
             session = lanes[lane]
-            status = self.failures.popleft() if self.failures else None
+            status = self.failures.popleft() if self.failures else self.broken.get(session.model)
             if status is None and first != session.step:
                 expected = str(session.step)
                 status = failure("STEP_AHEAD", grpc.StatusCode.OUT_OF_RANGE, expected_step=expected)
@@ -287,10 +303,10 @@ class FakeServer(InferenceServiceServicer, SessionServiceServicer, ModelServiceS
         queue.put_nowait(response)
 
     def _release(self) -> None:
-        self._held = False
+        self._held = self._opens_held = False
         waiting, self._waiting = self._waiting, []
-        for work in waiting:
-            self._run(*work)
+        for work, *arguments in waiting:
+            work(*arguments)
 
     @staticmethod
     def _states(model, rows, given) -> dict[str, np.ndarray]:

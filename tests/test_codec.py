@@ -89,7 +89,7 @@ def test_bad_tensors(tensor, got):
 
 def test_unknown_dtype():
     """A dtype that the contract lacks is refused, never converted."""
-    with pytest.raises(TensorError, match="expected a data type among .*float32.*, got complex128"):
+    with pytest.raises(TensorError, match=r"expected a data type among .*float32.*, got complex128"):
         codec.encode(np.zeros(2, complex))
 
 
@@ -101,7 +101,7 @@ def test_names():
         codec.decode_named([*tensors, tensors[0]], "inputs")
     with pytest.raises(TensorError, match=r"inputs\.c"):
         codec.decode_named([NamedTensor(name="c")], "inputs")
-    with pytest.raises(TensorError, match="^x: "):
+    with pytest.raises(TensorError, match=r"^x: "):
         codec.encode_named({"x": np.zeros(2, "M8[s]")})
 
 

@@ -1,7 +1,7 @@
 """Uses a running server as a client does: ``python tests/docker/check.py localhost:50051``.
 
-Needs nothing but the installed client. Prints a line for each check, and ends with status 1 if one failed. With a second
-argument, ``hold``, it opens a stream instead and keeps it open until its standard input ends.
+Needs nothing but the installed client. Prints a line for each check, and ends with status 1 if one failed. With
+``hold`` as a second argument it opens a stream instead, and keeps it open until its standard input ends.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@
 #
 # For a Debian machine without Docker and without an image registry, and root on it: what is missing is installed, an
 # engine of its own is started, and the base image is made by debootstrap under the name that server/Dockerfile expects.
-# Everything worth keeping is in .cache/docker: the first run takes about five minutes, the next ones less than one.
+# Everything worth keeping is in .cache/docker: the first run takes three to four minutes, the next ones less than one.
 #
 #   RNNSERVE_DOCKER_CACHE   another folder for that
 #

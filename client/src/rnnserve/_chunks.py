@@ -119,6 +119,7 @@ class Gather:
             return Answer(ticket, self.columns)
         index, first = next(iter(self.errors.items()))
         error = GroupError(f"{len(self.errors)} of {self.size} sessions failed; {index}: {first}", self.errors)
+        error.partial = self.columns
         return Answer(ticket, self.columns, error)
 
 

@@ -54,7 +54,7 @@ class Connection:
         link, self._link = self._link, None
         channel, self._channel = self._channel, None
         if link is not None and link.alive:
-            await link.close(ClientClosed("the client was closed before the answer came"))
+            await link.close()
         if channel is not None:
             await channel.close()
 

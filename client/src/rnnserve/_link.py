@@ -13,7 +13,7 @@ import grpc.aio
 from rnnserve._chunks import Chunk, Lane
 from rnnserve._lanes import Lanes, ProtocolViolation
 from rnnserve.codec import TensorError
-from rnnserve.errors import RequestError, RnnserveError, ServerError, from_lost_stream
+from rnnserve.errors import ClientClosed, RnnserveError, ServerError, from_lost_stream
 from rnnserve.v1 import inference_pb2, session_pb2
 
 _Call: TypeAlias = grpc.aio.StreamStreamCall[inference_pb2.StreamRequest, inference_pb2.StreamResponse]
@@ -99,12 +99,12 @@ class Link:
         if self.lanes.barrier(lane, ticket):
             await ticket
 
-    async def close(self, error: RnnserveError) -> None:
-        """Sends what is still to be sent, and ends the stream; what is then unanswered fails with the error."""
+    async def close(self) -> None:
+        """Sends what is still to be sent, and ends the stream; what is then unanswered fails with ClientClosed."""
         self._closing = True
         self.wake()
         await asyncio.wait([self._reader], timeout=_PARTING)
-        self._lose(lambda: error)
+        self._lose(ClientClosed)
         self._call.cancel()
         await asyncio.gather(self._reader, self._writer, return_exceptions=True)
 
@@ -150,9 +150,11 @@ class Link:
         finally:
             self._lose(lambda: from_lost_stream(failure))
 
-    def _lose(self, error: Callable[[], RequestError | RnnserveError]) -> None:
-        if self.alive:
-            self.alive = False
-            for ticket in self.lanes.lost():
-                deliver(ticket, None, error())
-            self.wake()
+    def _lose(self, error: Callable[[], RnnserveError]) -> None:
+        if not self.alive:
+            return
+        self.alive = False
+        for ticket in self.lanes.lost():  # each its own exception, whose traceback is its own
+            closed = ClientClosed("the client was closed before the answer came") if self._closing else None
+            deliver(ticket, None, closed or error())
+        self.wake()

@@ -144,13 +144,16 @@ class Live:
         self.closed = True
         if self._attaching is not None:
             await asyncio.shield(self._attaching)
+        await self.connection.limited(self._leave(delete), limit)
+
+    async def _leave(self, delete: bool) -> None:
+        results: list[BaseException | None] = []
         if self._link.alive:
-            endings = [self._link.close_lane(lane, delete) for lane in self._lanes]
-        elif delete:
-            endings = [self.connection.delete_session(each, limit) for each in self.session_ids]
-        else:
-            return
-        results = await self.connection.limited(asyncio.gather(*endings, return_exceptions=True), limit)
+            closes = [self._link.close_lane(lane, delete) for lane in self._lanes]
+            results = await asyncio.gather(*closes, return_exceptions=True)
+        if not self._link.alive:  # lanes went with the stream; whether the server heard the last closes, nobody knows
+            deletes = [self.connection.delete_session(each, None) for each in self.session_ids] if delete else []
+            results = await asyncio.gather(*deletes, return_exceptions=True)
         for result in results:
             if isinstance(result, BaseException) and not isinstance(result, SessionNotFound):
                 raise result

@@ -25,6 +25,7 @@ import grpc
 
 from rnnserve._chunks import Chunk
 from rnnserve._connection import Connection
+from rnnserve._faces import GroupFace, LayerFace, LiveFace, SessionFace
 from rnnserve._layer import Layer
 from rnnserve._live import Live, Wish
 from rnnserve._pipeline import WINDOW, check_window
@@ -177,7 +178,7 @@ class Client:
         return self._portal.run(self._connection.health(timeout))
 
 
-class RNN:
+class RNN(LayerFace):
     """A recurrent layer, called as Keras calls one; made by `Client.RNN`.
 
     With stateful=True the state stays on the server, in a session that is made by the first call and has that call's
@@ -226,52 +227,18 @@ class RNN:
         """Ends the session of a stateful layer."""
         self._portal.run(self._layer.close())
 
-    @property
-    def models(self) -> list[Model]:
-        """The models, lowest first."""
-        return self._layer.models
 
-    @property
-    def options(self) -> LayerOptions:
-        """The options of the layer."""
-        return self._layer.options
-
-    @property
-    def batch_size(self) -> int | None:
-        """The batch size of a stateful layer, from its first call on."""
-        return self._layer.batch_size
-
-    @property
-    def states(self) -> list[Nest] | None:
-        """The states that a stateful layer recorded last; None for the model's default."""
-        return self._layer.states
-
-    @property
-    def state_size(self) -> list[Nest]:
-        """The size of each state, nested as Keras nests it."""
-        return self._layer.state_size
-
-    @property
-    def output_size(self) -> Any:
-        """The size of the output at one step."""
-        return self._layer.output_size
-
-    def get_initial_state(self, batch_size: int) -> list[Nest]:
-        """Zeros [batch_size, ...] for each state, nested as Keras nests them."""
-        return self._layer.get_initial_state(batch_size)
-
-    def compute_output_shape(self, shape: Any) -> Any:
-        """The shape of the result for an input of that shape; with return_state a list with the states' shapes."""
-        return self._layer.compute_output_shape(shape)
-
-
-class _Entered:
+class _Entered(LiveFace):
     """What sessions and groups share."""
 
     def __init__(self, portal: Portal, live: Live, *, ends: bool) -> None:
         self._portal = portal
-        self._live = live
+        self._opened = live
         self._ends = ends
+
+    @property
+    def _live(self) -> Live:
+        return self._opened
 
     def __enter__(self) -> Self:
         return self
@@ -296,21 +263,6 @@ class _Entered:
         """
         self._portal.run(self._live.reset(states, timeout))
 
-    @property
-    def model(self) -> Model:
-        """The model."""
-        return self._live.signature.model
-
-    @property
-    def options(self) -> LayerOptions:
-        """The options of the layer, as the server holds them."""
-        return self._live.signature.options
-
-    @property
-    def batch_size(self) -> int:
-        """The number of rows in every step of a session."""
-        return self._live.signature.batch_size or 1
-
     def _run(self, chunk: Chunk, timeout: float | None) -> Any:
         self._portal.submit(self._live, chunk)
         return self._wait(chunk.ticket, timeout)
@@ -326,7 +278,7 @@ class _Entered:
             raise DeadlineExceeded(f"no answer within {seconds:g} s") from None
 
 
-class Session(_Entered):
+class Session(_Entered, SessionFace):
     """A stateful layer on the server, made by `Client.session` or `Client.attach`.
 
     A step that fails leaves the session as it was; the steps that were sent behind it fail with StepMismatch. When
@@ -378,25 +330,12 @@ class Session(_Entered):
         """The session as the server has it now."""
         return self._portal.run(self._live.connection.get_session(self.session_id, timeout))
 
-    @property
-    def session_id(self) -> str:
-        """The session's id on the server."""
-        return self._live.session_ids[0]
 
-    @property
-    def next_step(self) -> int:
-        """The number of time steps consumed, those on their way included: where the next call starts."""
-        return self._live.next_steps[0]
-
-
-class SessionGroup(_Entered):
+class SessionGroup(_Entered, GroupFace):
     """Sessions of one kind that step together, made by `Client.session_group`.
 
     Where some of them fail, GroupError tells which, and has the result of the others.
     """
-
-    def __len__(self) -> int:
-        return len(self._live.session_ids)
 
     def step(self, x: Any, *, timeout: float | None = None) -> Any:
         """One time step of every session: arrays as for `Session.step`, with a leading axis of sessions."""
@@ -412,16 +351,6 @@ class SessionGroup(_Entered):
         except GroupError as error:
             answer = error
         return self._live.group_result(answer, step=step)
-
-    @property
-    def session_ids(self) -> list[str]:
-        """The sessions' ids on the server, in the order of the leading axis."""
-        return list(self._live.session_ids)
-
-    @property
-    def next_steps(self) -> list[int]:
-        """Where each session's next call starts."""
-        return self._live.next_steps
 
 
 def _leave(close: Any, error: BaseException | None) -> None:

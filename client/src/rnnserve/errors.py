@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
 import grpc
+from google.protobuf.message import DecodeError
 
 from rnnserve.v1 import error_pb2
 
@@ -306,7 +307,7 @@ def from_rpc_error(error: grpc.RpcError) -> RequestError:
         if key == DETAILS_KEY:
             try:
                 return from_status(error_pb2.Status.FromString(value))
-            except ValueError:  # protobuf's DecodeError: not ours, the status must do
+            except DecodeError:  # not ours; the status must do
                 break
     code = call.code() or grpc.StatusCode.UNKNOWN
     return _BY_STATUS.get(code, RequestError)(call.details() or code.name, status=code, reason="")

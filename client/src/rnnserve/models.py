@@ -122,4 +122,4 @@ def _dtype(name: str, number: int) -> np.dtype[Any]:
     dtype = DTYPES.get(number)
     if dtype is None:
         raise ServerError(f"the server describes {name!r} with element type {number}, which this client does not know")
-    return dtype.newbyteorder("=")
+    return np.dtype(dtype.char)  # NumPy's own object for it, which every array of it shares

@@ -14,6 +14,7 @@ Pure: no I/O, no clock of its own, no threads.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -56,9 +57,10 @@ class Scheduler:
         if isinstance(work, Barrier):
             self._queue(work, int(work.group.tail[work.slot]))
             return
-        for block, predecessor in self._parts(work):
-            self.queued_bytes += block.nbytes
-            self._queue(block, predecessor)
+        for block in _distinct(work):
+            for part, predecessor in self._parts(block):
+                self.queued_bytes += part.nbytes
+                self._queue(part, predecessor)
 
     def next_tick(self) -> Tick | None:
         """Takes the blocks that run next out of the line, or None when none is ready.
@@ -83,16 +85,7 @@ class Scheduler:
 
     def finish(self, work: Block | Barrier) -> None:
         """Forgets work that is done, failed or dropped, and lets what follows it go on."""
-        del self._queued[work.number]
-        if isinstance(work, Block):
-            self.queued_bytes -= work.nbytes
-            if work.sessions is not None:
-                tail, slots = work.sessions.group.tail, work.sessions.slots
-                tail[slots[tail[slots] == work.number]] = -1
-        elif work.group.tail[work.slot] == work.number:
-            work.group.tail[work.slot] = -1
-        for follower in work.followers:
-            self._release(follower)
+        self._release(self._forget(work))
 
     def holds(self, block: Block) -> bool:
         """Whether a block was submitted and not finished."""
@@ -136,11 +129,43 @@ class Scheduler:
         if predecessor in self._queued:
             self._queued[predecessor].followers.append(work)
         else:
-            self._release(work)
+            self._release([work])
 
-    def _release(self, work: Block | Barrier) -> None:
-        if isinstance(work, Barrier):
-            work.action()
-            self.finish(work)
-        else:
-            self.requeue(work)
+    def _forget(self, work: Block | Barrier) -> list[Block | Barrier]:
+        """Takes work off the books: what followed it."""
+        del self._queued[work.number]
+        if isinstance(work, Block):
+            self.queued_bytes -= work.nbytes
+            if work.sessions is not None:
+                tail, slots = work.sessions.group.tail, work.sessions.slots
+                tail[slots[tail[slots] == work.number]] = -1
+        elif work.group.tail[work.slot] == work.number:
+            work.group.tail[work.slot] = -1
+        return work.followers
+
+    def _release(self, works: Sequence[Block | Barrier]) -> None:
+        released = deque(works)  # not by recursion: any number of barriers may stand behind one another
+        while released:
+            work = released.popleft()
+            if isinstance(work, Barrier):
+                work.action()
+                released.extend(self._forget(work))
+            else:
+                self.requeue(work)
+
+
+def _distinct(block: Block) -> Iterator[Block]:
+    """Cuts a block so that no part has two chunks of one session: it may be on several lanes of a frame."""
+    if block.sessions is None:
+        yield block
+        return
+    slots = np.sort(block.sessions.slots)
+    if not (slots[1:] == slots[:-1]).any():
+        yield block
+        return
+    left = np.arange(len(slots))
+    while len(left):
+        _, first = np.unique(block.sessions.slots[left], return_index=True)
+        first.sort()
+        yield block.take(left[first])
+        left = np.delete(left, first)

@@ -33,6 +33,7 @@ from rnnserve_server.errors import (
 from rnnserve_server.state import Arena
 
 _REMEMBERED_ENDS = 65536
+_IDLE_ENTRIES = 1024  # so many entries of ended sessions are not worth a walk through the heap
 
 
 class Group:
@@ -69,8 +70,7 @@ class Group:
             self.tail = np.pad(self.tail, missing, constant_values=-1)
         self.step[slot] = 0
         self.last_used[slot] = now
-        self.tail[slot] = -1
-        self.live += 1
+        self.live += 1  # tail stays: chunks of the slot's last session may still have to be told that it ended
         return slot
 
     def release(self, slot: int) -> None:
@@ -167,13 +167,15 @@ class SessionTable:
                 "delete some, or try again when others expire",
                 retry_after=self._until_next_expiry(),
             )
-        group = self._group(model, batch_size, options)
+        key = (model.name, model.version, batch_size, options)
+        group = self._groups.get(key) or Group(model, batch_size, options)
         if self.state_bytes + group.arena.session_bytes > self._max_state_bytes:
             raise SessionsFull(
                 f"the server holds {self.state_bytes} bytes of session states and may hold {self._max_state_bytes}; "
                 f"a session of {group.arena.session_bytes} bytes does not fit",
                 retry_after=self._until_next_expiry(),
             )
+        self._groups[key] = group
         session_id = session_id or secrets.token_hex(16)
         now = self._clock()
         slot = group.acquire(now)
@@ -278,12 +280,6 @@ class SessionTable:
     def _gone(self, session_id: str) -> SessionError:
         return self._ended.get(session_id, SessionUnknown)(session_id)
 
-    def _group(self, model: LoadedModel, batch_size: int, options: LayerOptions) -> Group:
-        key = (model.name, model.version, batch_size, options)
-        if key not in self._groups:
-            self._groups[key] = Group(model, batch_size, options)
-        return self._groups[key]
-
     def _end(self, session: Session, why: type[SessionError]) -> None:
         del self._live[session.id]
         group = session.group
@@ -294,6 +290,9 @@ class SessionTable:
         self._ended[session.id] = why
         if len(self._ended) > _REMEMBERED_ENDS:
             self._ended.popitem(last=False)
+        if len(self._due) > 2 * len(self._live) + _IDLE_ENTRIES:  # forget when sessions long gone would have expired
+            self._due = [due for due in self._due if (s := self._live.get(due[2])) and s.number == due[1]]
+            heapq.heapify(self._due)
 
     def _until_next_expiry(self) -> float:
         soonest = self._due[0][0] - self._clock() if self._due else 1.0

@@ -109,10 +109,10 @@ class Worker:
         if sink.deadline is not None and self._clock() >= sink.deadline:
             self._drop(block, DeadlinePassed("the deadline passed before its turn came"))
             return None
-        if block.begun or block.sessions is None:
+        if block.sessions is None:
             return block
         checked = self._checked(block)
-        if checked is not None and checked.sessions is not None:
+        if checked is not None and checked.sessions is not None and not checked.begun:
             checked.states = checked.sessions.group.arena.gather(checked.sessions.slots)
             checked.begun = True
         return checked
@@ -124,9 +124,6 @@ class Worker:
             if checked is None:
                 return
             block = checked
-            assert block.sessions is not None
-            self._sessions.commit(block.sessions, block.states, block.call.timesteps)
-        self._scheduler.finish(block)
         options = block.options
         outputs = {
             name: block.call.expand(
@@ -134,7 +131,10 @@ class Worker:
             )
             for name, y in _joined(block, self._engine).items()
         }
+        if block.sessions is not None:
+            self._sessions.commit(block.sessions, block.states, block.call.timesteps)
         block.sink.result(block, outputs, block.states)
+        self._scheduler.finish(block)  # after the answer, so that a lane is never closed before its chunks are answered
 
     def _checked(self, block: Block) -> Block | None:
         """The part of a block whose chunks fit their sessions; the others are told."""

@@ -1,0 +1,1 @@
+"""What a step costs, and where: the engine alone, gRPC alone, and rnnserve, in one table."""
