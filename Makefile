@@ -35,6 +35,7 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	cd proto && ../$(BIN)/buf lint
+	$(BIN)/hadolint server/Dockerfile
 
 types: $(VENV)/.dev
 	$(BIN)/mypy
@@ -56,9 +57,8 @@ bench: $(VENV)/.dev
 # Pins every dependency, with hashes and without download addresses.
 requirements: $(VENV)/.dev
 	for name in serve dev; do \
-	    $(BIN)/pip-compile --quiet --upgrade --generate-hashes --allow-unsafe --strip-extras --no-emit-index-url \
-	        --no-emit-find-links --no-emit-trusted-host --no-emit-options --output-file requirements/$$name.txt \
-	        requirements/$$name.in || exit 1; \
+	    $(BIN)/uv pip compile --quiet --upgrade --generate-hashes --no-emit-index-url --no-header --python-version 3.11 \
+	        --output-file requirements/$$name.txt requirements/$$name.in || exit 1; \
 	done
 
 clean:

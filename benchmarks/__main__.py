@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 import tempfile
 from contextlib import ExitStack
@@ -27,6 +28,7 @@ def main() -> None:
     arguments = parser.parse_args()
     rows = [row for row in ROWS if any(text in f"{row.part}: {row.name}" for text in arguments.only or [""])]
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # ends the servers too
     where = report.machine()
     lines = [report.Line(row) for row in rows]
     with ExitStack() as stack:
@@ -34,12 +36,11 @@ def main() -> None:
         work.write_model(folder / "models")
         rnnserve = Path(sys.executable).with_name("rnnserve")
         serve = (rnnserve, "serve", "--models", folder / "models", "--port", "0", "--log-format", "json")
-        servers = {
-            "echo": Server(sys.executable, "-m", "benchmarks.echo", log=folder / "echo.log"),
-            "rnnserve": Server(*serve, log=folder / "rnnserve.log"),
-        }
-        for server in servers.values():
-            stack.callback(server.stop)
+        commands = {"echo": (sys.executable, "-m", "benchmarks.echo"), "rnnserve": serve}
+        servers = {}
+        for name, command in commands.items():
+            servers[name] = Server(*command, log=folder / f"{name}.log")
+            stack.callback(servers[name].stop)
         processes = [stack.enter_context(RowProcess(row, servers.get(row.server))) for row in rows]
         for process in processes:  # to warm up
             process.measure(arguments.seconds)

@@ -43,27 +43,21 @@ class Line:
 
 def results(lines: Sequence[Line]) -> list[dict[str, Any]]:
     """The figures of every row. Ratios are taken within a round, and then their median over the rounds."""
-    engine = {line.row.shape: line.steps_per_second for line in lines if line.row.part == "engine"}
-    echo = {line.row.shape: line.steps_per_second for line in lines if line.row.part == "gRPC"}
+    engine = {line.row.work: line.steps_per_second for line in lines if line.row.part == "engine"}
+    echo = {line.row.wire: line.steps_per_second for line in lines if line.row.part == "gRPC"}
 
     def figures(line: Line) -> dict[str, Any]:
-        rates, shape = line.steps_per_second, line.row.shape
-        alone, bare = engine.get(shape), echo.get(shape)
+        rates, alone, bare = line.steps_per_second, engine.get(line.row.work), echo.get(line.row.wire)
         parts = 1 / (1 / alone + 1 / bare) if alone is not None and bare is not None else None
         compared = line.row.part not in ("engine", "gRPC")
         return {
             "part": line.row.part,
             **asdict(line.row),
-            "steps_per_second": {
-                "median": float(np.median(rates)),
-                "min": float(rates.min()),
-                "max": float(rates.max()),
-                "rounds": rates.tolist(),
-            },
+            "steps_per_second": rates.tolist(),
             "round_trip_seconds": dict(zip(("p50", "p99"), np.quantile(line.trips, (0.5, 0.99)).tolist(), strict=True)),
             "server_cpu_seconds_per_round_trip": sum(line.cpu_seconds) / len(line.trips) if line.row.server else None,
-            "of_engine": float(np.median(rates / alone)) if compared and alone is not None else None,
-            "of_sum_of_parts": float(np.median(rates / parts)) if compared and parts is not None else None,
+            "of_engine": np.median(rates / alone).item() if compared and alone is not None else None,
+            "of_sum_of_parts": np.median(rates / parts).item() if compared and parts is not None else None,
         }
 
     return [figures(line) for line in lines]
@@ -92,7 +86,7 @@ def markdown(rows: Sequence[dict[str, Any]], where: dict[str, Any], run: str) ->
         rate, trip, cpu = row["steps_per_second"], row["round_trip_seconds"], row["server_cpu_seconds_per_round_trip"]
         cells = (
             row["name"],
-            f"{_round(rate['median'])} ({_round(rate['min'])}–{_round(rate['max'])})",
+            f"{_round(np.median(rate))} ({_round(min(rate))}–{_round(max(rate))})",
             f"{trip['p50'] * 1e3:.2f} ms, {trip['p99'] * 1e3:.2f} ms",
             "" if cpu is None else f"{cpu * 1e6:,.0f} µs",
             *("" if row[key] is None else f"{row[key]:.2f}" for key in ("of_engine", "of_sum_of_parts")),
@@ -102,7 +96,7 @@ def markdown(rows: Sequence[dict[str, Any]], where: dict[str, Any], run: str) ->
     cores = (
         "servers and engine on one core, clients on another"
         if where["cores"] > 1
-        else "**one core only: servers and clients share it, so the rows with a server show half of what they could**"
+        else "**one core only, which servers, engine and clients share**"
     )
     lines += [
         "",
@@ -112,6 +106,6 @@ def markdown(rows: Sequence[dict[str, Any]], where: dict[str, Any], run: str) ->
     return "\n".join(lines) + "\n"
 
 
-def _round(rate: float) -> str:
+def _round(rate: float | np.floating[Any]) -> str:
     """Three digits: more would be noise."""
     return f"{float(f'{rate:.3g}'):,.0f}"

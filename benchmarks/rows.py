@@ -9,6 +9,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from functools import partial
 from time import perf_counter
 from typing import Any, ClassVar
 
@@ -95,9 +96,14 @@ class Row:
     server: ClassVar[str] = ""  # the one it talks to: "echo", "rnnserve" or none
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """Sessions in all, and time steps of each: rows of one shape do the same work."""
+    def work(self) -> tuple[int, int]:
+        """What the engine does for it: sessions in all, and time steps of each."""
         return self.streams * self.lanes, self.steps
+
+    @property
+    def wire(self) -> tuple[int, int, int]:
+        """What gRPC does for it: streams, lanes of a message, and time steps of each."""
+        return self.streams, self.lanes, self.steps
 
     async def open(self, address: str, stack: AsyncExitStack) -> Measure:
         """Readies all that is not to be measured, until the stack is closed."""
@@ -110,7 +116,6 @@ class EngineRow(Row):
     part = "engine"
 
     async def open(self, address: str, stack: AsyncExitStack) -> Measure:
-        """See `Row.open`."""
         graph, spec = export_cell(work.cell(), work.FEATURES)
         options = ort.SessionOptions()
         options.intra_op_num_threads = options.inter_op_num_threads = 1
@@ -131,7 +136,6 @@ class StreamRow(Row):
     """Frames on streams of one channel, without the SDK: each is sent when the one before it was answered."""
 
     async def open(self, address: str, stack: AsyncExitStack) -> Measure:
-        """See `Row.open`."""
         channel = await stack.enter_async_context(grpc.aio.insecure_channel(address))
         return side_by_side([await self._stream(channel, stack) for _ in range(self.streams)])
 
@@ -153,18 +157,21 @@ class StreamRow(Row):
             nonlocal step
             first_steps[:] = [step] * self.lanes
             await call.write(request)
+            await self._answered(call, lambda response: sum(len(result.lanes) for result in response.frames))
             step += self.steps
-            left = self.lanes
-            while left:
-                response = await call.read()
-                if response is grpc.aio.EOF or response.errors:
-                    raise RuntimeError(f"{self.name}: {response}")
-                left -= sum(len(result.lanes) for result in response.frames)
 
         return trip
 
+    async def _answered(self, call: Any, lanes: Callable[[pb.StreamResponse], int]) -> None:
+        """Reads until every lane was answered."""
+        left = self.lanes
+        while left:
+            response = await call.read()
+            if response is grpc.aio.EOF or response.errors:
+                raise RuntimeError(f"{self.name}: {response}")
+            left -= lanes(response)
+
     async def _greet(self, call: Any) -> None:
-        """Begins a stream."""
         raise NotImplementedError
 
 
@@ -190,12 +197,7 @@ class ServerRow(StreamRow):
     async def _greet(self, call: Any) -> None:
         config = SessionConfig(model=work.MODEL, options=LayerOptions(return_sequences=True))
         await call.write(pb.StreamRequest(opens=[pb.LaneOpen(lane=n, create=config) for n in range(self.lanes)]))
-        opened = 0
-        while opened < self.lanes:
-            response = await call.read()
-            if response is grpc.aio.EOF or response.errors:
-                raise RuntimeError(f"{self.name}: {response}")
-            opened += len(response.opened)
+        await self._answered(call, lambda response: len(response.opened))
 
 
 class SessionsRow(Row):
@@ -204,16 +206,17 @@ class SessionsRow(Row):
     part = "SDK"
     server = "rnnserve"
 
+    @property
+    def wire(self) -> tuple[int, int, int]:
+        """The client puts what its tasks ask for into one frame."""
+        return 1, self.streams, self.steps
+
     async def open(self, address: str, stack: AsyncExitStack) -> Measure:
-        """See `Row.open`."""
         client = await stack.enter_async_context(rnnserve.aio.Client(address))
         x = work.numbers(work.FEATURES)
 
-        async def session() -> Trip:
-            opened = await stack.enter_async_context(client.session(work.MODEL))
-            return lambda: opened.step(x)
-
-        return side_by_side([await session() for _ in range(self.streams)])
+        sessions = [await stack.enter_async_context(client.session(work.MODEL)) for _ in range(self.streams)]
+        return side_by_side([partial(session.step, x) for session in sessions])
 
 
 class GroupRow(Row):
@@ -223,15 +226,11 @@ class GroupRow(Row):
     server = "rnnserve"
 
     async def open(self, address: str, stack: AsyncExitStack) -> Measure:
-        """See `Row.open`."""
         client = await stack.enter_async_context(rnnserve.aio.Client(address))
-        opened = client.session_group(work.MODEL, self.lanes, return_sequences=self.steps > 1)
+        opened = client.session_group(work.MODEL, self.lanes, return_sequences=True)
         group = await stack.enter_async_context(opened)
-        if self.steps == 1:
-            x = work.numbers(self.lanes, work.FEATURES)
-            return side_by_side([lambda: group.step(x)])
-        chunks = work.numbers(self.lanes, 1, self.steps, work.FEATURES)
-        return side_by_side([lambda: group(chunks)])
+        x = work.numbers(self.lanes, 1, self.steps, work.FEATURES)
+        return side_by_side([lambda: group(x)])
 
 
 class BlockingRow(Row):
@@ -241,11 +240,8 @@ class BlockingRow(Row):
     server = "rnnserve"
 
     async def open(self, address: str, stack: AsyncExitStack) -> Measure:
-        """See `Row.open`."""
-        session = stack.enter_context(rnnserve.Client(address)).session(work.MODEL)
-        stack.enter_context(session)
-        x = work.numbers(work.FEATURES)
-        return one_by_one(lambda: session.step(x))
+        session = stack.enter_context(stack.enter_context(rnnserve.Client(address)).session(work.MODEL))
+        return one_by_one(partial(session.step, work.numbers(work.FEATURES)))
 
 
 ROWS: list[Row] = [

@@ -15,6 +15,7 @@ SAMPLES = Path(__file__).with_name("samples")
 
 
 def main() -> int:
+    """Takes what is missing; 1 if something could not be had."""
     failed = 0
     for name, source in yaml.safe_load((SAMPLES / "samples.yaml").read_text(encoding="utf-8")).items():
         try:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import onnx
+import onnx.inliner
 
 from rnnserve_models.errors import ModelError
 from rnnserve_models.spec import GraphSpec
@@ -29,9 +30,11 @@ def check_states(graph: bytes, spec: GraphSpec, *, origin: str) -> None:
     """
     try:
         model = onnx.load_model_from_string(graph)
+        if model.functions:
+            model = onnx.inliner.inline_local_functions(model)
     except Exception as error:  # protobuf's DecodeError, whose type depends on its implementation
         raise ModelError(f"{origin}: is not an ONNX model: {error}") from error
-    if any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in model.graph.initializer):
+    if any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in _tensors(model.graph)):
         raise ModelError(f"{origin}: keeps tensors in other files; save it as one file")
     declared = {state.input for state in spec.states}
     producers: dict[str, Any] = {}
@@ -76,6 +79,15 @@ def _nodes(graph: Any) -> Iterator[Any]:
         yield node
         for subgraph in _subgraphs(node):
             yield from _nodes(subgraph)
+
+
+def _tensors(graph: Any) -> Iterator[Any]:
+    """Every constant, those of nodes and of subgraphs too."""
+    yield from graph.initializer
+    for node in graph.node:
+        yield from (attribute.t for attribute in node.attribute if attribute.type == onnx.AttributeProto.TENSOR)
+        for subgraph in _subgraphs(node):
+            yield from _tensors(subgraph)
 
 
 def _subgraphs(node: Any) -> Iterator[Any]:

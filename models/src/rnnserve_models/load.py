@@ -14,7 +14,7 @@ from rnnserve_models.cells import cells_from_specs
 from rnnserve_models.engine.base import Engine
 from rnnserve_models.engine.numpy import NumpyEngine
 from rnnserve_models.errors import ModelError
-from rnnserve_models.spec import CellSpec, ModelSpec, read_spec
+from rnnserve_models.spec import CellSpec, GraphSpec, ModelSpec, read_spec
 from rnnserve_models.weights import load_weights
 
 EngineChoice = Literal["auto", "numpy", "onnx"]
@@ -79,7 +79,11 @@ def load_cell(directory: Path, spec: ModelSpec) -> Cell:
     if spec.cell is None or spec.weights is None or spec.input_dim is None:
         raise ModelError(f"{directory}: the model is a graph and has no cells")
     specs = (spec.cell,) if isinstance(spec.cell, CellSpec) else spec.cell
-    return load_weights(directory / spec.weights, cells_from_specs(specs), spec.input_dim, np.dtype(spec.dtype))
+    try:
+        cell = cells_from_specs(specs)
+    except ModelError as error:
+        raise ModelError(f"{directory / 'model.yaml'}: cell: {error}") from error
+    return load_weights(directory / spec.weights, cell, spec.input_dim, np.dtype(spec.dtype))
 
 
 def _engine(directory: Path, spec: ModelSpec, choice: EngineChoice, threads: int) -> Engine:
@@ -88,6 +92,7 @@ def _engine(directory: Path, spec: ModelSpec, choice: EngineChoice, threads: int
         from rnnserve_models.engine.onnx import OnnxEngine
         from rnnserve_models.graph import check_states
 
+        _check_sequences(directory / "model.yaml", spec, spec.graph)
         graph = (directory / spec.graph.file).read_bytes()
         check_states(graph, spec.graph, origin=str(directory / spec.graph.file))
         return OnnxEngine(graph, spec.graph, threads=threads, origin=str(directory / spec.graph.file))
@@ -99,7 +104,10 @@ def _engine(directory: Path, spec: ModelSpec, choice: EngineChoice, threads: int
     from rnnserve_models.engine.onnx import OnnxEngine
     from rnnserve_models.export import export_cell
 
-    graph, graph_spec = export_cell(cell, spec.input_dim, dtype)
+    try:
+        graph, graph_spec = export_cell(cell, spec.input_dim, dtype)
+    except ModelError as error:
+        raise ModelError(f"{directory / 'model.yaml'}: cell: {error}") from error
     inputs = tuple(part.model_copy(update={"finite": spec.finite}) for part in graph_spec.inputs)
     return OnnxEngine(
         graph,
@@ -108,6 +116,20 @@ def _engine(directory: Path, spec: ModelSpec, choice: EngineChoice, threads: int
         threads=threads,
         origin=str(directory),
     )
+
+
+def _check_sequences(path: Path, spec: ModelSpec, graph: GraphSpec) -> None:
+    """Refuses to offer a sequence of outputs that the graph gives once a run."""
+    if not graph.inputs[0].has_time:
+        return  # the graph is run for each step
+    for output in graph.outputs:
+        if not output.has_time and (
+            spec.default_options.return_sequences or "return_sequences" in spec.settable_options
+        ):
+            raise ModelError(
+                f"{path}: graph.outputs: {output.name!r} has no time axis, so return_sequences cannot be honoured; "
+                "leave it out of settable_options, and out of options"
+            )
 
 
 def _recipe(spec: ModelSpec, directory: Path) -> str:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import inspect
 import logging
+import os
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any
 
-import structlog
 import typer
 from pydantic import ValidationError
 
-from rnnserve_models.errors import ModelError
-from rnnserve_server.config import Settings, load_settings
+from rnnserve_server.config import ConfigError, Settings, load_settings
 
 app = typer.Typer(help="Serves recurrent models that remember.", no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -23,16 +23,23 @@ def _serve(config: Path | None, **flags: Any) -> None:
 
     Each setting is a flag, a variable RNNSERVE_<NAME>, or a key of the --config file; the first that is set wins.
     """
+    # The signal that stops a container may come while the models load; as process 1 nobody else would heed it.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+
     try:
         settings = load_settings(config, **flags)
     except ValidationError as error:
         for fault in error.errors():
             typer.echo(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}, got {fault['input']!r}", err=True)
         raise typer.Exit(2) from error
+    except ConfigError as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(2) from error
     _configure_logs(settings)
 
     import uvloop
 
+    from rnnserve_models.errors import ModelError
     from rnnserve_server.server import serve
 
     try:
@@ -81,13 +88,14 @@ def fetch(models: Annotated[Path, typer.Argument(help="the folder of models")] =
 
 @app.command()
 def health(
-    address: Annotated[str, typer.Option(help="the server's address")] = "127.0.0.1:50051",
+    address: Annotated[str, typer.Option(help="the server's address [127.0.0.1 and RNNSERVE_PORT]")] = "",
     timeout: Annotated[float, typer.Option(help="seconds to wait for an answer")] = 3.0,
 ) -> None:
     """Exit with 0 if a server is up and takes calls, else with 1."""
     import grpc
     from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+    address = address or f"127.0.0.1:{os.environ.get('RNNSERVE_PORT', 50051)}"
     with grpc.insecure_channel(address) as channel:
         try:
             answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=timeout)
@@ -100,6 +108,8 @@ def health(
 
 
 def _configure_logs(settings: Settings) -> None:
+    import structlog
+
     level = getattr(logging, settings.log_level.upper())
     structlog.configure(
         processors=[

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
+import yaml
 from pydantic import Field
 from pydantic_settings import (
     BaseSettings,
@@ -15,6 +16,10 @@ from pydantic_settings import (
 
 Positive = Annotated[int, Field(gt=0)]
 Seconds = Annotated[float, Field(gt=0)]
+
+
+class ConfigError(ValueError):
+    """The file of settings is of no use: the message names it."""
 
 
 class Settings(BaseSettings):
@@ -70,11 +75,21 @@ def load_settings(config: Path | None = None, **flags: object) -> Settings:
         flags: what the command line says; None is not said.
 
     Raises:
+        ConfigError: the file cannot be read or is not a mapping in YAML.
         pydantic.ValidationError: a setting is unknown or has a wrong value.
     """
     said = {name: value for name, value in flags.items() if value is not None}
     if config is None:
         return Settings(**said)  # type: ignore[arg-type]
+
+    try:  # pydantic-settings ignores a file that is not there
+        document = yaml.safe_load(config.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{config}: cannot be read: {error}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{config}: is not YAML: {error}") from error
+    if not isinstance(document, dict | None):
+        raise ConfigError(f"{config}: must be a mapping of settings, got {type(document).__name__}")
 
     class FileSettings(Settings):
         model_config = SettingsConfigDict(yaml_file=config)

@@ -277,7 +277,10 @@ def resolve_options(model: LoadedModel, asked: Mapping[str, bool], *, stateful: 
 
 def _check_mask(model: LoadedModel, mask: Array | None) -> None:
     if mask is not None and not model.spec.masking:
-        raise OptionUnsupported(f"mask: model {model.name!r} takes no mask", metadata={"field": "mask"})
+        raise OptionUnsupported(
+            f"mask: model {model.name!r} takes no mask",
+            metadata={"field": "mask", "expected": "no mask", "got": "a mask"},
+        )
 
 
 def _not_finite(name: str) -> NotFinite:

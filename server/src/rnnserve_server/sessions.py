@@ -248,7 +248,7 @@ class SessionTable:
         """Holds the chunks of a block against their sessions, when their turn has come.
 
         Args:
-            sessions: the chunks' columns; ``first_steps`` are filled in where the request left them out.
+            sessions: the chunks' columns; ``first_steps`` are filled in where the request left them out, if all fit.
             session_id: the session of the chunk at a position.
 
         Returns:
@@ -257,13 +257,13 @@ class SessionTable:
         group, slots = sessions.group, sessions.slots
         here = group.step[slots]  # [N]
         alive = group.generation[slots] == sessions.generations
-        if sessions.first_steps is None:
-            sessions.first_steps = here
-        fine = alive & (sessions.first_steps == here)
+        first_steps = here if sessions.first_steps is None else sessions.first_steps
+        fine = alive & (first_steps == here)
         if fine.all():
+            sessions.first_steps = first_steps
             return None, []
         errors: list[tuple[int, ServiceError]] = [
-            (int(index), step_mismatch(int(here[index]), int(sessions.first_steps[index])))
+            (int(index), step_mismatch(int(here[index]), int(first_steps[index])))
             if alive[index]
             else (int(index), self._gone(session_id(int(index))))
             for index in np.flatnonzero(~fine)

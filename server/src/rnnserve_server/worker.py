@@ -142,17 +142,17 @@ class Worker:
         kept, errors = self._sessions.check(block.sessions, lambda index: block.sink.session_id(int(block.tags[index])))
         if kept is None:
             return block
+        block.sink.failed(block, errors)
         if not len(kept):
             self._scheduler.finish(block)
-            block.sink.failed(block, errors)
             return None
-        rest = self._scheduler.narrow(block, kept)
-        block.sink.failed(block, errors)
-        return rest
+        return self._checked(self._scheduler.narrow(block, kept))
 
     def _drop(self, block: Block, error: ServiceError) -> None:
-        self._scheduler.finish(block)
-        block.sink.failed(block, [(index, error) for index in range(len(block.tags))])
+        try:
+            block.sink.failed(block, [(index, error) for index in range(len(block.tags))])
+        finally:
+            self._scheduler.finish(block)
 
     def _engine_failed(self, blocks: list[Block], error: EngineError) -> None:
         """Runs the blocks of a failed batch again one by one, so that only the one to blame fails."""

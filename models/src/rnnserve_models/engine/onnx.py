@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
+
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # what a server computes is nobody else's business
 import onnxruntime as ort
 
 from rnnserve_models.engine.base import Array, Arrays, Engine, EngineError
@@ -62,10 +65,13 @@ class OnnxEngine(Engine):
             self._session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime raises a dozen types of its own for a bad graph
             raise ModelError(f"{origin}: onnxruntime refuses the graph: {error}") from error
+        try:
+            self._constants = {constant.tensor: constant.array() for constant in spec.constants}
+        except (ValueError, TypeError, OverflowError) as error:
+            raise ModelError(f"{origin}: constants: a value is not of its dtype: {error}") from error
         _check_graph(self._session, spec, origin)
         self._spec = spec
         self._stepwise = not spec.inputs[0].has_time
-        self._constants = {constant.tensor: constant.array() for constant in spec.constants}
         self._lengths_dtype = next(
             (_DTYPES[node.type] for node in self._session.get_inputs() if node.name == spec.lengths), "int32"
         )

@@ -21,6 +21,10 @@ log = structlog.get_logger(__name__)
 
 DOMAIN = "rnnserve"
 
+# A peer drops a call whose trailers have more than 8 KiB, and with it the error: names that a client made up are cut.
+_MESSAGE_BYTES = 1000
+_VALUE_BYTES = 400
+
 _STATUS: dict[type[ServiceError], grpc.StatusCode] = {
     errors.InvalidInput: grpc.StatusCode.INVALID_ARGUMENT,
     errors.OptionUnsupported: grpc.StatusCode.UNIMPLEMENTED,
@@ -53,12 +57,18 @@ def status(error: ServiceError) -> error_pb2.Status:
     """An error as google.rpc.Status has it, with ErrorInfo and, where they apply, BadRequest and RetryInfo."""
     code = status_code(error)
     details: list[Any] = [
-        error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=error.metadata),
+        error_details_pb2.ErrorInfo(
+            reason=error.reason,
+            domain=DOMAIN,
+            metadata={key: _brief(value, _VALUE_BYTES) for key, value in error.metadata.items()},
+        ),
     ]
     if error.violations:
         bad_request = error_details_pb2.BadRequest()
         for field, description in error.violations:
-            bad_request.field_violations.add(field=field, description=description)
+            bad_request.field_violations.add(
+                field=_brief(field, _VALUE_BYTES), description=_brief(description, _MESSAGE_BYTES)
+            )
         details.append(bad_request)
     if error.retry_after is not None:
         delay = Duration()
@@ -68,7 +78,7 @@ def status(error: ServiceError) -> error_pb2.Status:
     for detail in details:
         packed.append(any_pb2.Any())
         packed[-1].Pack(detail)
-    return error_pb2.Status(code=code.value[0], message=str(error), details=packed)
+    return error_pb2.Status(code=code.value[0], message=_brief(str(error), _MESSAGE_BYTES), details=packed)
 
 
 def service_error(error: Exception) -> ServiceError:
@@ -81,10 +91,16 @@ def service_error(error: Exception) -> ServiceError:
     return errors.InternalError("the server failed; its log has the cause")
 
 
+def _brief(text: str, most: int) -> str:
+    cut = text.encode(errors="replace")
+    return text if len(cut) <= most else cut[:most].decode(errors="ignore") + "…"
+
+
 async def abort(context: grpc.aio.ServicerContext[Any, Any], error: Exception) -> None:
     """Ends a call with an error."""
     told = service_error(error)
-    await context.abort(status_code(told), str(told), (("grpc-status-details-bin", status(told).SerializeToString()),))
+    message = status(told)
+    await context.abort(status_code(told), message.message, (("grpc-status-details-bin", message.SerializeToString()),))
 
 
 Method = TypeVar("Method", bound=Callable[..., Awaitable[Any]])

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import count
 from typing import Any
 
 import grpc
@@ -45,13 +47,14 @@ class LaneStream:
         self._core = core
         self._context = context
         self._lanes: dict[int, Session] = {}
-        self._groups: list[Group] = []
+        self._groups: dict[int, Group] = {}
+        self._group_lanes: Counter[int] = Counter()  # lanes in each of _groups
         self._group = np.full(64, -1)  # [capacity], the index of the lane's group in _groups; -1: not open
         self._slot = np.zeros(64, np.int64)
         self._generation = np.zeros(64, np.int64)
         self._responses: list[pb.StreamResponse] = []
         self._response_bytes = 0
-        self._unsent = 0  # chunks whose answers wait to be sent
+        self._unsent = 0  # answers that wait to be sent: of chunks, opens and closes
         self._unanswered = 0  # chunks and closes that were accepted and not answered
         self._received = 0
         self._ready = asyncio.Event()  # there is something to send, or nothing more will come
@@ -128,18 +131,22 @@ class LaneStream:
             session = create_session(self._core, opening.create)
         else:
             session = self._core.sessions.get(opening.session_id)
-        if session.group not in self._groups:
-            self._groups.append(session.group)
+        number = next((number for number, group in self._groups.items() if group is session.group), None)
+        if number is None:
+            number = next(number for number in count() if number not in self._groups)
+            self._groups[number] = session.group
+        self._group_lanes[number] += 1
         while lane >= len(self._group):
             missing = (0, len(self._group))
             self._group = np.pad(self._group, missing, constant_values=-1)
             self._slot = np.pad(self._slot, missing)
             self._generation = np.pad(self._generation, missing)
         self._lanes[lane] = session
-        self._group[lane] = self._groups.index(session.group)
+        self._group[lane] = number
         self._slot[lane] = session.slot
         self._generation[lane] = session.generation
-        self._response().opened.add(lane=lane, session=session_message(session))
+        opened = pb.LaneOpened(lane=lane, session=session_message(session))
+        self._response(1, opened.ByteSize()).opened.append(opened)
 
     def _close(self, closing: pb.LaneClose) -> None:
         lane, session = closing.lane, self._lanes.get(closing.lane)
@@ -153,34 +160,40 @@ class LaneStream:
                 self._fail(lane, pb.LANE_OPERATION_CLOSE, LaneUnknown(lane))
                 return
             del self._lanes[lane]
+            number = int(self._group[lane])
             self._group[lane] = -1
+            self._group_lanes[number] -= 1
+            if not self._group_lanes[number]:  # its memory is given back although the stream goes on
+                del self._groups[number], self._group_lanes[number]
             try:
                 if closing.delete_session:
                     self._core.sessions.delete(session.id)
             except ServiceError as error:
                 self._fail(lane, pb.LANE_OPERATION_CLOSE, error)
             else:
-                self._response().closed.add(lane=lane)
+                self._response(1).closed.add(lane=lane)
 
         self._unanswered += 1
         self._core.when_idle(session, close)
 
     def _frame(self, frame: pb.StepFrame) -> None:
-        count = len(frame.lanes)
-        if not count:
+        chunks = len(frame.lanes)
+        if not chunks:
             raise InvalidRequest("frames.lanes", "at least one lane", "none")
-        lanes = np.fromiter(frame.lanes, np.int64, count)
+        lanes = np.fromiter(frame.lanes, np.int64, chunks)
         first_steps = np.fromiter(frame.first_steps, np.uint64, len(frame.first_steps)) if frame.first_steps else None
         try:
-            if first_steps is not None and len(first_steps) != count:
-                raise InvalidRequest("frames.first_steps", f"{count}, as many as lanes, or none", f"{len(first_steps)}")
+            if first_steps is not None and len(first_steps) != chunks:
+                raise InvalidRequest(
+                    "frames.first_steps", f"{chunks}, as many as lanes, or none", str(len(first_steps))
+                )
             _check_distinct(lanes)
             inputs = decode_named(frame.inputs, "inputs")
             mask = decode(frame.mask, "mask") if frame.HasField("mask") else None
             for field, array in (*((f"inputs.{name}", x) for name, x in inputs.items()), ("mask", mask)):
-                if array is not None and array.shape[:1] != (count,):
+                if array is not None and array.shape[:1] != (chunks,):
                     raise InvalidInput(
-                        field, f"a first axis of {count}, as many as lanes", f"shape {list(array.shape)}"
+                        field, f"a first axis of {chunks}, as many as lanes", f"shape {list(array.shape)}"
                     )
         except (ServiceError, TensorError) as error:
             self._fail_chunks(lanes, None, first_steps, service_error(error))
@@ -200,9 +213,9 @@ class LaneStream:
                     self,
                     tags,
                 )
-            except ServiceError as error:
+            except Exception as error:  # the frame's lanes are to blame, or a bug: the stream goes on
                 self._unanswered -= len(tags)
-                self._fail_chunks(lanes, index, first_steps, error)
+                self._fail_chunks(lanes, index, first_steps, service_error(error))
 
     def _by_group(self, lanes: Array, first_steps: Array | None) -> Iterator[tuple[Group, Array | None]]:
         """The positions of a frame's lanes, group by group; None for all. Lanes that are not open are told so."""
@@ -231,34 +244,27 @@ class LaneStream:
 
     def result(self, block: Block, outputs: Arrays, states: Arrays) -> None:
         """See `Sink.result`."""
-        count = len(block.tags)
-        self._answered(count)
+        chunks = len(block.tags)
         if self.cancelled:
+            self._unanswered -= chunks
             return
-        outputs, states = to_wire(outputs, states, block.options, count)
-        response = self._response()
-        response.frames.append(
-            pb.ResultFrame(
-                lanes=block.tags.tolist(),
-                first_steps=_steps(block),
-                timesteps=block.call.timesteps,
-                outputs=encode_named(outputs),
-                states=encode_named(states),
-            )
+        outputs, states = to_wire(outputs, states, block.options, chunks)
+        frame = pb.ResultFrame(
+            lanes=block.tags.tolist(),
+            first_steps=_steps(block),
+            timesteps=block.call.timesteps,
+            outputs=encode_named(outputs),
+            states=encode_named(states),
         )
-        self._response_bytes += sum(y.nbytes for y in (*outputs.values(), *states.values()))
+        self._unanswered -= chunks
+        self._response(chunks, sum(y.nbytes for y in (*outputs.values(), *states.values()))).frames.append(frame)
 
     def failed(self, block: Block, errors: list[tuple[int, ServiceError]]) -> None:
         """See `Sink.failed`."""
-        self._answered(len(errors))
+        self._unanswered -= len(errors)
         first_steps = None if block.sessions is None else block.sessions.first_steps
         for index, error in errors:
             self._fail(int(block.tags[index]), pb.LANE_OPERATION_STEP, error, first_steps, index)
-
-    def _answered(self, chunks: int) -> None:
-        self._unanswered -= chunks
-        self._unsent += chunks
-        self._ready.set()
 
     def _fail_chunks(self, lanes: Array, index: Array | None, first_steps: Array | None, error: ServiceError) -> None:
         for position in range(len(lanes)) if index is None else index:
@@ -275,13 +281,15 @@ class LaneStream:
         failure = pb.LaneError(lane=lane, operation=operation, status=status(error))
         if first_steps is not None and position < len(first_steps):
             failure.first_step = int(first_steps[position])
-        self._response().errors.append(failure)
+        self._response(1, failure.ByteSize()).errors.append(failure)
 
-    def _response(self) -> pb.StreamResponse:
-        """The response that is being filled."""
+    def _response(self, answers: int, nbytes: int = 0) -> pb.StreamResponse:
+        """The response that so many answers, and bytes, go into."""
         if not self._responses or self._response_bytes > _RESPONSE_BYTES:
             self._responses.append(pb.StreamResponse())
             self._response_bytes = 0
+        self._response_bytes += nbytes
+        self._unsent += answers
         self._ready.set()
         return self._responses[-1]
 
