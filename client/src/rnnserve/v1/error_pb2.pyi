@@ -33,7 +33,8 @@ Every error has a google.rpc.ErrorInfo whose domain is "rnnserve" and whose reas
   INTERNAL               INTERNAL             a fault of the server's own; its log has the cause
 
 ErrorInfo.metadata holds, where they apply: field, expected, got, session_id, expected_step. INVALID_ARGUMENT
-carries a google.rpc.BadRequest too, and RESOURCE_EXHAUSTED and UNAVAILABLE a google.rpc.RetryInfo.
+carries a google.rpc.BadRequest too, and RESOURCE_EXHAUSTED and UNAVAILABLE a google.rpc.RetryInfo where waiting
+can help. A message larger than the server's limit is refused by gRPC itself, with RESOURCE_EXHAUSTED and no details.
 
 The messages below have the fields of the google.rpc messages of the same names, so that a client can read them
 without a further package. Their type URLs stay "type.googleapis.com/google.rpc.<name>".

@@ -463,7 +463,7 @@ class LaneError(_message.Message):
     operation: Global___LaneOperation.ValueType
     """What was asked."""
     first_step: _builtins.int
-    """For a chunk, the first step that was asked for; not set where the request did not say."""
+    """For a chunk, its first step, where the request said it or the session's turn had come."""
     @_builtins.property
     def status(self) -> _error_pb2.Status:
         """Why, by the rules of error.proto."""
