@@ -54,7 +54,7 @@ LIMITS = {
 
 
 def repository() -> Repository:
-    made = Repository()
+    made = Repository(ZOO)
     fixed = tuple(name for name in OPTION_NAMES if name != "go_backwards")
     for model in (
         loaded(AddingEngine()),

@@ -26,9 +26,7 @@ class House:
         self.sessions = table(self.clock)
         self.progress = 0
         self.scheduler = Scheduler(rows, slice_steps)
-        self.worker = Worker(
-            self.engine, self.scheduler, self.sessions, clock=self.clock, on_progress=self._on_progress
-        )
+        self.worker = Worker(self.model, self.scheduler, self.sessions, clock=self.clock, on_progress=self._on_progress)
 
     def _on_progress(self):
         self.progress += 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import grpc
 import grpc.aio
@@ -16,6 +16,9 @@ from rnnserve.v1 import inference_pb2, model_pb2, session_pb2
 from rnnserve.v1.inference_pb2_grpc import InferenceServiceStub
 from rnnserve.v1.model_pb2_grpc import ModelServiceStub
 from rnnserve.v1.session_pb2_grpc import SessionServiceStub
+
+if TYPE_CHECKING:
+    from rnnserve.v1.model_pb2_grpc import ModelServiceAsyncStub
 
 T = TypeVar("T")
 
@@ -76,6 +79,10 @@ class Connection:
                 self._channel = grpc.aio.secure_channel(self.target, self._credentials, self._options)
         return self._channel
 
+    def model_service(self) -> ModelServiceAsyncStub:
+        """The stub of the service of models."""
+        return ModelServiceStub(self.channel())
+
     def seconds(self, limit: float | None) -> float | None:
         """The deadline of a call: its own, else the client's."""
         return self.timeout if limit is None else limit
@@ -106,14 +113,14 @@ class Connection:
         self, request: inference_pb2.PredictRequest, limit: float | None
     ) -> inference_pb2.PredictResponse:
         """One call without a session."""
-        return await self._unary(InferenceServiceStub(self.channel()).Predict, request, limit)
+        return await self.unary(InferenceServiceStub(self.channel()).Predict, request, limit)
 
     async def newest(self, name: str, version: str, limit: float | None, *, known: bool = False) -> Model:
         """A model's description; with `known`, the one that was fetched before, if there is one."""
         model = (self._models.get((name, version)) if version else self._newest.get(name)) if known else None
         if model is None:
             request = model_pb2.GetModelRequest(name=name, version=version)
-            response = await self._unary(ModelServiceStub(self.channel()).GetModel, request, limit)
+            response = await self.unary(self.model_service().GetModel, request, limit)
             model = self._keep(Model.from_message(response.model))
             if not version:
                 self._newest[name] = model
@@ -131,7 +138,7 @@ class Connection:
         found: list[Model] = []
         request = model_pb2.ListModelsRequest()
         while True:
-            response = await self._unary(ModelServiceStub(self.channel()).ListModels, request, limit)
+            response = await self.unary(self.model_service().ListModels, request, limit)
             found += [self._keep(Model.from_message(each)) for each in response.models]
             request.page_token = response.next_page_token
             if not request.page_token:
@@ -140,29 +147,29 @@ class Connection:
     async def sessions_page(self, model: str, token: str, limit: float | None) -> tuple[list[SessionInfo], str]:
         """A page of the live sessions, oldest first, and the token of the next one, empty at the end."""
         request = session_pb2.ListSessionsRequest(model=model, page_token=token)
-        response = await self._unary(SessionServiceStub(self.channel()).ListSessions, request, limit)
+        response = await self.unary(SessionServiceStub(self.channel()).ListSessions, request, limit)
         return [SessionInfo.from_message(each) for each in response.sessions], response.next_page_token
 
     async def get_session(self, session_id: str, limit: float | None) -> SessionInfo:
         """A session as it is."""
         request = session_pb2.GetSessionRequest(session_id=session_id)
-        response = await self._unary(SessionServiceStub(self.channel()).GetSession, request, limit)
+        response = await self.unary(SessionServiceStub(self.channel()).GetSession, request, limit)
         return SessionInfo.from_message(response.session)
 
     async def reset_session(self, request: session_pb2.ResetSessionRequest, limit: float | None) -> None:
         """Puts a session's states back."""
-        await self._unary(SessionServiceStub(self.channel()).ResetSession, request, limit)
+        await self.unary(SessionServiceStub(self.channel()).ResetSession, request, limit)
 
     async def delete_session(self, session_id: str, limit: float | None) -> None:
         """Ends a session."""
         request = session_pb2.DeleteSessionRequest(session_id=session_id)
-        await self._unary(SessionServiceStub(self.channel()).DeleteSession, request, limit)
+        await self.unary(SessionServiceStub(self.channel()).DeleteSession, request, limit)
 
     async def health(self, limit: float | None) -> bool:
         """Whether the server says that it serves; False when it cannot be reached."""
         check: Callable[..., Awaitable[bytes]] = self.channel().unary_unary("/grpc.health.v1.Health/Check")
         try:
-            return await self._unary(check, b"", limit) == _SERVING
+            return await self.unary(check, b"", limit) == _SERVING
         except (Unavailable, DeadlineExceeded):
             return False
 
@@ -170,7 +177,8 @@ class Connection:
         self._models[model.name, model.version] = model
         return model
 
-    async def _unary(self, method: Callable[..., Awaitable[T]], request: Any, limit: float | None) -> T:
+    async def unary(self, method: Callable[..., Awaitable[T]], request: Any, limit: float | None) -> T:
+        """One call, its failure as one of our exceptions."""
         try:
             return await method(request, timeout=self.seconds(limit))
         except grpc.RpcError as error:

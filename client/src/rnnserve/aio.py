@@ -17,12 +17,15 @@ Arrays that come back are read-only views of what arrived.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterable, AsyncIterator, Generator, Iterable, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Generator, Iterable, Mapping, Sequence
+from os import PathLike
 from types import TracebackType
 from typing import Any, Self, Unpack
 
 import grpc
+from numpy.typing import ArrayLike
 
+from rnnserve._catalogue import Catalogue
 from rnnserve._chunks import Chunk
 from rnnserve._connection import Connection
 from rnnserve._faces import GroupFace, LayerFace, LiveFace, SessionFace
@@ -34,7 +37,7 @@ from rnnserve.models import Model, SessionInfo
 from rnnserve.nest import Nest
 from rnnserve.options import LayerOptions, SessionOptions, given_options
 
-__all__ = ["RNN", "Client", "Session", "SessionGroup"]
+__all__ = ["RNN", "Client", "Models", "Session", "SessionGroup"]
 
 
 class Client:
@@ -45,6 +48,9 @@ class Client:
         timeout: seconds that a call may take unless it is given its own; None for no limit.
         credentials: for TLS; without them the connection is not encrypted.
         options: gRPC channel options.
+
+    Attributes:
+        models: called, lists what the server hosts; deploys, unloads and reloads models where the server allows it.
 
     Every call raises the exceptions of `rnnserve.errors`.
     """
@@ -58,6 +64,7 @@ class Client:
         options: Sequence[tuple[str, Any]] = (),
     ) -> None:
         self._connection = Connection(target, timeout, credentials, options)
+        self.models = Models(Catalogue(self._connection))
 
     async def __aenter__(self) -> Self:
         return self
@@ -150,10 +157,6 @@ class Client:
         wish = Wish(model, version, batch_size, initial_state, idle_lifetime, "", given_options(options))
         return SessionGroup(lambda: Live.create(self._connection, wish, timeout, count=count, group=True), ends=True)
 
-    async def models(self, *, timeout: float | None = None) -> list[Model]:
-        """What the server hosts, by name, the newest version of each first."""
-        return await self._connection.models(timeout)
-
     async def model(self, name: str, *, version: str = "", timeout: float | None = None) -> Model:
         """One version of one model; the newest if none is named."""
         return await self._connection.newest(name, version, timeout)
@@ -171,6 +174,62 @@ class Client:
     async def health(self, *, timeout: float | None = None) -> bool:
         """Whether the server says that it serves. False too when it cannot be reached."""
         return await self._connection.health(timeout)
+
+
+class Models:
+    """The models of the server, made by `Client.models`: called to list them, and changed where the server allows it.
+
+    Changing raises DeployDisabled unless the server was started with `--allow-deploy`.
+    """
+
+    def __init__(self, catalogue: Catalogue) -> None:
+        self._catalogue = catalogue
+
+    async def __call__(self, *, timeout: float | None = None) -> list[Model]:
+        """What the server hosts, by name, the newest version of each first."""
+        return await self._catalogue.listed(timeout)
+
+    async def deploy(
+        self,
+        name: str,
+        config: Mapping[str, Any],
+        weights: Sequence[ArrayLike],
+        *,
+        version: str = "",
+        keras_version: int | None = None,
+        timeout: float | None = None,
+    ) -> Model:
+        """Adds a version of a model, made from a layer or a model of layers.
+
+        Sessions stay on the version they were opened on; new ones get the new one.
+
+        Args:
+            name: the model's name.
+            config: `{"class_name": ..., "config": {...}}`, as Keras 2 or Keras 3 serializes a layer or a model.
+            weights: in the order of Keras's `get_weights()`.
+            version: the version; empty for the next number.
+            keras_version: 2 or 3, the Keras that wrote the config; None to tell from it.
+            timeout: seconds that the call may take.
+
+        Raises:
+            ModelInvalid: it is no model; the message says why.
+            VersionExists: the version is there.
+        """
+        return await self._catalogue.deploy(name, config, weights, version, keras_version, timeout)
+
+    async def deploy_file(
+        self, name: str, path: str | PathLike[str], *, version: str = "", timeout: float | None = None
+    ) -> Model:
+        """Adds a version of a model from a .keras, .h5, .onnx or .safetensors (PyTorch) file. Raises as `deploy`."""
+        return await self._catalogue.deploy_file(name, path, version, timeout)
+
+    async def unload(self, name: str, *, version: str = "", timeout: float | None = None) -> list[str]:
+        """Takes a version, or all, from the list, and returns which. Sessions that have it go on."""
+        return await self._catalogue.unload(name, version, timeout)
+
+    async def reload(self, name: str, *, timeout: float | None = None) -> list[Model]:
+        """Loads the versions that are in the server's folder now, and returns what is served."""
+        return await self._catalogue.reload(name, timeout)
 
 
 class RNN(LayerFace):

@@ -17,12 +17,15 @@ from __future__ import annotations
 
 import concurrent.futures
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from os import PathLike
 from types import TracebackType
 from typing import Any, Self, Unpack
 
 import grpc
+from numpy.typing import ArrayLike
 
+from rnnserve._catalogue import Catalogue
 from rnnserve._chunks import Chunk
 from rnnserve._connection import Connection
 from rnnserve._faces import GroupFace, LayerFace, LiveFace, SessionFace
@@ -35,7 +38,7 @@ from rnnserve.models import Model, SessionInfo
 from rnnserve.nest import Nest
 from rnnserve.options import LayerOptions, SessionOptions, given_options
 
-__all__ = ["RNN", "Client", "Session", "SessionGroup"]
+__all__ = ["RNN", "Client", "Models", "Session", "SessionGroup"]
 
 
 class Client:
@@ -46,6 +49,9 @@ class Client:
         timeout: seconds that a call may take unless it is given its own; None for no limit.
         credentials: for TLS; without them the connection is not encrypted.
         options: gRPC channel options.
+
+    Attributes:
+        models: called, lists what the server hosts; deploys, unloads and reloads models where the server allows it.
 
     Every call raises the exceptions of `rnnserve.errors`.
     """
@@ -60,6 +66,7 @@ class Client:
     ) -> None:
         self._connection = Connection(target, timeout, credentials, options)
         self._portal = Portal()
+        self.models = Models(self._portal, Catalogue(self._connection))
 
     def __enter__(self) -> Self:
         return self
@@ -156,10 +163,6 @@ class Client:
         live = self._portal.run(Live.create(self._connection, wish, timeout, count=count, group=True))
         return SessionGroup(self._portal, live, ends=True)
 
-    def models(self, *, timeout: float | None = None) -> list[Model]:
-        """What the server hosts, by name, the newest version of each first."""
-        return self._portal.run(self._connection.models(timeout))
-
     def model(self, name: str, *, version: str = "", timeout: float | None = None) -> Model:
         """One version of one model; the newest if none is named."""
         return self._portal.run(self._connection.newest(name, version, timeout))
@@ -176,6 +179,63 @@ class Client:
     def health(self, *, timeout: float | None = None) -> bool:
         """Whether the server says that it serves. False too when it cannot be reached."""
         return self._portal.run(self._connection.health(timeout))
+
+
+class Models:
+    """The models of the server, made by `Client.models`: called to list them, and changed where the server allows it.
+
+    Changing raises DeployDisabled unless the server was started with `--allow-deploy`.
+    """
+
+    def __init__(self, portal: Portal, catalogue: Catalogue) -> None:
+        self._portal = portal
+        self._catalogue = catalogue
+
+    def __call__(self, *, timeout: float | None = None) -> list[Model]:
+        """What the server hosts, by name, the newest version of each first."""
+        return self._portal.run(self._catalogue.listed(timeout))
+
+    def deploy(
+        self,
+        name: str,
+        config: Mapping[str, Any],
+        weights: Sequence[ArrayLike],
+        *,
+        version: str = "",
+        keras_version: int | None = None,
+        timeout: float | None = None,
+    ) -> Model:
+        """Adds a version of a model, made from a layer or a model of layers.
+
+        Sessions stay on the version they were opened on; new ones get the new one.
+
+        Args:
+            name: the model's name.
+            config: `{"class_name": ..., "config": {...}}`, as Keras 2 or Keras 3 serializes a layer or a model.
+            weights: in the order of Keras's `get_weights()`.
+            version: the version; empty for the next number.
+            keras_version: 2 or 3, the Keras that wrote the config; None to tell from it.
+            timeout: seconds that the call may take.
+
+        Raises:
+            ModelInvalid: it is no model; the message says why.
+            VersionExists: the version is there.
+        """
+        return self._portal.run(self._catalogue.deploy(name, config, weights, version, keras_version, timeout))
+
+    def deploy_file(
+        self, name: str, path: str | PathLike[str], *, version: str = "", timeout: float | None = None
+    ) -> Model:
+        """Adds a version of a model from a .keras, .h5, .onnx or .safetensors (PyTorch) file. Raises as `deploy`."""
+        return self._portal.run(self._catalogue.deploy_file(name, path, version, timeout))
+
+    def unload(self, name: str, *, version: str = "", timeout: float | None = None) -> list[str]:
+        """Takes a version, or all, from the list, and returns which. Sessions that have it go on."""
+        return self._portal.run(self._catalogue.unload(name, version, timeout))
+
+    def reload(self, name: str, *, timeout: float | None = None) -> list[Model]:
+        """Loads the versions that are in the server's folder now, and returns what is served."""
+        return self._portal.run(self._catalogue.reload(name, timeout))
 
 
 class RNN(LayerFace):

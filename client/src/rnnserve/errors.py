@@ -120,6 +120,26 @@ class ModelUnavailable(RequestError):
     reason = "MODEL_UNAVAILABLE"
 
 
+class ModelInvalid(InvalidInput):
+    """What was to be deployed is no model; the message says why."""
+
+    reason = "MODEL_INVALID"
+
+
+class VersionExists(RequestError):
+    """The model has that version already."""
+
+    status = grpc.StatusCode.ALREADY_EXISTS
+    reason = "VERSION_EXISTS"
+
+
+class DeployDisabled(RequestError):
+    """The server does not allow clients to change its models."""
+
+    status = grpc.StatusCode.PERMISSION_DENIED
+    reason = "DEPLOY_DISABLED"
+
+
 class SessionNotFound(NotFound):
     """No session of that id is alive; the subclasses tell why, where the server may."""
 
@@ -229,6 +249,9 @@ _BY_REASON: dict[str, type[RequestError]] = {
     "MODEL_UNKNOWN": ModelNotFound,
     "VERSION_UNKNOWN": ModelNotFound,
     "MODEL_UNAVAILABLE": ModelUnavailable,
+    "MODEL_INVALID": ModelInvalid,
+    "VERSION_EXISTS": VersionExists,
+    "DEPLOY_DISABLED": DeployDisabled,
     "SESSION_UNKNOWN": SessionNotFound,
     "SESSION_CLOSED": SessionClosed,
     "SESSION_EXPIRED": SessionExpired,

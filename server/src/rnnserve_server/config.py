@@ -37,6 +37,9 @@ class Settings(BaseSettings):
     )
     engine_threads: Positive = Field(1, description="onnxruntime's threads for one operator")
 
+    allow_deploy: bool = Field(False, description="let clients deploy, unload and reload models")
+    max_model_bytes: Positive = Field(256 << 20, description="the largest model that a client may deploy, in bytes")
+
     max_sessions: Positive = Field(100_000, description="live sessions at most")
     max_state_bytes: Positive = Field(4 << 30, description="bytes of session states at most")
     idle_lifetime: Seconds = Field(3600.0, description="seconds without use after which a session expires")

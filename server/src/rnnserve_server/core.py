@@ -17,6 +17,7 @@ from rnnserve_models.load import LoadedModel
 from rnnserve_models.options import LayerOptions
 from rnnserve_server.blocks import Barrier, Block, Sessions, Sink
 from rnnserve_server.config import Settings
+from rnnserve_server.deploy import Deployer
 from rnnserve_server.errors import (
     Draining,
     InvalidRequest,
@@ -59,7 +60,8 @@ class Core:
         )
         self.clock = clock
         self.draining = asyncio.Event()
-        self._workers: dict[tuple[str, str], Worker] = {}
+        self.deployer = Deployer(settings, repository)
+        self._workers: dict[tuple[str, str, str], Worker] = {}
         self._room = asyncio.Event()
 
     # Sessions
@@ -210,10 +212,10 @@ class Core:
 
     def worker(self, model: LoadedModel) -> Worker:
         """The worker of a model version."""
-        key = (model.name, model.version)
+        key = (model.name, model.version, model.digest)
         if key not in self._workers:
             self._workers[key] = Worker(
-                model.engine,
+                model,
                 Scheduler(self.settings.max_batch_rows, self.settings.slice_steps),
                 self.sessions,
                 clock=self.clock,
@@ -241,6 +243,19 @@ class Core:
         while self.queued_bytes >= self.settings.queue_bytes:
             self._room.clear()
             await self._room.wait()
+
+    def sweep(self) -> int:
+        """Ends the sessions whose lifetime has run out, and the workers that nothing needs any more.
+
+        Returns:
+            The number of sessions ended.
+        """
+        expired = len(self.sessions.expire())
+        for key, worker in list(self._workers.items()):
+            if worker.idle and worker.model not in self.repository and not self.sessions.uses(worker.model):
+                del self._workers[key]
+                worker.shutdown()
+        return expired
 
     async def close(self) -> None:
         """Finishes what is queued and ends the workers."""

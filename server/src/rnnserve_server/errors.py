@@ -86,6 +86,24 @@ class ModelUnavailable(ServiceError):
     reason = "MODEL_UNAVAILABLE"
 
 
+class ModelInvalid(InvalidInput):
+    """What was deployed is no model."""
+
+    reason = "MODEL_INVALID"
+
+
+class VersionExists(ServiceError):
+    """The model has that version already."""
+
+    reason = "VERSION_EXISTS"
+
+
+class DeployDisabled(ServiceError):
+    """The server does not allow models to be changed by clients."""
+
+    reason = "DEPLOY_DISABLED"
+
+
 class SessionError(ServiceError):
     """There is no such live session."""
 

@@ -18,7 +18,17 @@ log = structlog.get_logger(__name__)
 class Repository:
     """Versions of models, by name and newest first."""
 
-    def __init__(self) -> None:
+    def __init__(self, folder: Path, *, engine: EngineChoice | None = None, threads: int = 1) -> None:
+        """Begins without models.
+
+        Args:
+            folder: where ``<name>/<version>/model.yaml`` are.
+            engine: for models of cells, whatever their ``model.yaml`` says.
+            threads: of onnxruntime, for one operator.
+        """
+        self.folder = folder
+        self._engine = engine
+        self._threads = threads
         self._models: dict[str, dict[str, LoadedModel | ModelError]] = {}
 
     @classmethod
@@ -30,19 +40,26 @@ class Repository:
         Raises:
             ModelError: the folder holds no model at all.
         """
-        repository = cls()
-        for directory in sorted(path.parent for path in folder.glob("*/*/model.yaml")):
-            try:
-                model = load_model(directory, engine=engine, threads=threads)
-            except ModelError as error:
-                log.warning("model not served", model=directory.parent.name, version=directory.name, why=str(error))
-                repository._put(directory.parent.name, directory.name, error)
-            else:
-                log.info("model loaded", model=model.name, version=model.version, engine=model.engine.name)
-                repository._put(model.name, model.version, model)
+        repository = cls(folder, engine=engine, threads=threads)
+        for directory in repository.directories("*"):
+            repository.put(directory.parent.name, directory.name, repository.try_load(directory))
         if not repository._models:
             raise ModelError(f"{folder}: no <name>/<version>/model.yaml below it; name the folder with --models")
         return repository
+
+    def directories(self, name: str) -> list[Path]:
+        """The model directories of a model, or of all for "*"."""
+        return sorted(path.parent for path in self.folder.glob(f"{name}/*/model.yaml"))
+
+    def try_load(self, directory: Path) -> LoadedModel | ModelError:
+        """Loads a model directory, or says why not. Takes a while, and may be called on any thread."""
+        try:
+            model = load_model(directory, engine=self._engine, threads=self._threads)
+        except ModelError as error:
+            log.warning("model not served", model=directory.parent.name, version=directory.name, why=str(error))
+            return error
+        log.info("model loaded", model=model.name, version=model.version, engine=model.engine.name)
+        return model
 
     def get(self, name: str, version: str = "") -> LoadedModel:
         """Finds a model; an empty version is the newest that could be loaded.
@@ -72,9 +89,34 @@ class Repository:
         for _, versions in sorted(self._models.items()):
             yield from (model for model in versions.values() if isinstance(model, LoadedModel))
 
-    def _put(self, name: str, version: str, model: LoadedModel | ModelError) -> None:
+    def __contains__(self, model: LoadedModel) -> bool:
+        """Whether this very model is served to new calls."""
+        return self._models.get(model.name, {}).get(model.version) is model
+
+    def versions(self, name: str) -> list[str]:
+        """The versions of a model, those that could not be loaded too, newest first; none for an unknown name."""
+        return list(self._models.get(name, ()))
+
+    def put(self, name: str, version: str, model: LoadedModel | ModelError) -> None:
+        """Serves a version, or remembers why it is not."""
         versions = {**self._models.get(name, {}), version: model}
         self._models[name] = dict(sorted(versions.items(), key=lambda item: _version_key(item[0]), reverse=True))
+
+    def remove(self, name: str, version: str = "") -> list[str]:
+        """Takes a version, or all versions, from what is served, and returns them.
+
+        Raises:
+            ModelUnknown, VersionUnknown: there is none.
+        """
+        if name not in self._models or (version and version not in self._models[name]):
+            self.get(name, version)  # says so
+        gone = [version] if version else list(self._models[name])
+        left = {key: model for key, model in self._models[name].items() if key not in gone}
+        if left:
+            self._models[name] = left
+        else:
+            del self._models[name]
+        return gone
 
 
 def _version_key(version: str) -> list[tuple[int, str]]:

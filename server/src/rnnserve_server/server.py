@@ -22,7 +22,7 @@ from rnnserve_server.repository import Repository
 
 log = structlog.get_logger(__name__)
 
-_EXPIRY_SECONDS = 1.0
+_SWEEP_SECONDS = 1.0
 
 SERVICES = tuple(
     module.DESCRIPTOR.services_by_name[name].full_name
@@ -56,7 +56,7 @@ class Server:
         self.port = 0
         self._health = HealthServicer()
         self._server: grpc.aio.Server | None = None
-        self._expirer: asyncio.Task[None] | None = None
+        self._sweeper: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         """Listens.
@@ -78,7 +78,7 @@ class Server:
             raise OSError(f"cannot listen on {address}: {error}") from error
         await server.start()
         self._server = server
-        self._expirer = asyncio.create_task(self._expire())
+        self._sweeper = asyncio.create_task(self._sweep())
         for service in ("", *SERVICES):
             await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
         log.info("serving", address=f"{self.settings.host}:{self.port}", models=len(list(self.core.repository)))
@@ -88,18 +88,18 @@ class Server:
         log.info("draining", seconds=self.settings.drain_seconds, sessions=len(self.core.sessions))
         self.core.draining.set()
         await self._health.enter_graceful_shutdown()
-        if self._expirer is not None:
-            self._expirer.cancel()
+        if self._sweeper is not None:
+            self._sweeper.cancel()
         if self._server is not None:
             await self._server.stop(self.settings.drain_seconds)
         await self.core.close()
         log.info("stopped")
 
-    async def _expire(self) -> None:
+    async def _sweep(self) -> None:
         while True:
-            await asyncio.sleep(_EXPIRY_SECONDS)
-            if expired := self.core.sessions.expire():
-                log.info("sessions expired", count=len(expired))
+            await asyncio.sleep(_SWEEP_SECONDS)
+            if expired := self.core.sweep():
+                log.info("sessions expired", count=expired)
 
 
 async def serve(settings: Settings) -> None:

@@ -126,7 +126,7 @@ class SessionTable:
         self._clock = clock
         self._wall_clock = wall_clock
         self._live: dict[str, Session] = {}
-        self._groups: dict[tuple[str, str, int, LayerOptions], Group] = {}
+        self._groups: dict[_Key, Group] = {}
         self._ended: OrderedDict[str, type[SessionError]] = OrderedDict()
         self._due: list[tuple[float, int, str]] = []  # a heap of when each session may have expired
         self._number = 0
@@ -167,7 +167,7 @@ class SessionTable:
                 "delete some, or try again when others expire",
                 retry_after=self._until_next_expiry(),
             )
-        key = (model.name, model.version, batch_size, options)
+        key = _key(model, batch_size, options)
         group = self._groups.get(key) or Group(model, batch_size, options)
         if self.state_bytes + group.arena.session_bytes > self._max_state_bytes:
             raise SessionsFull(
@@ -220,6 +220,10 @@ class SessionTable:
         for session in self._live.values():
             if session.number > number and model in ("", session.group.model.name):
                 yield session
+
+    def uses(self, model: LoadedModel) -> bool:
+        """Whether a live session has this very model."""
+        return any(group.model is model for group in self._groups.values())
 
     def expire(self) -> list[Session]:
         """Ends the sessions whose idle lifetime has run out, and returns them.
@@ -285,7 +289,7 @@ class SessionTable:
         group = session.group
         group.release(session.slot)
         if not group.live:  # give its memory back; work that is still queued holds on to the group it was sent to
-            del self._groups[group.model.name, group.model.version, group.batch_size, group.options]
+            del self._groups[_key(group.model, group.batch_size, group.options)]
         self.state_bytes -= group.arena.session_bytes
         self._ended[session.id] = why
         if len(self._ended) > _REMEMBERED_ENDS:
@@ -297,3 +301,11 @@ class SessionTable:
     def _until_next_expiry(self) -> float:
         soonest = self._due[0][0] - self._clock() if self._due else 1.0
         return min(max(soonest, 0.1), 30.0)
+
+
+_Key = tuple[str, str, str, int, LayerOptions]
+
+
+def _key(model: LoadedModel, batch_size: int, options: LayerOptions) -> _Key:
+    """What the sessions of a group have in common."""
+    return model.name, model.version, model.digest, batch_size, options

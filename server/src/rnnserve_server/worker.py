@@ -14,6 +14,7 @@ import numpy as np
 import structlog
 
 from rnnserve_models.engine.base import Array, Arrays, Engine, EngineError
+from rnnserve_models.load import LoadedModel
 from rnnserve_server.blocks import Barrier, Block
 from rnnserve_server.errors import Cancelled, DeadlinePassed, EngineFailed, InternalError, ServiceError
 from rnnserve_server.scheduler import Scheduler, Tick
@@ -29,7 +30,7 @@ class Worker:
     """Runs what is queued for one model.
 
     Args:
-        engine: computes the model.
+        model: what it runs.
         scheduler: its queue.
         sessions: where states are committed.
         clock: monotonic seconds.
@@ -38,14 +39,15 @@ class Worker:
 
     def __init__(
         self,
-        engine: Engine,
+        model: LoadedModel,
         scheduler: Scheduler,
         sessions: SessionTable,
         *,
         clock: Callable[[], float],
         on_progress: Callable[[], None],
     ) -> None:
-        self._engine = engine
+        self.model = model
+        self._engine = model.engine
         self._scheduler = scheduler
         self._sessions = sessions
         self._clock = clock
@@ -58,6 +60,11 @@ class Worker:
         """Bytes of input that wait or run."""
         return self._scheduler.queued_bytes
 
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is queued."""
+        return self._task is None
+
     def submit(self, work: Block | Barrier) -> None:
         """Queues work. Called on the event loop's thread."""
         self._scheduler.submit(work)
@@ -68,6 +75,10 @@ class Worker:
         """Waits for what is queued, and ends the model's thread."""
         if self._task is not None:
             await self._task
+        self.shutdown()
+
+    def shutdown(self) -> None:
+        """Ends the model's thread, which must be idle."""
         self._thread.shutdown()
 
     async def _loop(self) -> None:

@@ -14,6 +14,9 @@ Every error has a google.rpc.ErrorInfo whose domain is "rnnserve" and whose reas
   MODEL_UNKNOWN          NOT_FOUND            no model of that name
   VERSION_UNKNOWN        NOT_FOUND            the model has no such version
   MODEL_UNAVAILABLE      FAILED_PRECONDITION  the model is known but could not be loaded; the message says why
+  MODEL_INVALID          INVALID_ARGUMENT     what was deployed is no model
+  VERSION_EXISTS         ALREADY_EXISTS       the model has that version already
+  DEPLOY_DISABLED        PERMISSION_DENIED    the server does not allow models to be changed by clients
   SESSION_UNKNOWN        NOT_FOUND            no session of that id was ever seen here
   SESSION_CLOSED         NOT_FOUND            the session was deleted
   SESSION_EXPIRED        NOT_FOUND            the session's idle lifetime ran out

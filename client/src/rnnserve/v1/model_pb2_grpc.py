@@ -45,6 +45,21 @@ class ModelServiceStub:
                 request_serializer=rnnserve_dot_v1_dot_model__pb2.GetModelRequest.SerializeToString,
                 response_deserializer=rnnserve_dot_v1_dot_model__pb2.GetModelResponse.FromString,
                 _registered_method=True)
+        self.DeployModel = channel.unary_unary(
+                '/rnnserve.v1.ModelService/DeployModel',
+                request_serializer=rnnserve_dot_v1_dot_model__pb2.DeployModelRequest.SerializeToString,
+                response_deserializer=rnnserve_dot_v1_dot_model__pb2.DeployModelResponse.FromString,
+                _registered_method=True)
+        self.UnloadModel = channel.unary_unary(
+                '/rnnserve.v1.ModelService/UnloadModel',
+                request_serializer=rnnserve_dot_v1_dot_model__pb2.UnloadModelRequest.SerializeToString,
+                response_deserializer=rnnserve_dot_v1_dot_model__pb2.UnloadModelResponse.FromString,
+                _registered_method=True)
+        self.ReloadModel = channel.unary_unary(
+                '/rnnserve.v1.ModelService/ReloadModel',
+                request_serializer=rnnserve_dot_v1_dot_model__pb2.ReloadModelRequest.SerializeToString,
+                response_deserializer=rnnserve_dot_v1_dot_model__pb2.ReloadModelResponse.FromString,
+                _registered_method=True)
 
 
 class ModelServiceServicer:
@@ -69,6 +84,39 @@ class ModelServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def DeployModel(self, request, context):
+        """Adds a version of a model, made from a layer's config and weights or from a model file. The version is there for
+        all or for none: it is written, loaded and tried before anybody can see it. Sessions stay on the version they were
+        made with; new ones take the newest.
+
+        Errors: PERMISSION_DENIED unless the server allows it (`allow_deploy`); INVALID_ARGUMENT for a config, weights or
+        a file that is no model, with the reason; ALREADY_EXISTS for a version that is there; RESOURCE_EXHAUSTED for one
+        that is too large. On any error nothing changes.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UnloadModel(self, request, context):
+        """Takes a version from the list of models, or all versions of a model. New calls and sessions no longer find it;
+        sessions that were made with it go on. Its files stay, so that a reload or a restart brings it back.
+
+        Errors: PERMISSION_DENIED unless the server allows it; NOT_FOUND for an unknown name or version.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ReloadModel(self, request, context):
+        """Looks at the model's files again, and loads versions that are new, that changed or that were unloaded.
+
+        Errors: PERMISSION_DENIED unless the server allows it; NOT_FOUND for a name without files; INVALID_ARGUMENT when
+        none of its versions can be loaded. A version that cannot be loaded leaves what was served before in its place.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ModelServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -81,6 +129,21 @@ def add_ModelServiceServicer_to_server(servicer, server):
                     servicer.GetModel,
                     request_deserializer=rnnserve_dot_v1_dot_model__pb2.GetModelRequest.FromString,
                     response_serializer=rnnserve_dot_v1_dot_model__pb2.GetModelResponse.SerializeToString,
+            ),
+            'DeployModel': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeployModel,
+                    request_deserializer=rnnserve_dot_v1_dot_model__pb2.DeployModelRequest.FromString,
+                    response_serializer=rnnserve_dot_v1_dot_model__pb2.DeployModelResponse.SerializeToString,
+            ),
+            'UnloadModel': grpc.unary_unary_rpc_method_handler(
+                    servicer.UnloadModel,
+                    request_deserializer=rnnserve_dot_v1_dot_model__pb2.UnloadModelRequest.FromString,
+                    response_serializer=rnnserve_dot_v1_dot_model__pb2.UnloadModelResponse.SerializeToString,
+            ),
+            'ReloadModel': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReloadModel,
+                    request_deserializer=rnnserve_dot_v1_dot_model__pb2.ReloadModelRequest.FromString,
+                    response_serializer=rnnserve_dot_v1_dot_model__pb2.ReloadModelResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -138,6 +201,87 @@ class ModelService:
             '/rnnserve.v1.ModelService/GetModel',
             rnnserve_dot_v1_dot_model__pb2.GetModelRequest.SerializeToString,
             rnnserve_dot_v1_dot_model__pb2.GetModelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeployModel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/rnnserve.v1.ModelService/DeployModel',
+            rnnserve_dot_v1_dot_model__pb2.DeployModelRequest.SerializeToString,
+            rnnserve_dot_v1_dot_model__pb2.DeployModelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UnloadModel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/rnnserve.v1.ModelService/UnloadModel',
+            rnnserve_dot_v1_dot_model__pb2.UnloadModelRequest.SerializeToString,
+            rnnserve_dot_v1_dot_model__pb2.UnloadModelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReloadModel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/rnnserve.v1.ModelService/ReloadModel',
+            rnnserve_dot_v1_dot_model__pb2.ReloadModelRequest.SerializeToString,
+            rnnserve_dot_v1_dot_model__pb2.ReloadModelResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -43,6 +43,27 @@ class ModelServiceStub:
 
     Errors: NOT_FOUND for an unknown name or version; FAILED_PRECONDITION for a model that could not be loaded.
     """
+    DeployModel: _grpc.UnaryUnaryMultiCallable[_model_pb2.DeployModelRequest, _model_pb2.DeployModelResponse]
+    """Adds a version of a model, made from a layer's config and weights or from a model file. The version is there for
+    all or for none: it is written, loaded and tried before anybody can see it. Sessions stay on the version they were
+    made with; new ones take the newest.
+
+    Errors: PERMISSION_DENIED unless the server allows it (`allow_deploy`); INVALID_ARGUMENT for a config, weights or
+    a file that is no model, with the reason; ALREADY_EXISTS for a version that is there; RESOURCE_EXHAUSTED for one
+    that is too large. On any error nothing changes.
+    """
+    UnloadModel: _grpc.UnaryUnaryMultiCallable[_model_pb2.UnloadModelRequest, _model_pb2.UnloadModelResponse]
+    """Takes a version from the list of models, or all versions of a model. New calls and sessions no longer find it;
+    sessions that were made with it go on. Its files stay, so that a reload or a restart brings it back.
+
+    Errors: PERMISSION_DENIED unless the server allows it; NOT_FOUND for an unknown name or version.
+    """
+    ReloadModel: _grpc.UnaryUnaryMultiCallable[_model_pb2.ReloadModelRequest, _model_pb2.ReloadModelResponse]
+    """Looks at the model's files again, and loads versions that are new, that changed or that were unloaded.
+
+    Errors: PERMISSION_DENIED unless the server allows it; NOT_FOUND for a name without files; INVALID_ARGUMENT when
+    none of its versions can be loaded. A version that cannot be loaded leaves what was served before in its place.
+    """
 
 @_typing.type_check_only
 class ModelServiceAsyncStub(ModelServiceStub):
@@ -58,6 +79,27 @@ class ModelServiceAsyncStub(ModelServiceStub):
     """Describes one version of one model.
 
     Errors: NOT_FOUND for an unknown name or version; FAILED_PRECONDITION for a model that could not be loaded.
+    """
+    DeployModel: _aio.UnaryUnaryMultiCallable[_model_pb2.DeployModelRequest, _model_pb2.DeployModelResponse]  # type: ignore[assignment]
+    """Adds a version of a model, made from a layer's config and weights or from a model file. The version is there for
+    all or for none: it is written, loaded and tried before anybody can see it. Sessions stay on the version they were
+    made with; new ones take the newest.
+
+    Errors: PERMISSION_DENIED unless the server allows it (`allow_deploy`); INVALID_ARGUMENT for a config, weights or
+    a file that is no model, with the reason; ALREADY_EXISTS for a version that is there; RESOURCE_EXHAUSTED for one
+    that is too large. On any error nothing changes.
+    """
+    UnloadModel: _aio.UnaryUnaryMultiCallable[_model_pb2.UnloadModelRequest, _model_pb2.UnloadModelResponse]  # type: ignore[assignment]
+    """Takes a version from the list of models, or all versions of a model. New calls and sessions no longer find it;
+    sessions that were made with it go on. Its files stay, so that a reload or a restart brings it back.
+
+    Errors: PERMISSION_DENIED unless the server allows it; NOT_FOUND for an unknown name or version.
+    """
+    ReloadModel: _aio.UnaryUnaryMultiCallable[_model_pb2.ReloadModelRequest, _model_pb2.ReloadModelResponse]  # type: ignore[assignment]
+    """Looks at the model's files again, and loads versions that are new, that changed or that were unloaded.
+
+    Errors: PERMISSION_DENIED unless the server allows it; NOT_FOUND for a name without files; INVALID_ARGUMENT when
+    none of its versions can be loaded. A version that cannot be loaded leaves what was served before in its place.
     """
 
 class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -83,6 +125,45 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
         """Describes one version of one model.
 
         Errors: NOT_FOUND for an unknown name or version; FAILED_PRECONDITION for a model that could not be loaded.
+        """
+
+    @_abc_1.abstractmethod
+    def DeployModel(
+        self,
+        request: _model_pb2.DeployModelRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_model_pb2.DeployModelResponse, _abc.Awaitable[_model_pb2.DeployModelResponse]]:
+        """Adds a version of a model, made from a layer's config and weights or from a model file. The version is there for
+        all or for none: it is written, loaded and tried before anybody can see it. Sessions stay on the version they were
+        made with; new ones take the newest.
+
+        Errors: PERMISSION_DENIED unless the server allows it (`allow_deploy`); INVALID_ARGUMENT for a config, weights or
+        a file that is no model, with the reason; ALREADY_EXISTS for a version that is there; RESOURCE_EXHAUSTED for one
+        that is too large. On any error nothing changes.
+        """
+
+    @_abc_1.abstractmethod
+    def UnloadModel(
+        self,
+        request: _model_pb2.UnloadModelRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_model_pb2.UnloadModelResponse, _abc.Awaitable[_model_pb2.UnloadModelResponse]]:
+        """Takes a version from the list of models, or all versions of a model. New calls and sessions no longer find it;
+        sessions that were made with it go on. Its files stay, so that a reload or a restart brings it back.
+
+        Errors: PERMISSION_DENIED unless the server allows it; NOT_FOUND for an unknown name or version.
+        """
+
+    @_abc_1.abstractmethod
+    def ReloadModel(
+        self,
+        request: _model_pb2.ReloadModelRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_model_pb2.ReloadModelResponse, _abc.Awaitable[_model_pb2.ReloadModelResponse]]:
+        """Looks at the model's files again, and loads versions that are new, that changed or that were unloaded.
+
+        Errors: PERMISSION_DENIED unless the server allows it; NOT_FOUND for a name without files; INVALID_ARGUMENT when
+        none of its versions can be loaded. A version that cannot be loaded leaves what was served before in its place.
         """
 
 def add_ModelServiceServicer_to_server(servicer: ModelServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -31,6 +31,8 @@ _STATUS: dict[type[ServiceError], grpc.StatusCode] = {
     errors.ModelUnknown: grpc.StatusCode.NOT_FOUND,
     errors.VersionUnknown: grpc.StatusCode.NOT_FOUND,
     errors.ModelUnavailable: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.VersionExists: grpc.StatusCode.ALREADY_EXISTS,
+    errors.DeployDisabled: grpc.StatusCode.PERMISSION_DENIED,
     errors.SessionError: grpc.StatusCode.NOT_FOUND,
     errors.SessionExists: grpc.StatusCode.ALREADY_EXISTS,
     errors.SessionsFull: grpc.StatusCode.RESOURCE_EXHAUSTED,

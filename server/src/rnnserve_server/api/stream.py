@@ -11,7 +11,7 @@ from typing import Any
 import grpc
 import numpy as np
 
-from rnnserve.codec import TensorError, decode, decode_named, encode_named
+from rnnserve.codec import TensorError, decode, decode_named, encode_into
 from rnnserve.v1 import inference_pb2 as pb
 from rnnserve_models.engine.base import Array, Arrays
 from rnnserve_server.api.errors import service_error, status
@@ -249,15 +249,16 @@ class LaneStream:
             self._unanswered -= chunks
             return
         outputs, states = to_wire(outputs, states, block.options, chunks)
-        frame = pb.ResultFrame(
-            lanes=block.tags.tolist(),
-            first_steps=_steps(block),
-            timesteps=block.call.timesteps,
-            outputs=encode_named(outputs),
-            states=encode_named(states),
-        )
         self._unanswered -= chunks
-        self._response(chunks, sum(y.nbytes for y in (*outputs.values(), *states.values()))).frames.append(frame)
+        nbytes = sum(y.nbytes for y in (*outputs.values(), *states.values()))
+        # Filled in place: a large frame that is made elsewhere and appended is copied twice more.
+        frame = self._response(chunks, nbytes).frames.add(
+            lanes=block.tags.tolist(), first_steps=_steps(block), timesteps=block.call.timesteps
+        )
+        for name, y in outputs.items():
+            encode_into(frame.outputs.add(name=name).tensor, y, name)
+        for name, state in states.items():
+            encode_into(frame.states.add(name=name).tensor, state, name)
 
     def failed(self, block: Block, errors: list[tuple[int, ServiceError]]) -> None:
         """See `Sink.failed`."""
