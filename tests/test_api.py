@@ -62,8 +62,8 @@ def repository() -> Repository:
         loaded(AddingEngine(finite=True), name="strict", masking=False, settable_options=fixed),
         *(load_model(ZOO / name / "1") for name in ("lstm-4", "lstm-32-64")),
     ):
-        made._put(model.name, model.version, model)
-    made._put("broken", "1", ModelError("its weights are gone"))
+        made.put(model.name, model.version, model)
+    made.put("broken", "1", ModelError("its weights are gone"))
     return made
 
 

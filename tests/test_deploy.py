@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-import rnnserve
 
+import rnnserve
 from serving import ZOO, RunningServer, running_server
 
 

@@ -83,22 +83,19 @@ def test_graph_is_the_cell(name, dtype):
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
 @pytest.mark.parametrize("name", ACTIVATION_NAMES)
 def test_every_activation(name, dtype):
-    """Each activation, in either place of a cell and in Dense, is the same function in a graph, or refused."""
+    """Each activation, in either place of a cell and in Dense, is the same function in a graph."""
     for cell in (
         LSTMCell(units=3, activation=name),
         GRUCell(units=3, recurrent_activation=name),
         DenseCell(units=9, activation=name),
     ):
         cell = with_random_weights(cell, FEATURES, dtype)
-        if (name, dtype) == ("gelu", "float64"):
-            with pytest.raises(ModelError, match="no float64 gelu"):
-                export_cell(cell, FEATURES, dtype)
-            continue
         x, states = batch(cell, dtype)
         ones = np.ones(ROWS, int)
         y, _ = Graph(cell, dtype).run(x[:1], ones, states)
         expected, _ = run_cell(cell, x[:1], ones, states)
-        np.testing.assert_allclose(y, expected, rtol=TOLERANCE[dtype], atol=2 * TOLERANCE[dtype])
+        tolerance = 1e-6 if (name, dtype) == ("gelu", "float64") else TOLERANCE[dtype]  # of float32's erf
+        np.testing.assert_allclose(y, expected, rtol=tolerance, atol=2 * tolerance)
 
 
 @pytest.mark.parametrize("threads", [1, 2])

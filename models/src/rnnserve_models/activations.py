@@ -7,6 +7,7 @@ Definitions are those of ``keras.activations``; none overflows on the way to a f
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -100,6 +101,71 @@ def _hard_silu(x: np.ndarray) -> Any:
     return x * _hard_sigmoid(x)
 
 
+def _celu(x: np.ndarray, alpha: float = 1.0) -> Any:
+    return np.maximum(x, 0) + alpha * np.expm1(np.minimum(x, 0) / alpha)
+
+
+def _log_sigmoid(x: np.ndarray) -> Any:
+    return -_softplus(-x)
+
+
+def _log_softmax(x: np.ndarray) -> Any:
+    with np.errstate(over="ignore"):  # as above
+        below = x - x.max(axis=-1, keepdims=True)
+    return below - np.log(np.exp(below).sum(axis=-1, keepdims=True))
+
+
+def _hard_tanh(x: np.ndarray) -> Any:
+    return np.clip(x, -1, 1)
+
+
+def _tanh_shrink(x: np.ndarray) -> Any:
+    return x - np.tanh(x)
+
+
+def _soft_shrink(x: np.ndarray) -> Any:
+    return np.maximum(x - 0.5, 0) + np.minimum(x + 0.5, 0)
+
+
+def _hard_shrink(x: np.ndarray) -> Any:
+    return np.where(np.abs(x) > 0.5, x, 0)
+
+
+def _squareplus(x: np.ndarray) -> Any:
+    return x / 2 + np.hypot(x, 2) / 2
+
+
+def _sparse_plus(x: np.ndarray) -> Any:
+    return np.where(x <= -1, 0, np.where(x < 1, (np.clip(x, -1, 1) + 1) ** 2 / 4, x))
+
+
+def _sparse_sigmoid(x: np.ndarray) -> Any:
+    return np.clip((x + 1) / 2, 0, 1)
+
+
+def _sparsemax(x: np.ndarray) -> Any:
+    falling = -np.sort(-x, axis=-1)
+    sums, ranks = np.cumsum(falling, axis=-1), np.arange(1, x.shape[-1] + 1, dtype=x.dtype)
+    support = falling - (sums - 1) / ranks > 0
+    # Keras adds up all the partial sums of the support, where the paper takes the last of them; so its
+    # result does not add up to 1; but it is what trained models were trained with.
+    total = np.where(support, sums, 0).sum(axis=-1, keepdims=True)
+    size = np.maximum(support.sum(axis=-1, keepdims=True), 1)
+    return np.maximum(x - (total - 1) / size.astype(x.dtype), 0)
+
+
+def _scaled_elu(x: np.ndarray, alpha: float) -> Any:
+    return np.where(x > 0, x, alpha * np.expm1(np.minimum(x, 0)))
+
+
+def _sloped_relu(x: np.ndarray, slope: float) -> Any:
+    return np.where(x > 0, x, slope * x)
+
+
+def _general_relu(x: np.ndarray, slope: float, most: float, threshold: float) -> Any:
+    return np.where(x >= threshold, np.minimum(x, most), slope * (x - threshold))
+
+
 _ACTIVATIONS: dict[str, Activation] = {
     "linear": _linear,
     "tanh": np.tanh,
@@ -121,6 +187,23 @@ _ACTIVATIONS: dict[str, Activation] = {
     "hard_sigmoid_keras2": _hard_sigmoid_keras2,
     "hard_silu": _hard_silu,
     "hard_swish": _hard_silu,
+    "celu": _celu,
+    "log_sigmoid": _log_sigmoid,
+    "log_softmax": _log_softmax,
+    "hard_tanh": _hard_tanh,
+    "tanh_shrink": _tanh_shrink,
+    "soft_shrink": _soft_shrink,
+    "hard_shrink": _hard_shrink,
+    "squareplus": _squareplus,
+    "sparse_plus": _sparse_plus,
+    "sparse_sigmoid": _sparse_sigmoid,
+    "sparsemax": _sparsemax,
+}
+
+_PARAMETRIC: dict[str, tuple[Callable[..., Any], int]] = {
+    "elu": (_scaled_elu, 1),
+    "leaky_relu": (_sloped_relu, 1),
+    "relu": (_general_relu, 3),
 }
 
 ACTIVATION_NAMES = tuple(_ACTIVATIONS)
@@ -133,14 +216,33 @@ def activation(name: str | None) -> Activation:
     ``gelu`` is the exact one, by erf. ``softmax`` is over the last axis. ``hard_sigmoid`` is Keras 3's,
     relu6(x + 3) / 6; ``hard_sigmoid_keras2`` is Keras 2's, clip(0.2 x + 0.5, 0, 1).
 
+    Three take parameters, as Keras's layers of that name do: ``elu(alpha)``, ``leaky_relu(negative_slope)`` and
+    ``relu(negative_slope, max_value, threshold)``.
+
     Raises:
         ModelError: there is no such function; the message lists those there are.
     """
     if name is None:
         return _linear
+    if isinstance(name, str) and name not in _ACTIVATIONS:
+        base, numbers = parameters(name)
+        if numbers and _PARAMETRIC.get(base, (None, 0))[1] == len(numbers):
+            function = _PARAMETRIC[base][0]
+            return lambda x: np.asarray(function(x, *numbers), x.dtype)
     if not isinstance(name, str) or name not in _ACTIVATIONS:
         raise ModelError(f"unknown activation {name!r}; the activations are {', '.join(ACTIVATION_NAMES)}")
     return _ACTIVATIONS[name]
+
+
+def parameters(name: str) -> tuple[str, tuple[float, ...]]:
+    """An activation's name without its parameters, and these: ("elu", (0.5,)) of ``elu(0.5)``."""
+    match = re.fullmatch(r"(\w+)\(([^()]*)\)", name)
+    if match is None:
+        return name, ()
+    try:
+        return match[1], tuple(float(number) for number in match[2].split(","))
+    except ValueError:
+        return name, ()
 
 
 class OnnxActivation(NamedTuple):
@@ -164,7 +266,12 @@ _ONNX_ACTIVATIONS = {
     "hard_sigmoid_keras2": OnnxActivation("HardSigmoid", 0.2, 0.5),
 }
 
+_ONNX_PARAMETRIC = {"elu": "Elu", "leaky_relu": "LeakyRelu"}
+
 
 def onnx_activation(name: str | None) -> OnnxActivation | None:
     """What the recurrent operators of ONNX call it (onnxruntime has them all), or None where they have no such."""
+    if name is not None and name not in _ACTIVATIONS:
+        base, numbers = parameters(name)
+        return OnnxActivation(_ONNX_PARAMETRIC[base], *numbers) if base in _ONNX_PARAMETRIC else None
     return _ONNX_ACTIVATIONS.get("linear" if name is None else name)

@@ -61,12 +61,13 @@ def export_cell(cell: Cell, input_dim: int, dtype: DTypeLike = np.float32) -> tu
     specs = iter(cell.state_specs())
     value, axes = "input", _axes("time", "batch", input_dim)
     for part in cell.cells if isinstance(cell, StackedRNNCells) else (cell,):
-        _check_form(part)
+        check_form(part)
         bit_identical &= _is_bit_identical(part)
         if "squeeze" in axes:
             value = graph.add("Squeeze", value, graph.constant(np.array([1])))  # [time, batch, units]
         own = [next(specs) for _ in part.state_names]
-        value, axes = _add_cell(graph, part, value, [state.name for state in own])
+        finals = [f"{state.name}_out" for state in own]
+        value, axes = add_cell(graph, part, value, "lengths", [state.name for state in own], finals)
         states += [
             GraphState(name=s.name, input=s.name, output=f"{s.name}_out", dtype=kind, axes=axes[1:], path=s.path)
             for s in own
@@ -83,19 +84,22 @@ def export_cell(cell: Cell, input_dim: int, dtype: DTypeLike = np.float32) -> tu
     return _model(graph, spec), spec
 
 
-def _check_form(cell: Cell) -> None:
+def check_form(cell: Cell) -> None:
+    """Refuses a cell that no graph can compute.
+
+    Raises:
+        ModelError: it is such.
+    """
     # Not isinstance: a class derived from one of these may compute something else.
     if type(cell) is not DenseCell and type(cell) not in _STEPS:
         raise ModelError(f"{type(cell).__name__} has no form in ONNX; it needs engine: numpy")
-    if cell.dtype == np.float64 and "gelu" in _activation_names(cell):
-        raise ModelError(f"{type(cell).__name__}: onnxruntime has no float64 gelu; it needs engine: numpy")
 
 
 def _is_bit_identical(cell: Cell) -> bool:
     """Whether onnxruntime gives a row the same bits in any company: as measured, see above."""
     if cell.dtype == np.float64:
         return False
-    return _operator_activations(cell) is not None or "softplus" not in _activation_names(cell)
+    return operator_activations(cell) is not None or "softplus" not in _activation_names(cell)
 
 
 def _activation_names(cell: Cell) -> set[str | None]:
@@ -119,18 +123,33 @@ def _model(graph: GraphBuilder, spec: GraphSpec) -> bytes:
     return serialized
 
 
-def _add_cell(graph: GraphBuilder, cell: Cell, value: str, states: Sequence[str]) -> tuple[str, tuple[Axis, ...]]:
-    """Adds a cell that takes ``value`` [time, batch, features]; gives its outputs and their axes."""
+def add_cell(
+    graph: GraphBuilder, cell: Cell, value: str, lengths: str | None, states: Sequence[str], finals: Sequence[str]
+) -> tuple[str, tuple[Axis, ...]]:
+    """Adds a cell, which must have a form in ONNX (`check_form`).
+
+    Args:
+        graph: of the cell's dtype.
+        cell: with its weights.
+        value: the input, [time, batch, features].
+        lengths: int32 [batch], each from 1 to time; None: every row has all the steps.
+        states: the initial states, with the axes of the output but for the time.
+        finals: names for the states after each row's last step.
+
+    Returns:
+        The outputs, and their axes.
+    """
     if isinstance(cell, DenseCell):
         return _dense(graph, cell, value), _axes("time", "batch", cell.units)
-    assert isinstance(cell, LSTMCell | GRUCell | SimpleRNNCell)  # _check_form saw to it
-    activations = _operator_activations(cell)
+    assert isinstance(cell, LSTMCell | GRUCell | SimpleRNNCell)  # check_form saw to it
+    activations = operator_activations(cell)
     if activations is None:
-        return _scan(graph, cell, value, states), _axes("time", "batch", cell.units)
-    return _operator(graph, cell, activations, value, states), _axes("time", "squeeze", "batch", cell.units)
+        return _scan(graph, cell, value, lengths, states, finals), _axes("time", "batch", cell.units)
+    y = _operator(graph, cell, activations, value, lengths, states, finals)
+    return y, _axes("time", "squeeze", "batch", cell.units)
 
 
-def _operator_activations(cell: Cell) -> list[OnnxActivation] | None:
+def operator_activations(cell: Cell) -> list[OnnxActivation] | None:
     """The activations of the operator that computes the cell, in the operator's order; None where there is none.
 
     onnxruntime's LSTM and GRU are of float32 only. Its RNN gives a row other bits in other company, which `_scan` does
@@ -146,7 +165,13 @@ def _operator_activations(cell: Cell) -> list[OnnxActivation] | None:
 
 
 def _operator(
-    graph: GraphBuilder, cell: Recurrent, activations: list[OnnxActivation], value: str, states: Sequence[str]
+    graph: GraphBuilder,
+    cell: Recurrent,
+    activations: list[OnnxActivation],
+    value: str,
+    lengths: str | None,
+    states: Sequence[str],
+    finals: Sequence[str],
 ) -> str:
     """ONNX's LSTM or GRU: [time, batch, features] to [time, 1, batch, units]."""
     lstm = isinstance(cell, LSTMCell)
@@ -166,10 +191,10 @@ def _operator(
             graph.weight(_reordered(cell.weights["kernel"], gates).T[None]),  # [1, gates * units, features]
             graph.weight(_reordered(cell.weights["recurrent_kernel"], gates).T[None]),  # [1, gates * units, units]
             graph.weight(_reordered(both, gates).reshape(1, -1)),  # [1, 2 * gates * units]
-            "lengths",
+            lengths or "",
             *states,
         ],
-        [y := graph.name(), *(f"{state}_out" for state in states)],
+        [y := graph.name(), *finals],
         hidden_size=cell.units,
         activations=[a.name for a in activations],
         **attributes,
@@ -196,7 +221,9 @@ def _affine(graph: GraphBuilder, cell: DenseCell | Recurrent, value: str) -> str
     return value
 
 
-def _scan(graph: GraphBuilder, cell: Recurrent, value: str, states: Sequence[str]) -> str:
+def _scan(
+    graph: GraphBuilder, cell: Recurrent, value: str, lengths: str | None, states: Sequence[str], finals: Sequence[str]
+) -> str:
     """The cell's equations, a step at a time: [time, batch, features] to [time, batch, units].
 
     After a row's last step its state stays, and its output is that of the last step.
@@ -206,29 +233,42 @@ def _scan(graph: GraphBuilder, cell: Recurrent, value: str, states: Sequence[str
     names = [body.name() for _ in states]
     x_t, live = body.name(), body.name()  # [batch, gates * units], [batch, 1]
     before = [body.widened(name) for name in names]  # each [batch, units]
-    computed = _STEPS[type(cell)](body, cell, x_t, *before)
-    after = [body.narrowed(body.add("Where", live, *pair)) for pair in zip(computed, before, strict=True)]
+    after = _STEPS[type(cell)](body, cell, x_t, *before)
+    if lengths is not None:
+        after = [body.add("Where", live, *pair) for pair in zip(after, before, strict=True)]
+    after = [body.narrowed(state) for state in after]
     output = body.add("Identity", after[0])
+    scanned = [body.info(x_t, dtype=body.wide)] + ([body.info(live, dtype=np.bool_)] if lengths else [])
     graph.add_node(
         "Scan",
-        [*states, x, _live(graph, value)],
-        [*(f"{state}_out" for state in states), y := graph.name()],
-        num_scan_inputs=2,
+        [*states, x, *([_live(graph, value, lengths)] if lengths else [])],
+        [*finals, y := graph.name()],
+        num_scan_inputs=len(scanned),
         body=body.graph(
             "step",
-            [*map(body.info, names), body.info(x_t, dtype=body.wide), body.info(live, dtype=np.bool_)],
+            [*map(body.info, names), *scanned],
             [*map(body.info, after), body.info(output)],
         ),
     )
     return y
 
 
-def _live(graph: GraphBuilder, value: str) -> str:
+def add_step(graph: GraphBuilder, cell: Cell, x: str, states: Sequence[str]) -> list[str]:
+    """One step of a recurrent cell: x [batch, features] and the states [batch, units] to the new states.
+
+    The first of them is the output.
+    """
+    assert isinstance(cell, LSTMCell | GRUCell | SimpleRNNCell)
+    after = _STEPS[type(cell)](graph, cell, _affine(graph, cell, x), *map(graph.widened, states))
+    return [graph.narrowed(state) for state in after]
+
+
+def _live(graph: GraphBuilder, value: str, lengths: str) -> str:
     """Which rows have a step, at each step: bool [time, batch, 1]."""
     time = graph.add("Squeeze", graph.add("Shape", value, start=0, end=1))
     steps = graph.add("Range", graph.constant(np.array(0)), time, graph.constant(np.array(1)))  # [time]
     steps = graph.add("Unsqueeze", graph.cast(steps, np.int32), graph.constant(np.array([1, 2])))  # [time, 1, 1]
-    return graph.add("Less", steps, graph.add("Unsqueeze", "lengths", graph.constant(np.array([1]))))
+    return graph.add("Less", steps, graph.add("Unsqueeze", lengths, graph.constant(np.array([1]))))
 
 
 def _simple_step(body: GraphBuilder, cell: SimpleRNNCell, x: str, h: str) -> list[str]:

@@ -15,7 +15,7 @@ from rnnserve_models.engine.base import Engine
 from rnnserve_models.engine.numpy import NumpyEngine
 from rnnserve_models.errors import ModelError
 from rnnserve_models.spec import CellSpec, GraphSpec, ModelSpec, read_spec
-from rnnserve_models.weights import load_weights
+from rnnserve_models.weights import load_tensors, load_weights
 
 EngineChoice = Literal["auto", "numpy", "onnx"]
 
@@ -56,12 +56,17 @@ def load_model(directory: Path, *, engine: EngineChoice | None = None, threads: 
             raise ModelError(f"{directory / 'model.yaml'}: {name!r} must be a file beside model.yaml")
         if not (directory / name).is_file():
             raise ModelError(f"{directory / name}: the file is missing{_recipe(spec, directory)}")
+    loaded = _engine(directory, spec, engine or spec.engine, threads)
+    if spec.network is not None:
+        from rnnserve_models.network.files import with_options
+
+        spec = with_options(spec, loaded)
     return LoadedModel(
         name=directory.parent.name,
         version=directory.name,
         digest=digest(directory, spec),
         spec=spec,
-        engine=_engine(directory, spec, engine or spec.engine, threads),
+        engine=loaded,
     )
 
 
@@ -77,7 +82,7 @@ def digest(directory: Path, spec: ModelSpec) -> str:
 def load_cell(directory: Path, spec: ModelSpec) -> Cell:
     """The cell, or stack of cells, of a model of cells, with its weights."""
     if spec.cell is None or spec.weights is None or spec.input_dim is None:
-        raise ModelError(f"{directory}: the model is a graph and has no cells")
+        raise ModelError(f"{directory}: the model is not made of cells")
     specs = (spec.cell,) if isinstance(spec.cell, CellSpec) else spec.cell
     try:
         cell = cells_from_specs(specs)
@@ -95,7 +100,14 @@ def _engine(directory: Path, spec: ModelSpec, choice: EngineChoice, threads: int
         _check_sequences(directory / "model.yaml", spec, spec.graph)
         graph = (directory / spec.graph.file).read_bytes()
         check_states(graph, spec.graph, origin=str(directory / spec.graph.file))
-        return OnnxEngine(graph, spec.graph, threads=threads, origin=str(directory / spec.graph.file))
+        defaults = load_tensors(directory / spec.graph.defaults) if spec.graph.defaults else None
+        return OnnxEngine(
+            graph, spec.graph, defaults=defaults, threads=threads, origin=str(directory / spec.graph.file)
+        )
+    if spec.network is not None:
+        from rnnserve_models.network.files import load_engine
+
+        return load_engine(directory, spec, choice, threads=threads)
     cell = load_cell(directory, spec)
     assert spec.input_dim is not None  # load_cell checked it
     dtype = np.dtype(spec.dtype)

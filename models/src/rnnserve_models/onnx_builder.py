@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import DTypeLike
 from onnx import helper, numpy_helper
 
-from rnnserve_models.activations import LEAKY_RELU_SLOPE, SELU_ALPHA, SELU_SCALE
+from rnnserve_models.activations import LEAKY_RELU_SLOPE, SELU_ALPHA, SELU_SCALE, parameters
+from rnnserve_models.errors import ModelError
 
 # The activations that are one operator of ONNX, of which onnxruntime has float32 and float64. It has no others, such as
 # Elu, in float64; and its float32 ones give an element other bits at the end of a tensor than in the middle. So these
@@ -32,6 +33,12 @@ class GraphBuilder:
         self._nodes: list[Any] = []
         self._initializers: list[Any] = []
 
+    def typed(self, dtype: DTypeLike) -> GraphBuilder:
+        """The same graph, for a part of it that is of another dtype."""
+        view = GraphBuilder(np.dtype(dtype), self._numbers)
+        view._nodes, view._initializers = self._nodes, self._initializers
+        return view
+
     def body(self) -> GraphBuilder:
         """Begins the body of a node: a graph whose names differ from those of the graph around it."""
         return GraphBuilder(self.dtype, self._numbers)
@@ -51,12 +58,20 @@ class GraphBuilder:
     def constant(self, array: np.ndarray) -> str:
         """Adds an initializer."""
         name = self.name()
-        self._initializers.append(numpy_helper.from_array(np.ascontiguousarray(array), name))
+        self._initializers.append(numpy_helper.from_array(np.asarray(array, order="C"), name))
         return name
 
     def weight(self, array: np.ndarray) -> str:
         """Adds an initializer, to compute with."""
         return self.constant(array.astype(self.wide))
+
+    def ints(self, *values: int) -> str:
+        """Adds a vector of int64."""
+        return self.constant(np.array(values, np.int64))
+
+    def integer(self, value: int) -> str:
+        """Adds a scalar of int64."""
+        return self.constant(np.array(value, np.int64))
 
     def number(self, value: float) -> str:
         """Adds a scalar, to compute with."""
@@ -114,8 +129,70 @@ class GraphBuilder:
                 power = self.add("Exp", self.add("Min", x, self.number(20)))
                 n = self.add("Mul", power, self._plus(power, 2))
                 return self.add("Mul", x, self.add("Div", n, self._plus(n, 2)))
-            case _:
+            case "gelu" if self.wide == np.float64:  # onnxruntime has no erf of float64: 1e-7 is all one gets
+                erf = self.cast(self.add("Erf", self.cast(self._scaled(x, 0.5**0.5), np.float32)), self.wide)
+                return self._scaled(self.add("Mul", x, self._plus(erf, 1)), 0.5)
+            case _ if name in _OPERATORS:
                 return self.add(_OPERATORS[name], x)
+            case _:
+                return self._less_common(name, x)
+
+    def _less_common(self, name: str, x: str) -> str:
+        """Activations that came with Keras 3, and those with parameters."""
+        base, numbers = parameters(name)
+        match base:
+            case "relu":
+                slope, most, threshold = numbers
+                low = self._scaled(self._plus(x, -threshold), slope)
+                high = self.add("Min", x, self.number(most))
+                return self.add("Where", self.add("Less", x, self.number(threshold)), low, high)
+            case "leaky_relu":  # max(x, slope * x) would not do for a slope above 1
+                return self.add("Where", self._above(x, 0), x, self._scaled(x, numbers[0]))
+            case "elu":
+                return self._elu(x, numbers[0])
+            case "celu":
+                return self._elu(x, 1)
+            case "log_sigmoid":
+                return self.add("Neg", self.activation("softplus", self.add("Neg", x)))
+            case "log_softmax":
+                return self.add("LogSoftmax", x, axis=-1)
+            case "hard_tanh":
+                return self._clip(x, -1, 1)
+            case "tanh_shrink":
+                return self.add("Sub", x, self.add("Tanh", x))
+            case "soft_shrink":
+                low = self.add("Min", self._plus(x, 0.5), self.number(0))
+                return self.add("Add", self.add("Relu", self._plus(x, -0.5)), low)
+            case "hard_shrink":
+                return self.add("Where", self._above(self.add("Abs", x), 0.5), x, self.number(0))
+            case "squareplus":
+                return self._scaled(self.add("Add", x, self.add("Sqrt", self._plus(self.add("Mul", x, x), 4))), 0.5)
+            case "sparse_plus":
+                near = self._clip(self._plus(x, 1), 0, 2)
+                square = self._scaled(self.add("Mul", near, near), 0.25)
+                return self.add("Where", self._above(x, 1), x, square)
+            case "sparse_sigmoid":
+                return self._clip(self._scaled(self._plus(x, 1), 0.5), 0, 1)
+            case "sparsemax":
+                return self._sparsemax(x)
+            case _:
+                raise ModelError(f"the activation {name!r} has no form in ONNX; it needs engine: numpy")
+
+    def _sparsemax(self, x: str) -> str:
+        last = self.constant(np.array(-1))
+        size = self.add("Shape", x, start=-1)
+        falling, _ = self.add_node("TopK", [x, size], [self.name(), self.name()], axis=-1)
+        sums = self.add("CumSum", falling, last)
+        ranks = self.add("CumSum", self._plus(self._scaled(falling, 0), 1), last)
+        gap = self.add("Sub", falling, self.add("Div", self._plus(sums, -1), ranks))
+        support = self.cast(self._above(gap, 0), self.wide)
+        axis = self.ints(-1)
+        total = self.add("ReduceSum", self.add("Mul", support, sums), axis, keepdims=1)
+        size = self.add("ReduceSum", support, axis, keepdims=1)
+        return self.add("Relu", self.add("Sub", x, self.add("Div", self._plus(total, -1), size)))
+
+    def _above(self, x: str, bound: float) -> str:
+        return self.add("Greater", x, self.number(bound))
 
     def _elu(self, x: str, alpha: float) -> str:
         power = self.add("Exp", self.add("Min", x, self.number(0)))

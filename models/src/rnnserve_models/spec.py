@@ -1,9 +1,9 @@
 """What a model is, as ``model.yaml`` states it and as an engine shows it.
 
-A model directory, ``<name>/<version>/``, holds a ``model.yaml`` and the files that it names. The model is either
-*cells* with weights, which both engines can run, or a *graph* in ONNX, whose tensors the description maps to inputs,
-outputs and states. `ModelSpec` is that file, validated. `TensorSpec` and `StateSpec` are what every engine shows to
-the rest of the house, whatever it was made from.
+A model directory, ``<name>/<version>/``, holds a ``model.yaml`` and the files that it names. The model is *cells* with
+weights, a *network*, which is a layer or model of Keras by its config and weights (both engines can run these), or a
+*graph* in ONNX, whose tensors the description maps to inputs, outputs and states. `ModelSpec` is that file, validated.
+`TensorSpec` and `StateSpec` are what every engine shows to the rest of the house, whatever it was made from.
 """
 
 from __future__ import annotations
@@ -32,19 +32,24 @@ OPTION_NAMES = tuple(LayerOptions.__dataclass_fields__)
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """An input or output at one time step of one row: ``shape`` is without the batch and time axes."""
+    """An input or output at one time step of one row: ``shape`` is without the batch and time axes.
+
+    ``bounds`` are the least and the greatest value that an element may have.
+    """
 
     name: str
     dtype: np.dtype[Any]
     shape: tuple[int, ...]
     finite: bool = False
+    bounds: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
 class StateSpec:
     """A state of one row: ``shape`` is without the batch axis; ``path`` is its place in Keras's nesting.
 
-    ``default`` is what a session starts from, of shape ``shape``; None means zeros.
+    ``default`` is what a session starts from: of shape ``shape``, or [rows, *shape], of which a session's rows take one
+    after the other, and from the first again when there are more. None means zeros.
     """
 
     name: str
@@ -56,7 +61,9 @@ class StateSpec:
     def initial(self, rows: int) -> np.ndarray:
         """The default states of ``rows`` rows: [rows, *shape]."""
         state = np.zeros((rows, *self.shape), self.dtype)
-        if self.default is not None:
+        if self.default is not None and self.default.ndim > len(self.shape):
+            state[:] = np.resize(self.default, state.shape)
+        elif self.default is not None:
             state[:] = self.default
         return state
 
@@ -169,6 +176,10 @@ class GraphSpec(_Part):
 
     Every input of the graph is an input, a state, a constant or ``lengths``: the number of valid steps of each row,
     int32 or int64, [batch]. A graph whose inputs have no time axis computes one step a run.
+
+    ``defaults`` is a safetensors file of what states start from, by their names, as of `StateSpec.default`; those that
+    it does not have start from zeros. ``sliceable`` false: the graph looks ahead or otherwise beyond its states, so
+    that a call must reach it whole. ``rows``: the graph is bound to so many rows, and is run as often as it takes.
     """
 
     file: str
@@ -178,6 +189,9 @@ class GraphSpec(_Part):
     states: tuple[GraphState, ...] = ()
     constants: tuple[GraphConstant, ...] = ()
     lengths: str | None = None
+    defaults: str | None = None
+    sliceable: bool = True
+    rows: Annotated[int, Field(ge=1)] | None = None
     bit_identical: bool = False
 
     @model_validator(mode="after")
@@ -208,11 +222,14 @@ class ModelSpec(_Part):
     cell: CellSpec | tuple[CellSpec, ...] | None = None
     weights: str | None = None
     graph: GraphSpec | None = None
+    network: str | None = None
 
     @model_validator(mode="after")
     def _cells_or_graph(self) -> Self:
-        if (self.cell is None) == (self.graph is None):
-            raise ValueError("give either cell (with input_dim and weights) or graph")
+        if sum(kind is not None for kind in (self.cell, self.graph, self.network)) != 1:
+            raise ValueError("give one of cell (with input_dim and weights), network (with weights) and graph")
+        if self.network is not None and (self.input_dim is not None or self.weights is None):
+            raise ValueError("a network needs weights, a file, and says the number of features itself, not input_dim")
         if self.cell is not None and (self.input_dim is None or self.weights is None):
             raise ValueError("a model of cells needs input_dim, the number of features, and weights, a file")
         if self.graph is not None and (self.input_dim or self.weights or self.finite):
@@ -234,6 +251,10 @@ class ModelSpec(_Part):
             yield self.weights
         if self.graph is not None:
             yield self.graph.file
+            if self.graph.defaults is not None:
+                yield self.graph.defaults
+        if self.network is not None:
+            yield self.network
 
 
 def _distinct(names: list[str]) -> None:

@@ -38,12 +38,7 @@ def load_weights(path: Path, cell: Cell, input_dim: int, dtype: DTypeLike = np.f
             unexpected, or of another shape or dtype. The message names the file and the tensor.
     """
     dtype = float_dtype(dtype)
-    try:
-        tensors = load(path.read_bytes())
-    except OSError as error:
-        raise ModelError(f"{path}: cannot be read: {error}") from error
-    except (SafetensorError, KeyError) as error:
-        raise ModelError(f"{path}: is not a safetensors file of NumPy's dtypes: {error}") from error
+    tensors = load_tensors(path)
     prefix = _prefix(cell)
     shapes = {f"{prefix}{name}": shape for name, shape in cell.weight_shapes(input_dim).items()}
     check_weights(str(path), shapes, tensors)
@@ -51,6 +46,20 @@ def load_weights(path: Path, cell: Cell, input_dim: int, dtype: DTypeLike = np.f
         if tensor.dtype != dtype:
             raise ModelError(f"{path}: {name}: expected dtype {dtype}, got {tensor.dtype}")
     return cell.with_weights({name.removeprefix(prefix): tensors[name] for name in shapes}, input_dim, dtype)
+
+
+def load_tensors(path: Path) -> dict[str, np.ndarray]:
+    """The tensors of a safetensors file, by name.
+
+    Raises:
+        ModelError: the file cannot be read, or is not safetensors of NumPy's dtypes.
+    """
+    try:
+        return load(path.read_bytes())
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read: {error}") from error
+    except (SafetensorError, KeyError) as error:
+        raise ModelError(f"{path}: is not a safetensors file of NumPy's dtypes: {error}") from error
 
 
 def _prefix(cell: Cell) -> str:

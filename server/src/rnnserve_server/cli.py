@@ -8,12 +8,14 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from pydantic import ValidationError
 
 from rnnserve_server.config import ConfigError, Settings, load_settings
+
+Nonlinearity = Literal["tanh", "relu"]
 
 app = typer.Typer(help="Serves recurrent models that remember.", no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -84,6 +86,31 @@ def fetch(models: Annotated[Path, typer.Argument(help="the folder of models")] =
         typer.echo(f"{directory}: {error or 'ready'}", err=error is not None)
         failed = failed or error is not None
     raise typer.Exit(1 if failed else 0)
+
+
+@app.command("import")
+def import_model(
+    file: Annotated[Path, typer.Argument(help="an .onnx, .safetensors (PyTorch), .keras or .h5 file", dir_okay=False)],
+    name: Annotated[str, typer.Option(help="what to call the model")],
+    version: Annotated[str, typer.Option(help="its version")] = "1",
+    models: Annotated[Path, typer.Option(help="the folder of models")] = Path("models/zoo"),
+    prefix: Annotated[
+        str | None, typer.Option(help="what the names of the tensors to take from a PyTorch state dict begin with")
+    ] = None,
+    nonlinearity: Annotated[Nonlinearity, typer.Option(help="of a PyTorch nn.RNN")] = "tanh",
+) -> None:
+    """Make a served, stateful model of a file made elsewhere, and say what was found."""
+    from rnnserve_models.errors import ModelError
+    from rnnserve_models.importers.files import import_file
+
+    try:
+        findings = import_file(file, models, name, version=version, prefix=prefix, nonlinearity=nonlinearity)
+    except (ModelError, OSError) as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(1) from error
+    for finding in findings:
+        typer.echo(f"  {finding}")
+    typer.echo(f"{models / name / version}: ready to serve")
 
 
 @app.command()

@@ -14,6 +14,7 @@ import numpy as np
 
 from rnnserve_models.engine.base import Array, Arrays
 from rnnserve_models.load import LoadedModel
+from rnnserve_models.masking import Compacted
 from rnnserve_models.options import LayerOptions
 from rnnserve_server.blocks import Barrier, Block, Sessions, Sink
 from rnnserve_server.config import Settings
@@ -29,7 +30,7 @@ from rnnserve_server.errors import (
     TooLarge,
     step_mismatch,
 )
-from rnnserve_server.layout import check_states, not_finite, to_call
+from rnnserve_server.layout import check_states, not_finite, out_of_bounds, to_call
 from rnnserve_server.repository import Repository
 from rnnserve_server.scheduler import Scheduler
 from rnnserve_server.sessions import Group, Session, SessionTable
@@ -163,13 +164,11 @@ class Core:
             ServiceError: the inputs or the mask do not fit; nothing was queued.
         """
         _check_mask(group.model, mask)
-        call = to_call(
-            group.model.engine.inputs, group.options, inputs, mask, chunks=len(slots), batch_size=group.batch_size
-        )
+        call = to_call(group.model.engine, group.options, inputs, mask, chunks=len(slots), batch_size=group.batch_size)
         sessions = Sessions(group, slots, generations, first_steps)
         block = Block(call, group.batch_size, group.options, sink, tags, sessions)
-        if faults := not_finite(group.model.engine.inputs, call, group.batch_size):
-            sink.failed(block, [(index, _not_finite(name)) for index, name in faults.items()])
+        if faults := _faults(group.model, call, group.batch_size):
+            sink.failed(block, list(faults.items()))
             left = np.setdiff1d(np.arange(len(slots)), list(faults))
             if not len(left):
                 return
@@ -191,9 +190,8 @@ class Core:
             ServiceError: the inputs, the mask or the states do not fit; nothing was queued.
         """
         _check_mask(model, mask)
-        specs = model.engine.inputs
         call = to_call(
-            specs,
+            model.engine,
             options,
             {name: x[None] for name, x in inputs.items()},
             None if mask is None else mask[None],
@@ -203,8 +201,8 @@ class Core:
         rows = len(call.lengths)
         if rows > self.settings.max_batch_size:
             raise TooLarge("batch size", self.settings.max_batch_size, rows)
-        for name in not_finite(specs, call, rows).values():
-            raise _not_finite(name)
+        for fault in _faults(model, call, rows).values():
+            raise fault
         if initial_states:
             check_states(model.engine.states, initial_states, rows, "initial_states")
         states = initial_states or {spec.name: spec.initial(rows) for spec in model.engine.states}
@@ -216,7 +214,7 @@ class Core:
         if key not in self._workers:
             self._workers[key] = Worker(
                 model,
-                Scheduler(self.settings.max_batch_rows, self.settings.slice_steps),
+                Scheduler(self.settings.max_batch_rows, self.settings.slice_steps, whole=model.engine.whole),
                 self.sessions,
                 clock=self.clock,
                 on_progress=self._room.set,
@@ -296,6 +294,13 @@ def _check_mask(model: LoadedModel, mask: Array | None) -> None:
             f"mask: model {model.name!r} takes no mask",
             metadata={"field": "mask", "expected": "no mask", "got": "a mask"},
         )
+
+
+def _faults(model: LoadedModel, call: Compacted, batch_size: int) -> dict[int, ServiceError]:
+    """The chunks that hold what the model forbids, and what is wrong with each."""
+    specs = model.engine.inputs
+    missing = {index: _not_finite(name) for index, name in not_finite(specs, call, batch_size).items()}
+    return {**out_of_bounds(specs, call, batch_size), **missing}
 
 
 def _not_finite(name: str) -> NotFinite:

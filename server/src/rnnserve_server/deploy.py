@@ -1,22 +1,16 @@
-"""Models that come and go while the server runs.
-
-A new version is written beside the others under a name that no repository looks at, loaded from there, and renamed into
-place: it is there whole, and works, or it is not there. What takes a while runs on a thread of its own.
-"""
+"""Models that come and go while the server runs. What takes a while runs on a thread of its own."""
 
 from __future__ import annotations
 
 import asyncio
 import re
-import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import structlog
+
 from rnnserve_models.errors import ModelError
 from rnnserve_models.load import LoadedModel
-
 from rnnserve_server.config import Settings
 from rnnserve_server.errors import (
     DeployDisabled,
@@ -123,27 +117,14 @@ class Deployer:
         return models
 
     def _place(self, name: str, version: str, write: Write) -> tuple[LoadedModel, list[str]]:
-        target = self._repository.folder / name / version
+        from rnnserve_models.importers.files import place_model  # importers take a while to import
+
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            # Under the folder, because a rename is atomic only within a file system; not where a model is looked for.
-            with tempfile.TemporaryDirectory(prefix=".deploy-", dir=self._repository.folder) as scratch:
-                draft = Path(scratch) / "draft" / name / version
-                draft.mkdir(parents=True)
-                try:
-                    findings = write(draft)
-                except ModelError as error:
-                    raise ModelInvalid("source", "a model", str(error).replace(f"{scratch}/draft/", "")) from error
-                loaded = self._repository.try_load(draft)
-                if isinstance(loaded, ModelError):
-                    raise ModelInvalid("source", "a model", str(loaded).replace(f"{scratch}/draft/", ""))
-                draft.rename(target)
+            return place_model(self._repository.folder, name, version, write, self._repository.load_version)
+        except ModelError as error:
+            raise ModelInvalid("source", "a model", str(error)) from error
         except OSError as error:
             raise ModelUnavailable(f"the models' folder cannot be written to: {error}") from error
-        finally:
-            if target.parent.is_dir() and not any(target.parent.iterdir()):
-                shutil.rmtree(target.parent, ignore_errors=True)
-        return loaded, findings
 
     def _check_allowed(self) -> None:
         if not self._settings.allow_deploy:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from rnnserve_models.engine.base import Array, Arrays
+from rnnserve_models.engine.base import Array, Arrays, Engine
 from rnnserve_models.masking import Compacted, compact
 from rnnserve_models.options import LayerOptions
 from rnnserve_models.spec import StateSpec, TensorSpec
@@ -19,7 +19,7 @@ from rnnserve_server.errors import InvalidInput
 
 
 def to_call(
-    specs: Sequence[TensorSpec],
+    engine: Engine,
     options: LayerOptions,
     arrays: Mapping[str, Array],
     mask: Array | None,
@@ -30,7 +30,7 @@ def to_call(
     """Checks the inputs of N chunks and lays them out for the engine.
 
     Args:
-        specs: the model's inputs.
+        engine: what computes the model.
         options: the options of the layer.
         arrays: every input, [N, batch, time, *shape], or [N, time, batch, *shape] with time_major.
         mask: bool, [N, batch, time] or [N, 1, time] (time and batch changed with time_major), or None.
@@ -38,17 +38,18 @@ def to_call(
         batch_size: what the session has fixed; None for any.
 
     Returns:
-        The call, its rows in the order of chunks and then of batch.
+        The call, its rows in the order of chunks and then of batch. For an engine that wants calls whole, it has all
+        the steps, and the mask among its inputs.
 
     Raises:
         InvalidInput: an input is missing, unknown, or of the wrong dtype or shape.
     """
-    check_names("inputs", [spec.name for spec in specs], arrays)
-    steps: int | None = None
+    check_names("inputs", [spec.name for spec in engine.inputs], arrays)
+    steps = engine.timesteps
     rows = batch_size
     time_axis, batch_axis = (1, 2) if options.time_major else (2, 1)
     inputs = {}
-    for spec in specs:
+    for spec in engine.inputs:
         x, field = arrays[spec.name], f"inputs.{spec.name}"
         check_dtype(field, spec.dtype, x)
         fits = (
@@ -73,6 +74,10 @@ def to_call(
         if shape != [chunks, *((steps, rows) if options.time_major else (rows, steps))]:
             raise InvalidInput("mask", _expected(options, rows, steps, ()), f"shape {list(mask.shape[1:])}")
         mask = _time_major(np.broadcast_to(mask, shape), time_axis)  # [T, R]
+    if engine.whole:
+        if mask is not None:
+            inputs["mask"] = mask
+        return Compacted(inputs, np.full(chunks * rows, steps), steps, None)
     return compact(inputs, mask, go_backwards=options.go_backwards)
 
 
@@ -90,6 +95,23 @@ def not_finite(specs: Sequence[TensorSpec], call: Compacted, batch_size: int) ->
         fine = np.isfinite(x).reshape(len(x), -1, batch_size * int(np.prod(spec.shape))).all(axis=(0, 2))  # [N]
         for index in np.flatnonzero(~fine):
             found.setdefault(int(index), spec.name)
+    return found
+
+
+def out_of_bounds(specs: Sequence[TensorSpec], call: Compacted, batch_size: int) -> dict[int, InvalidInput]:
+    """The chunks that hold an element that an input may not have, and what is wrong with each."""
+    found: dict[int, InvalidInput] = {}
+    for spec in specs:
+        if spec.bounds is None:
+            continue
+        low, high = spec.bounds
+        x = call.inputs[spec.name]
+        by_chunk = x.reshape(len(x), -1, batch_size * int(np.prod(spec.shape)))  # [T, N, ...]
+        wrong = ((by_chunk < low) | (by_chunk > high)).any(axis=(0, 2))  # [N]
+        for index in np.flatnonzero(wrong):
+            part = by_chunk[:, index]
+            got = f"{part.min()} to {part.max()}"
+            found.setdefault(int(index), InvalidInput(f"inputs.{spec.name}", f"{low} to {high}", got))
     return found
 
 

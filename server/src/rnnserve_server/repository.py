@@ -51,10 +51,18 @@ class Repository:
         """The model directories of a model, or of all for "*"."""
         return sorted(path.parent for path in self.folder.glob(f"{name}/*/model.yaml"))
 
+    def load_version(self, directory: Path) -> LoadedModel:
+        """Loads a model directory. Takes a while, and may be called on any thread.
+
+        Raises:
+            ModelError: it does not hold a model.
+        """
+        return load_model(directory, engine=self._engine, threads=self._threads)
+
     def try_load(self, directory: Path) -> LoadedModel | ModelError:
-        """Loads a model directory, or says why not. Takes a while, and may be called on any thread."""
+        """Loads a model directory, or says why not, which is logged. As `load_version` otherwise."""
         try:
-            model = load_model(directory, engine=self._engine, threads=self._threads)
+            model = self.load_version(directory)
         except ModelError as error:
             log.warning("model not served", model=directory.parent.name, version=directory.name, why=str(error))
             return error

@@ -8,13 +8,15 @@ has waited longest, fills up to ``max_batch_rows`` rows with it, and runs all of
 has left, at most ``slice_steps``. So nothing is padded, a tick is at least half full in time, and a long chunk, which
 goes to the back of the line after each slice, never keeps a short one waiting for more than one slice.
 
+Where calls must stay whole, blocks are kept by their number of steps and run in one tick, never padded or cut.
+
 Pure: no I/O, no clock of its own, no threads.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,15 +38,16 @@ class Scheduler:
 
     Attributes:
         max_batch_rows: rows of one tick, unless one chunk alone has more.
-        slice_steps: time steps of one tick at most.
+        slice_steps: time steps of one tick at most, unless calls must stay whole.
         queued_bytes: bytes of input that wait or run.
     """
 
-    def __init__(self, max_batch_rows: int, slice_steps: int) -> None:
+    def __init__(self, max_batch_rows: int, slice_steps: int, *, whole: bool = False) -> None:
         self.max_batch_rows = max_batch_rows
         self.slice_steps = slice_steps
+        self._whole = whole
         self.queued_bytes = 0
-        self._ready: list[deque[Block]] = [deque() for _ in range(slice_steps.bit_length() + 1)]
+        self._ready: dict[Hashable, deque[Block]] = {}  # no line is empty
         self._queued: dict[int, Block | Barrier] = {}
         self._number = 0
         self._order = 0
@@ -67,21 +70,24 @@ class Scheduler:
 
         The caller hands each of them to `requeue` or `finish` afterwards.
         """
-        line = min((line for line in self._ready if line), key=lambda line: line[0].order, default=None)
-        if line is None:
+        if not self._ready:
             return None
+        key, line = min(self._ready.items(), key=lambda item: item[1][0].order)
         blocks = [line.popleft()]
         rows = blocks[0].rows
         while line and not line[0].solo and not blocks[0].solo and rows + line[0].rows <= self.max_batch_rows:
             rows += line[0].rows
             blocks.append(line.popleft())
-        return Tick(blocks, min(self.slice_steps, *(block.steps - block.done for block in blocks)))
+        if not line:
+            del self._ready[key]
+        steps = min(block.steps - block.done for block in blocks)
+        return Tick(blocks, steps if self._whole else min(self.slice_steps, steps))
 
     def requeue(self, block: Block) -> None:
         """Puts a block that has steps left at the end of the line."""
         self._order += 1
         block.order = self._order
-        self._ready[min(self.slice_steps, block.steps - block.done).bit_length()].append(block)
+        self._ready.setdefault(self._line(block), deque()).append(block)
 
     def finish(self, work: Block | Barrier) -> None:
         """Forgets work that is done, failed or dropped, and lets what follows it go on."""
@@ -101,6 +107,12 @@ class Scheduler:
             tail, dropped = block.sessions.group.tail, np.delete(block.sessions.slots, index)
             tail[dropped[tail[dropped] == block.number]] = -1
         return rest
+
+    def _line(self, block: Block) -> Hashable:
+        """What the blocks that may run together have in common."""
+        if self._whole:
+            return block.steps, "mask" in block.call.inputs
+        return min(self.slice_steps, block.steps - block.done).bit_length()
 
     def _parts(self, block: Block) -> list[tuple[Block, int]]:
         """Cuts a block so that each part fits a tick and follows at most one other block, or none (-1)."""

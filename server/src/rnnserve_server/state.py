@@ -44,8 +44,7 @@ class Arena:
     def reset(self, slot: int, states: Mapping[str, Array] | None = None) -> None:
         """Sets one slot to given states, each [batch_size, *shape], or to the model's default."""
         for spec in self._specs:
-            value = states[spec.name] if states else (0 if spec.default is None else spec.default)
-            self._arrays[spec.name][slot] = value
+            self._arrays[spec.name][slot] = states[spec.name] if states else spec.initial(self.batch_size)
 
     def gather(self, slots: Array) -> Arrays:
         """Copies the states of N slots: each [N * batch_size, *shape]."""

@@ -34,6 +34,10 @@ class Engine(ABC):
         inputs: the inputs, each with a time axis in `run`.
         outputs: the outputs.
         states: the states, in the order in which Keras lists them.
+        whole: a call is computed as it came: not cut in time, padded or compacted, and only together with others of as
+            many steps. `run` gets all the steps of every row, and a mask, if there is one, as an input of its own
+            named ``mask``, bool [T, R]; T of an output may differ, and is 1 where the output has no time axis.
+        timesteps: the number of steps that every call must have; None: any. An input without a time axis has 1.
         bit_identical: a row's results are the same bits whatever the other rows are and however its steps are cut
             into runs.
     """
@@ -43,6 +47,8 @@ class Engine(ABC):
     outputs: tuple[TensorSpec, ...]
     states: tuple[StateSpec, ...]
     bit_identical: bool
+    whole: bool = False
+    timesteps: int | None = None
 
     @abstractmethod
     def run(self, inputs: Mapping[str, Array], lengths: Array, states: Mapping[str, Array]) -> tuple[Arrays, Arrays]:

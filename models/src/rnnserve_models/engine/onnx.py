@@ -41,6 +41,7 @@ class OnnxEngine(Engine):
         spec: GraphSpec,
         *,
         states: Sequence[StateSpec] = (),
+        defaults: Mapping[str, Array] | None = None,
         threads: int = 1,
         origin: str = "graph",
     ) -> None:
@@ -50,6 +51,7 @@ class OnnxEngine(Engine):
             graph: the serialized ModelProto.
             spec: what its tensors mean.
             states: what the states are called and where they nest, for a spec that does not say.
+            defaults: what states start from, by their names; zeros for the others. See `StateSpec.default`.
             threads: of onnxruntime, for one operator.
             origin: the file, for messages.
 
@@ -70,7 +72,10 @@ class OnnxEngine(Engine):
         except (ValueError, TypeError, OverflowError) as error:
             raise ModelError(f"{origin}: constants: a value is not of its dtype: {error}") from error
         _check_graph(self._session, spec, origin)
-        self._spec = spec
+        defaults = dict(defaults or {})
+        _check_defaults(defaults, spec, origin)
+        self.spec = self._spec = spec
+        self.whole = not spec.sliceable
         self._stepwise = not spec.inputs[0].has_time
         self._lengths_dtype = next(
             (_DTYPES[node.type] for node in self._session.get_inputs() if node.name == spec.lengths), "int32"
@@ -82,7 +87,7 @@ class OnnxEngine(Engine):
         self.inputs = tuple(TensorSpec(t.name, np.dtype(t.dtype), t.shape, t.finite) for t in spec.inputs)
         self.outputs = tuple(TensorSpec(t.name, np.dtype(t.dtype), t.shape) for t in spec.outputs)
         self.states = tuple(states) or tuple(
-            StateSpec(state.name, np.dtype(state.dtype), state.shape, state.path or (index,))
+            StateSpec(state.name, np.dtype(state.dtype), state.shape, state.path or (index,), defaults.get(state.name))
             for index, state in enumerate(spec.states)
         )
         self.states += tuple(
@@ -102,6 +107,8 @@ class OnnxEngine(Engine):
         whole = self._spec.lengths is not None or bool((lengths == steps).all())
         if whole and not (self._stepwise and steps > 1):
             outputs, states = self._run(inputs, lengths, states)
+        elif self.whole and not self._stepwise:
+            outputs, states = self._run_alike(inputs, lengths, states)
         else:
             outputs, states = self._run_segments(inputs, lengths, states)
         return outputs, {**states, **contexts}
@@ -140,8 +147,52 @@ class OnnxEngine(Engine):
                 carried[name][live] = state
         return outputs, carried
 
+    def _run_alike(
+        self, inputs: Mapping[str, Array], lengths: Array, states: Mapping[str, Array]
+    ) -> tuple[Arrays, Arrays]:
+        """Rows of equal length together, each from its first step to its last."""
+        steps, rows = next(iter(inputs.values())).shape[:2]
+        outputs = {spec.name: np.zeros((steps, rows, *spec.shape), spec.dtype) for spec in self.outputs}
+        carried = {state.name: states[state.name].copy() for state in self._spec.states}  # [R, ...]
+        for length in np.unique(lengths):
+            live = np.flatnonzero(lengths == length)
+            part, after = self._run(
+                {name: x[:length, live] for name, x in inputs.items()},
+                np.full(len(live), length),
+                {name: state[live] for name, state in carried.items()},
+            )
+            for name, y in part.items():
+                outputs[name][:length, live] = y
+            for name, state in after.items():
+                carried[name][live] = state
+        return outputs, carried
+
     def _run(self, inputs: Mapping[str, Array], lengths: Array, states: Mapping[str, Array]) -> tuple[Arrays, Arrays]:
-        """One run of the graph, all rows to the end (or to ``lengths`` where the graph takes them)."""
+        """All rows to the end (or to ``lengths`` where the graph takes them), in one run if the graph has room."""
+        rows = self._spec.rows
+        if rows is None or rows == len(lengths):
+            return self._run_once(inputs, lengths, states)
+        parts = []
+        for start in range(0, len(lengths), rows):
+            # What is missing from the last part is filled up with its last row.
+            taken = np.minimum(np.arange(start, start + rows), len(lengths) - 1)
+            parts.append(
+                self._run_once(
+                    {name: x[:, taken] for name, x in inputs.items()},
+                    lengths[taken],
+                    {name: state[taken] for name, state in states.items()},
+                )
+            )
+        outputs = {
+            name: np.concatenate([part[name] for part, _ in parts], axis=1)[:, : len(lengths)] for name in parts[0][0]
+        }
+        after = {name: np.concatenate([part[name] for _, part in parts])[: len(lengths)] for name in parts[0][1]}
+        return outputs, after
+
+    def _run_once(
+        self, inputs: Mapping[str, Array], lengths: Array, states: Mapping[str, Array]
+    ) -> tuple[Arrays, Arrays]:
+        """One run of the graph."""
         spec = self._spec
         feeds = dict(self._constants)
         for tensor in spec.inputs:
@@ -259,6 +310,18 @@ def _check_graph(session: ort.InferenceSession, spec: GraphSpec, origin: str) ->
     for state in spec.states:
         outputs[state.output] = (state.dtype, len(state.axes))
     _compare(session.get_outputs(), outputs, "output", origin)
+
+
+def _check_defaults(defaults: Mapping[str, Array], spec: GraphSpec, origin: str) -> None:
+    shapes = {state.name: state.shape for state in spec.states}
+    for name, value in defaults.items():
+        if name not in shapes:
+            raise ModelError(f"{origin}: defaults: there is no state {name!r}; the states are {list(shapes)}")
+        if value.shape != shapes[name] and (not len(value) or value.shape[1:] != shapes[name]):
+            raise ModelError(
+                f"{origin}: defaults: {name}: expected shape {list(shapes[name])}, or that for each of some rows, got "
+                f"{list(value.shape)}"
+            )
 
 
 def _compare(

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import functools
+import json
+import tempfile
+from pathlib import Path, PurePath
 from typing import Any
 
 import grpc
 
+from rnnserve.codec import decode
 from rnnserve.v1 import model_pb2 as pb
 from rnnserve.v1 import model_pb2_grpc
+from rnnserve_models.engine.base import Array
+from rnnserve_models.errors import ModelError
 from rnnserve_server.api.errors import told
 from rnnserve_server.api.messages import model_message, page, page_number
 from rnnserve_server.core import Core
-from rnnserve_server.deploy import write_file, write_layer
-from rnnserve_server.errors import InvalidRequest
+from rnnserve_server.errors import InvalidRequest, ModelInvalid
 
 _PAGE = 100
 
@@ -48,14 +53,15 @@ class ModelServicer(model_pb2_grpc.ModelServiceServicer):
         """See ModelService.DeployModel."""
         match request.WhichOneof("source"):
             case "layer":
-                config, weights = request.layer.config_json, decode_list(request.layer.weights, "layer.weights")
+                config = request.layer.config_json
+                weights = [decode(weight, f"layer.weights.{i}") for i, weight in enumerate(request.layer.weights)]
                 version = request.layer.keras_version or None
                 if version not in (None, 2, 3):
                     raise InvalidRequest("layer.keras_version", "2, 3 or 0", str(version))
-                write = functools.partial(write_layer, config, weights, version)
+                write = functools.partial(_write_layer, _parsed(config), weights, version)
                 size = len(config) + sum(weight.nbytes for weight in weights)
             case "file":
-                write = functools.partial(write_file, request.file.filename, request.file.content)
+                write = functools.partial(_write_file, request.file.filename, request.file.content)
                 size = len(request.file.content)
             case _:
                 raise InvalidRequest("source", "layer or file", "neither")
@@ -75,3 +81,38 @@ class ModelServicer(model_pb2_grpc.ModelServiceServicer):
     ) -> pb.ReloadModelResponse:
         """See ModelService.ReloadModel."""
         return pb.ReloadModelResponse(models=map(model_message, await self._core.deployer.reload(request.name)))
+
+
+def _parsed(config_json: str) -> dict[str, Any]:
+    """The config of a layer.
+
+    Raises:
+        ModelInvalid: it is not a JSON object.
+    """
+    try:
+        config = json.loads(config_json)
+    except (ValueError, RecursionError) as error:
+        raise ModelInvalid("layer.config_json", "JSON", str(error)) from error
+    if not isinstance(config, dict):
+        raise ModelInvalid("layer.config_json", "a JSON object", type(config).__name__)
+    return config
+
+
+def _write_layer(config: dict[str, Any], weights: list[Array], keras_version: int | None, target: Path) -> list[str]:
+    """Writes a model directory of a layer."""
+    from rnnserve_models.importers.files import write_layer  # importers take a while to import
+
+    return write_layer(config, weights, keras_version, target)
+
+
+def _write_file(filename: str, content: bytes, target: Path) -> list[str]:
+    """Writes a model directory of a file's content. Only the suffix of the name a client gives is heeded."""
+    from rnnserve_models.importers.files import write_model  # importers take a while to import
+
+    with tempfile.TemporaryDirectory(prefix="rnnserve-") as scratch:
+        path = Path(scratch) / f"model{PurePath(filename).suffix}"
+        path.write_bytes(content)
+        try:
+            return write_model(path, target)
+        except ModelError as error:
+            raise ModelError(str(error).replace(str(path), PurePath(filename).name)) from error
