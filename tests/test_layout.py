@@ -69,9 +69,8 @@ def test_mask_selects_steps(time_major, backwards):
     mask = np.array([[[1, 0, 1, 1]], [[0, 0, 0, 1]]], bool)  # [N, 1, T]
     if time_major:
         x, mask = x.swapaxes(1, 2), mask.swapaxes(1, 2)
-    call = to_call(
-        taking(ONE), options(time_major=time_major, go_backwards=backwards), {"x": x}, mask, chunks=2, batch_size=None
-    )
+    layer = options(time_major=time_major, go_backwards=backwards)
+    call = to_call(taking(ONE), layer, {"x": x}, mask, chunks=2, batch_size=None)
     assert call.lengths.tolist() == [3, 3, 1, 1]
     assert call.timesteps == 4
     rows = [[0, 2, 3], [4, 6, 7], [11], [15]]
