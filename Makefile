@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PROTOS := $(sort $(wildcard proto/rnnserve/v1/*.proto))
 SERVICES := $(shell grep -l '^service ' $(PROTOS))
 
-.PHONY: run test samples lint types stubs check-stubs bench requirements clean
+.PHONY: run test vectors samples lint types stubs check-stubs bench requirements clean
 
 run: $(VENV)/.serve
 	-$(BIN)/rnnserve fetch models/zoo
@@ -15,6 +15,10 @@ run: $(VENV)/.serve
 test: $(VENV)/.dev
 	-$(BIN)/rnnserve fetch models/zoo
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+# How far the engines are from what real Keras 2 and 3 computed, family by family.
+vectors: $(VENV)/.dev
+	PYTHONPATH=tests $(BIN)/python -m vectors.keras.table $(ARGS)
 
 # Recordings to try the models with: speech and sunspot numbers.
 samples: $(VENV)/.serve

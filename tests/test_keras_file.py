@@ -78,7 +78,7 @@ def test_a_model_from_a_file(name):
     np.testing.assert_allclose(model_from_file(FILES / name)(inputs[0]), expected[0], rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("name", ["stacked3.keras", "bidirectional2.h5", "encoder_decoder3.keras"])
+@pytest.mark.parametrize("name", ["stacked3.keras", "bidirectional2.h5", "encoder_decoder3.keras", "stateful2.h5"])
 def test_importing_writes_the_model_and_says_what_it_is(name, tmp_path):
     """A directory that loads, and findings that name layers, states, axes and dtypes."""
     target = tmp_path / "model" / "1"

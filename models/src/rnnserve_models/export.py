@@ -11,7 +11,7 @@ exponentials differ, and with softplus outside an operator, whose logarithm does
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ from rnnserve_models.cell import Cell
 from rnnserve_models.cells import DenseCell, GRUCell, LSTMCell, SimpleRNNCell
 from rnnserve_models.errors import ModelError
 from rnnserve_models.onnx_builder import GraphBuilder
+from rnnserve_models.onnx_steps import STEPS
 from rnnserve_models.spec import Axis, GraphInput, GraphSpec, GraphState, GraphTensor
 from rnnserve_models.stack import StackedRNNCells
 
@@ -91,7 +92,7 @@ def check_form(cell: Cell) -> None:
         ModelError: it is such.
     """
     # Not isinstance: a class derived from one of these may compute something else.
-    if type(cell) is not DenseCell and type(cell) not in _STEPS:
+    if type(cell) is not DenseCell and type(cell) not in STEPS:
         raise ModelError(f"{type(cell).__name__} has no form in ONNX; it needs engine: numpy")
 
 
@@ -233,7 +234,7 @@ def _scan(
     names = [body.name() for _ in states]
     x_t, live = body.name(), body.name()  # [batch, gates * units], [batch, 1]
     before = [body.widened(name) for name in names]  # each [batch, units]
-    after = _STEPS[type(cell)](body, cell, x_t, *before)
+    after = STEPS[type(cell)](body, cell, x_t, *before)
     if lengths is not None:
         after = [body.add("Where", live, *pair) for pair in zip(after, before, strict=True)]
     after = [body.narrowed(state) for state in after]
@@ -259,7 +260,7 @@ def add_step(graph: GraphBuilder, cell: Cell, x: str, states: Sequence[str]) -> 
     The first of them is the output.
     """
     assert isinstance(cell, LSTMCell | GRUCell | SimpleRNNCell)
-    after = _STEPS[type(cell)](graph, cell, _affine(graph, cell, x), *map(graph.widened, states))
+    after = STEPS[type(cell)](graph, cell, _affine(graph, cell, x), *map(graph.widened, states))
     return [graph.narrowed(state) for state in after]
 
 
@@ -269,49 +270,6 @@ def _live(graph: GraphBuilder, value: str, lengths: str) -> str:
     steps = graph.add("Range", graph.constant(np.array(0)), time, graph.constant(np.array(1)))  # [time]
     steps = graph.add("Unsqueeze", graph.cast(steps, np.int32), graph.constant(np.array([1, 2])))  # [time, 1, 1]
     return graph.add("Less", steps, graph.add("Unsqueeze", lengths, graph.constant(np.array([1]))))
-
-
-def _simple_step(body: GraphBuilder, cell: SimpleRNNCell, x: str, h: str) -> list[str]:
-    z = body.add("Add", x, body.add("MatMul", h, body.weight(cell.weights["recurrent_kernel"])))
-    return [body.activation(cell.activation, z)]
-
-
-def _lstm_step(body: GraphBuilder, cell: LSTMCell, x: str, h: str, c: str) -> list[str]:
-    z = body.add("Add", x, body.add("MatMul", h, body.weight(cell.weights["recurrent_kernel"])))
-    i, f, g, o = body.split(z, cell.gates)
-    i, f, o = (body.activation(cell.recurrent_activation, gate) for gate in (i, f, o))
-    g = body.activation(cell.activation, g)
-    c = body.add("Add", body.add("Mul", f, c), body.add("Mul", i, g))
-    return [body.add("Mul", o, body.activation(cell.activation, c)), c]
-
-
-def _gru_step(body: GraphBuilder, cell: GRUCell, x: str, h: str) -> list[str]:
-    x_z, x_r, x_g = body.split(x, cell.gates)
-    kernel = cell.weights["recurrent_kernel"]
-    if cell.reset_after:
-        recurrent = body.add("MatMul", h, body.weight(kernel))
-        if cell.use_bias:
-            recurrent = body.add("Add", recurrent, body.weight(cell.weights["bias"][1]))
-        h_z, h_r, h_g = body.split(recurrent, cell.gates)
-    else:
-        h_z, h_r = body.split(body.add("MatMul", h, body.weight(kernel[:, : 2 * cell.units])), 2)
-    z = body.activation(cell.recurrent_activation, body.add("Add", x_z, h_z))
-    r = body.activation(cell.recurrent_activation, body.add("Add", x_r, h_r))
-    if cell.reset_after:
-        h_g = body.add("Mul", r, h_g)
-    else:
-        h_g = body.add("MatMul", body.add("Mul", r, h), body.weight(kernel[:, 2 * cell.units :]))
-    g = body.activation(cell.activation, body.add("Add", x_g, h_g))
-    kept, fresh = body.add("Mul", z, h), body.add("Mul", body.add("Sub", body.number(1), z), g)
-    return [body.add("Add", kept, fresh)]
-
-
-_STEPS: dict[type[Cell], Callable[..., list[str]]] = {
-    SimpleRNNCell: _simple_step,
-    LSTMCell: _lstm_step,
-    GRUCell: _gru_step,
-}
-"""From x W + b of a step, and the states, to the new states."""
 
 
 def _axes(*axes: Axis) -> tuple[Axis, ...]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
 import sys
 import tempfile
@@ -84,6 +85,8 @@ def read_hdf5(path: Path, *, leave: tuple[str, ...] = ()) -> Hdf5:
                 errors="replace",
                 timeout=seconds,
                 check=False,
+                # One thread, whose stack is all of the memory that NumPy takes in advance.
+                env={**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
             )
         except subprocess.TimeoutExpired as error:
             raise Hdf5Error(f"is damaged: the HDF5 library was not done with it after {seconds:.0f} s") from error

@@ -107,10 +107,11 @@ def import_keras(path: Path, target: Path) -> list[str]:
         ModelError: as `read_keras_file` and `rnnserve_models.layer_from_config` do.
     """
     found = read_keras_file(path)
-    layer = Source(found.config, found.weights, found.keras_version).default()
+    source = Source(found.config, found.weights, found.keras_version)
+    layer = source.default()
     if layer is None:
         raise ModelError(f"{path}: does not say what its inputs are like; save a model that was built or called")
-    findings = [*found.notes, *_described(layer, found), *_compared(path, layer, found)]
+    findings = [*found.notes, *_described(layer, found), *_compared(path, layer, found, source.batch_size or 2)]
     save_network(target, {"keras_version": str(found.keras_version), **found.config}, found.weights)
     spec = {
         "description": f"Imported from {path.name}, {found.notes[0]}.",
@@ -138,11 +139,11 @@ def _described(layer: Layer, found: KerasFile) -> Iterator[str]:
         yield "no states: a session of this model remembers nothing"
 
 
-def _compared(path: Path, layer: Layer, found: KerasFile) -> Iterator[str]:
+def _compared(path: Path, layer: Layer, found: KerasFile, batch: int) -> Iterator[str]:
     """By how much NumPy and onnxruntime differ on random input, which must be little."""
     generator = np.random.default_rng(0)
     ids = min(_vocabularies(found.config), default=0)
-    inputs = [_random(generator, info, ids) for info in layer.inputs]
+    inputs = [_random(generator, info, ids, batch) for info in layer.inputs]
     numpy, auto = (
         layer_from_config(found.config, found.weights, engine, found.keras_version) for engine in ("numpy", "auto")
     )
@@ -172,9 +173,9 @@ def _outputs(local: LocalLayer, inputs: list[np.ndarray]) -> Iterator[np.ndarray
             yield value
 
 
-def _random(generator: np.random.Generator, info: Info, ids: int) -> np.ndarray:
-    """An input of 2 rows: ids where there are words, and numbers elsewhere."""
-    shape = (2, *(5 if extent is None else extent for extent in info.shape))
+def _random(generator: np.random.Generator, info: Info, ids: int, batch: int) -> np.ndarray:
+    """An input: ids where there are words, and numbers elsewhere."""
+    shape = (batch, *(5 if extent is None else extent for extent in info.shape))
     if ids and len(shape) == 2:
         return generator.integers(0, ids, shape).astype(info.dtype)
     return generator.normal(size=shape).astype(info.dtype)

@@ -10,6 +10,7 @@ from numpy.typing import ArrayLike
 
 from rnnserve_models.errors import InputError, ModelError
 from rnnserve_models.network.build import Source, make_program
+from rnnserve_models.network.given import cast_input, fits, leaves, read_mask
 from rnnserve_models.network.graph import Network
 from rnnserve_models.network.layer import Info, Layer, Masked, Shape, told
 from rnnserve_models.network.program import Program
@@ -157,7 +158,7 @@ class LocalLayer:
         """The layer and what runs it, built for such inputs if it was not."""
         shapes = [tensor.x.shape[1:] for tensor in tensors]
         layer = self._layer
-        if layer is None or not all(_fits(s, info.shape) for s, info in zip(shapes, layer.inputs, strict=True)):
+        if layer is None or not all(fits(s, info.shape) for s, info in zip(shapes, layer.inputs, strict=True)):
             infos: list[Info] = []
             for shape, tensor in zip(shapes, tensors, strict=True):
                 timed = len(shape) > 1 or (len(shape) == 1 and tensor.x.dtype == np.int32)
@@ -207,7 +208,7 @@ class LocalLayer:
         probe = layer if layer is not None else self._source.unbuilt()
         arrays: list[np.ndarray] = []
         for value, dtype in zip(values, probe.input_dtypes, strict=True):
-            array = _cast("inputs", value, dtype)
+            array = cast_input("inputs", value, dtype)
             if probe.time_major and array.ndim > 1:
                 array = array.swapaxes(0, 1)
             if array.ndim == 0 or 0 in array.shape[1:]:
@@ -218,7 +219,7 @@ class LocalLayer:
         masks = list(mask) if isinstance(mask, list | tuple) and len(values) > 1 else [mask]
         masks += [None] * (len(arrays) - len(masks))
         return [
-            Masked(array, _mask(given, array, probe.time_major)) for array, given in zip(arrays, masks, strict=True)
+            Masked(array, read_mask(given, array, probe.time_major)) for array, given in zip(arrays, masks, strict=True)
         ]
 
     def _check_batch(self, batch: int) -> None:
@@ -238,9 +239,9 @@ class LocalLayer:
         """The given states, flat and copied; with ``batch`` None, the first says how many rows there are."""
         template = layer.nest_states(list(layer.states))
         found = []
-        for spec, value in zip(layer.states, _leaves(given, template, self.state_size), strict=True):
+        for spec, value in zip(layer.states, leaves(given, template, self.state_size), strict=True):
             field = f"initial_state.{spec.name}"
-            array = np.array(_cast(field, value, spec.dtype))
+            array = np.array(cast_input(field, value, spec.dtype))
             if batch is None and array.ndim:
                 batch = len(array)
             if array.shape != (batch, *spec.shape):
@@ -290,47 +291,3 @@ def _arranged(layer: Layer, outputs: list[Any]) -> Any:
     states = [output for output, role in zip(outputs, layer.roles, strict=True) if role is not None]
     arranged = [*results, *(layer.nest_states(states) if states else ())]
     return arranged[0] if len(arranged) == 1 else arranged
-
-
-def _fits(shape: Shape, expected: Shape) -> bool:
-    return len(shape) == len(expected) and all(e in (None, n) for n, e in zip(shape, expected, strict=True))
-
-
-def _leaves(given: Any, template: Any, size: Any) -> list[Any]:
-    """The arrays in ``given``, which nest as ``template`` does; a layer's only state may stand without its list."""
-    entries = given if isinstance(given, list | tuple) else [given]
-    if len(entries) != len(template):
-        raise InputError("initial_state", f"arrays nested as {size}", f"{len(entries)} where {len(template)} belong")
-    found = []
-    for entry, part in zip(entries, template, strict=True):
-        found += _leaves(entry, part, size) if isinstance(part, list) else [entry]
-    return found
-
-
-def _mask(given: Any, x: np.ndarray, time_major: bool) -> np.ndarray | None:
-    """bool [B, T], of what Keras takes for a mask."""
-    if given is None:
-        return None
-    mask = np.asarray(given)
-    got = f"shape {list(mask.shape)}"
-    batch, steps = x.shape[0], x.shape[1] if x.ndim > 1 else 1
-    if mask.ndim == 3 and mask.shape[2] == 1:
-        mask = mask[:, :, 0]
-    if mask.ndim == 2 and time_major:
-        mask = mask.T
-    if mask.dtype.kind not in "biuf" or mask.shape not in ((batch, steps), (1, steps)):
-        expected = [steps, batch] if time_major else [batch, steps]
-        raise InputError("mask", f"shape {expected}", got if mask.dtype.kind in "biuf" else f"dtype {mask.dtype}")
-    return np.ascontiguousarray(np.broadcast_to(mask != 0, (batch, steps)))
-
-
-def _cast(field: str, value: Any, dtype: np.dtype[Any]) -> np.ndarray:
-    """Converts as Keras 3 does: integers, and floats of any precision."""
-    try:
-        array = np.asarray(value)
-    except ValueError as error:
-        raise InputError(field, f"an array of {dtype}", f"what is no array: {error}") from error
-    if array.dtype.kind not in "biuf":
-        raise InputError(field, f"numbers that convert to {dtype}", f"dtype {array.dtype}")
-    with np.errstate(over="ignore", invalid="ignore"):  # what float16 cannot hold is infinite in it
-        return array.astype(dtype, copy=False)

@@ -116,7 +116,9 @@ def functional(config: Config) -> Wiring:
         if source not in made.inputs:
             raise config.error(f"input_layers: {source!r} is not an InputLayer")
         wiring.inputs[source] = made.inputs[source]
-    wiring.outputs = [_resolved(ref, made) for ref in _refs(config.get("output_layers"), config, "output_layers")]
+    outputs = _refs(config.get("output_layers"), config, "output_layers")
+    _renumber(made, outputs)
+    wiring.outputs = [_resolved(ref, made) for ref in outputs]
     waiting = {key: _connected(call, made, dropped, wiring.layers[call.layer]) for key, call in made.calls.items()}
     while waiting:
         ready = [key for key, call in waiting.items() if not any(ref[0] in waiting for ref in _all(call))]
@@ -204,6 +206,23 @@ def _refs(value: Any, config: Config, key: str) -> list[Ref]:
     if key == "input_layers":
         return [(name.rpartition("/")[0], index) for name, index in found]
     return found
+
+
+def _renumber(made: Wiring, outputs: list[Ref]) -> None:
+    """Gives calls the numbers that the rest of the model knows them by.
+
+    A model inside a model may be counted from 1: its call 0 is that by which it was made, which no one lists.
+    """
+    known: dict[str, int] = {}  # the greatest number by which a layer's calls are known
+    for ref in [*outputs, *(ref for call in made.calls.values() for ref in _all(call))]:
+        name, _, number = ref[0].rpartition("/")
+        known[name] = max(known.get(name, 0), int(number))
+    renumbered = {}
+    for name in dict.fromkeys(call.layer for call in made.calls.values()):
+        own = [call for call in made.calls.values() if call.layer == name]
+        first = max(known.get(name, 0) - len(own) + 1, 0)
+        renumbered.update({f"{name}/{first + index}": call for index, call in enumerate(own)})
+    made.calls = renumbered
 
 
 def _resolved(ref: Ref, made: Wiring) -> Ref:
