@@ -234,18 +234,22 @@ CELL_CLASSES: dict[str, type[Cell]] = {
 """Cells by class name. Add a class of one's own here to have it served."""
 
 
-def cells_from_specs(specs: Sequence[CellSpec]) -> Cell:
+def cells_from_specs(specs: Sequence[CellSpec], own: Mapping[str, type[Cell]] | None = None) -> Cell:
     """The cell, or the stack of the cells, so described; without weights.
+
+    Args:
+        specs: the cells, the lowest first.
+        own: classes beside `CELL_CLASSES`, by name.
 
     Raises:
         ModelError: there are none, or one is not a cell; the message names it.
     """
-    if len(specs) == 1:
-        return _cell(specs[0])
-    return StackedRNNCells([_cell(spec) for spec in specs])
+    classes = {**CELL_CLASSES, **(own or {})}
+    cells = [_cell(spec, classes) for spec in specs]
+    return cells[0] if len(cells) == 1 else StackedRNNCells(cells)
 
 
-def _cell(spec: CellSpec) -> Cell:
-    if spec.class_name not in CELL_CLASSES:
-        raise ModelError(f"unknown cell class {spec.class_name!r}; the classes are {', '.join(CELL_CLASSES)}")
-    return CELL_CLASSES[spec.class_name].from_config(spec.config)
+def _cell(spec: CellSpec, classes: Mapping[str, type[Cell]]) -> Cell:
+    if spec.class_name not in classes:
+        raise ModelError(f"unknown cell class {spec.class_name!r}; the classes are {', '.join(classes)}")
+    return classes[spec.class_name].from_config(spec.config)

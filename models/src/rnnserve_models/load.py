@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -80,15 +81,42 @@ def digest(directory: Path, spec: ModelSpec) -> str:
 
 
 def load_cell(directory: Path, spec: ModelSpec) -> Cell:
-    """The cell, or stack of cells, of a model of cells, with its weights."""
-    if spec.cell is None or spec.weights is None or spec.input_dim is None:
+    """The cell, or stack of cells, of a model of cells, with its weights.
+
+    Raises:
+        ModelError: it is no model of cells, its Python file or a config is wrong, or its weights do not fit.
+    """
+    if spec.cell is None or spec.input_dim is None:
         raise ModelError(f"{directory}: the model is not made of cells")
     specs = (spec.cell,) if isinstance(spec.cell, CellSpec) else spec.cell
+    own = {} if spec.python is None else _own_cells(directory / spec.python)
     try:
-        cell = cells_from_specs(specs)
+        cell = cells_from_specs(specs, own)
+        if spec.weights is None:
+            return cell.with_weights({}, spec.input_dim, np.dtype(spec.dtype))
     except ModelError as error:
         raise ModelError(f"{directory / 'model.yaml'}: cell: {error}") from error
     return load_weights(directory / spec.weights, cell, spec.input_dim, np.dtype(spec.dtype))
+
+
+def _own_cells(path: Path) -> dict[str, type[Cell]]:
+    """The classes of cells that a Python file beside ``model.yaml`` defines. Runs the file."""
+    module_spec = importlib.util.spec_from_file_location(f"rnnserve_cells_{abs(hash(path))}", path)
+    if module_spec is None or module_spec.loader is None:
+        raise ModelError(f"{path}: python: expected a .py file")
+    module = importlib.util.module_from_spec(module_spec)
+    try:
+        module_spec.loader.exec_module(module)
+    except Exception as error:  # somebody else's code may fail in any way, and the other models are served
+        raise ModelError(f"{path}: cannot be run: {type(error).__name__}: {error}") from error
+    found = {
+        name: value
+        for name, value in vars(module).items()
+        if isinstance(value, type) and issubclass(value, Cell) and value.__module__ == module.__name__
+    }
+    if not found:
+        raise ModelError(f"{path}: defines no class derived from rnnserve_models.Cell")
+    return found
 
 
 def _engine(directory: Path, spec: ModelSpec, choice: EngineChoice, threads: int) -> Engine:
@@ -98,6 +126,11 @@ def _engine(directory: Path, spec: ModelSpec, choice: EngineChoice, threads: int
         from rnnserve_models.graph import check_states
 
         _check_sequences(directory / "model.yaml", spec, spec.graph)
+        if spec.masking and not spec.graph.sliceable:
+            raise ModelError(
+                f"{directory / 'model.yaml'}: graph.sliceable: a graph that wants calls whole takes no mask; "
+                "set masking: false"
+            )
         graph = (directory / spec.graph.file).read_bytes()
         check_states(graph, spec.graph, origin=str(directory / spec.graph.file))
         defaults = load_tensors(directory / spec.graph.defaults) if spec.graph.defaults else None
@@ -119,6 +152,10 @@ def _engine(directory: Path, spec: ModelSpec, choice: EngineChoice, threads: int
     try:
         graph, graph_spec = export_cell(cell, spec.input_dim, dtype)
     except ModelError as error:
+        if choice == "auto":
+            engine = NumpyEngine(cell, finite=spec.finite)
+            engine.reason = str(error)
+            return engine
         raise ModelError(f"{directory / 'model.yaml'}: cell: {error}") from error
     inputs = tuple(part.model_copy(update={"finite": spec.finite}) for part in graph_spec.inputs)
     return OnnxEngine(

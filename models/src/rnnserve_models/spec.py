@@ -220,6 +220,7 @@ class ModelSpec(_Part):
     input_dim: Annotated[int, Field(gt=0)] | None = None
     finite: bool = False
     cell: CellSpec | tuple[CellSpec, ...] | None = None
+    python: str | None = None
     weights: str | None = None
     graph: GraphSpec | None = None
     network: str | None = None
@@ -227,11 +228,13 @@ class ModelSpec(_Part):
     @model_validator(mode="after")
     def _cells_or_graph(self) -> Self:
         if sum(kind is not None for kind in (self.cell, self.graph, self.network)) != 1:
-            raise ValueError("give one of cell (with input_dim and weights), network (with weights) and graph")
+            raise ValueError("give one of cell (with input_dim), network (with weights) and graph")
         if self.network is not None and (self.input_dim is not None or self.weights is None):
             raise ValueError("a network needs weights, a file, and says the number of features itself, not input_dim")
-        if self.cell is not None and (self.input_dim is None or self.weights is None):
-            raise ValueError("a model of cells needs input_dim, the number of features, and weights, a file")
+        if self.cell is not None and self.input_dim is None:
+            raise ValueError("a model of cells needs input_dim, the number of features")
+        if self.python is not None and self.cell is None:
+            raise ValueError("python, a file with classes of cells, belongs to cell")
         if self.graph is not None and (self.input_dim or self.weights or self.finite):
             raise ValueError("input_dim, weights and finite belong to cell; a graph says these under its inputs")
         if self.graph is not None and self.engine == "numpy":
@@ -247,8 +250,7 @@ class ModelSpec(_Part):
 
     def files(self) -> Iterator[str]:
         """The files beside ``model.yaml`` that the model is made of."""
-        if self.weights is not None:
-            yield self.weights
+        yield from (name for name in (self.python, self.weights) if name is not None)
         if self.graph is not None:
             yield self.graph.file
             if self.graph.defaults is not None:

@@ -66,7 +66,8 @@ class Repository:
         except ModelError as error:
             log.warning("model not served", model=directory.parent.name, version=directory.name, why=str(error))
             return error
-        log.info("model loaded", model=model.name, version=model.version, engine=model.engine.name)
+        why = {"why": model.engine.reason} if model.engine.reason else {}
+        log.info("model loaded", model=model.name, version=model.version, engine=model.engine.name, **why)
         return model
 
     def get(self, name: str, version: str = "") -> LoadedModel:

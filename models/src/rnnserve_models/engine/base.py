@@ -37,6 +37,7 @@ class Engine(ABC):
         whole: a call is computed as it came: not cut in time, padded or compacted, and only together with others of as
             many steps. `run` gets all the steps of every row, and a mask, if there is one, as an input of its own
             named ``mask``, bool [T, R]; T of an output may differ, and is 1 where the output has no time axis.
+        reason: why engine "auto" did not take onnx; "" if it did or was not asked.
         timesteps: the number of steps that every call must have; None: any. An input without a time axis has 1.
         bit_identical: a row's results are the same bits whatever the other rows are and however its steps are cut
             into runs.
@@ -48,6 +49,7 @@ class Engine(ABC):
     states: tuple[StateSpec, ...]
     bit_identical: bool
     whole: bool = False
+    reason: str = ""
     timesteps: int | None = None
 
     @abstractmethod
