@@ -61,7 +61,7 @@ bench: $(VENV)/.dev
 # Pins every dependency, with hashes and without download addresses.
 requirements: $(VENV)/.dev
 	for name in serve dev; do \
-	    $(BIN)/uv pip compile --quiet --upgrade --generate-hashes --no-emit-index-url --no-header --python-version 3.11 \
+	    $(BIN)/uv pip compile --quiet --upgrade --generate-hashes --no-header --python-version 3.11 \
 	        --output-file requirements/$$name.txt requirements/$$name.in || exit 1; \
 	done
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import json
 import tempfile
@@ -65,7 +66,9 @@ class ModelServicer(model_pb2_grpc.ModelServiceServicer):
                 size = len(request.file.content)
             case _:
                 raise InvalidRequest("source", "layer or file", "neither")
-        model, findings = await self._core.deployer.deploy(request.name, request.version, size, write)
+        # A client that hangs up does not leave a version half way: written, and not served.
+        deploying = self._core.deployer.deploy(request.name, request.version, size, write)
+        model, findings = await asyncio.shield(deploying)
         return pb.DeployModelResponse(model=model_message(model), findings=findings)
 
     @told
