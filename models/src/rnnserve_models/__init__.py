@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from rnnserve_models.options import LayerOptions
     from rnnserve_models.spec import ModelSpec, StateSpec, TensorSpec, read_spec
     from rnnserve_models.stack import StackedRNNCells
+    from rnnserve_models.twin import LocalModel
 
 _HOME = {
     "activations": ("activation",),
@@ -34,6 +35,7 @@ _HOME = {
     "options": ("LayerOptions",),
     "spec": ("ModelSpec", "StateSpec", "TensorSpec", "read_spec"),
     "stack": ("StackedRNNCells",),
+    "twin": ("LocalModel",),
 }
 _MODULES = {name: module for module, names in _HOME.items() for name in names}
 
@@ -48,6 +50,7 @@ __all__ = [
     "LSTMCell",
     "LayerOptions",
     "LocalLayer",
+    "LocalModel",
     "ModelError",
     "ModelSpec",
     "SimpleRNNCell",
