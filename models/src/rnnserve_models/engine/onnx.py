@@ -10,9 +10,10 @@ import numpy as np
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # what a server computes is nobody else's business
 import onnxruntime as ort
 
+from rnnserve_models.engine.axes import Axes
 from rnnserve_models.engine.base import Array, Arrays, Engine, EngineError
 from rnnserve_models.errors import ModelError
-from rnnserve_models.spec import Axis, GraphInput, GraphSpec, GraphState, GraphTensor, StateSpec, TensorSpec
+from rnnserve_models.spec import GraphInput, GraphSpec, GraphTensor, StateSpec, TensorSpec
 
 _DTYPES = {
     "tensor(float16)": "float16",
@@ -82,6 +83,9 @@ class OnnxEngine(Engine):
         )
         self._fetches = [tensor.tensor or tensor.name for tensor in spec.outputs]
         self._fetches += [state.output for state in spec.states]
+        self._input_axes = [(t, Axes(t.name, t.axes, *_leading(t))) for t in spec.inputs]
+        self._output_axes = [(t, Axes(t.name, t.axes, *_leading(t))) for t in spec.outputs]
+        self._state_axes = [(state, Axes(state.name, state.axes, "batch")) for state in spec.states]
         self._contexts = [tensor for tensor in spec.inputs if tensor.context]
         self.bit_identical = spec.bit_identical
         self.inputs = tuple(TensorSpec(t.name, np.dtype(t.dtype), t.shape, t.finite) for t in spec.inputs)
@@ -195,10 +199,11 @@ class OnnxEngine(Engine):
         """One run of the graph."""
         spec = self._spec
         feeds = dict(self._constants)
-        for tensor in spec.inputs:
-            feeds[tensor.tensor or tensor.name] = _to_axes(inputs[tensor.name], tensor.axes)
-        for state in spec.states:
-            feeds[state.input] = _state_to_axes(states[state.name], state.axes)
+        for tensor, axes in self._input_axes:
+            x = inputs[tensor.name]
+            feeds[tensor.tensor or tensor.name] = axes.to_graph(x if tensor.has_time else x[0])
+        for state, axes in self._state_axes:
+            feeds[state.input] = axes.to_graph(states[state.name])
         if spec.lengths is not None:
             feeds[spec.lengths] = lengths.astype(self._lengths_dtype)
         try:
@@ -206,15 +211,22 @@ class OnnxEngine(Engine):
         except Exception as error:  # onnxruntime raises a dozen types of its own
             raise EngineError(f"onnxruntime failed: {error}") from error
         steps, rows = next(iter(inputs.values())).shape[:2]
-        outputs = {
-            tensor.name: _from_axes(result, tensor, steps, rows)
-            for tensor, result in zip(spec.outputs, results, strict=False)
-        }
+        outputs = {}
+        for (output, axes), y in zip(self._output_axes, results, strict=False):
+            if output.has_time:
+                outputs[output.name] = axes.from_graph(y, steps, rows, *output.shape)
+            else:  # it is of the last step
+                y = axes.from_graph(y, rows, *output.shape)
+                outputs[output.name] = y[None] if steps == 1 else np.broadcast_to(y, (steps, *y.shape))
         after = {
-            state.name: _state_from_axes(result, state, rows)
-            for state, result in zip(spec.states, results[len(spec.outputs) :], strict=True)
+            state.name: axes.from_graph(y, rows, *state.shape)
+            for (state, axes), y in zip(self._state_axes, results[len(spec.outputs) :], strict=True)
         }
         return outputs, after
+
+
+def _leading(tensor: GraphTensor) -> tuple[str, ...]:
+    return ("time", "batch") if tensor.has_time else ("batch",)
 
 
 def _context_name(tensor: GraphInput) -> str:
@@ -228,63 +240,6 @@ def _segments(lengths: Array, *, stepwise: bool) -> Iterator[tuple[int, int]]:
     for stop in stops:
         yield start, int(stop)
         start = int(stop)
-
-
-def _to_axes(x: Array, axes: Sequence[Axis]) -> Array:
-    """[T, R, *features] to the axes that the graph wants; T is 1 where it wants no time."""
-    if "time" not in axes:
-        return _state_to_axes(x[0], axes)
-    order = _order(axes, ("time", "batch"))
-    if order != sorted(order):
-        x = x.transpose(order)
-    return x.reshape(_squeezed(x.shape, axes)) if "squeeze" in axes else x
-
-
-def _state_to_axes(state: Array, axes: Sequence[Axis]) -> Array:
-    """[R, *features] to the axes that the graph wants."""
-    order = _order(axes, ("batch",))
-    if order != sorted(order):
-        state = state.transpose(order)
-    return state.reshape(_squeezed(state.shape, axes)) if "squeeze" in axes else state
-
-
-def _from_axes(y: Array, tensor: GraphTensor, steps: int, rows: int) -> Array:
-    """The graph's axes to [T, R, *features]; a graph's output without time is the one of its last step."""
-    if tensor.has_time:
-        y = _without_squeeze(y, tensor.axes)
-        y = y.transpose(np.argsort(_order(tensor.axes, ("time", "batch"))))
-        return _checked(y, (steps, rows, *tensor.shape), tensor.name)
-    y = _without_squeeze(y, tensor.axes).transpose(np.argsort(_order(tensor.axes, ("batch",))))
-    y = _checked(y, (rows, *tensor.shape), tensor.name)
-    return y[None] if steps == 1 else np.broadcast_to(y, (steps, *y.shape))
-
-
-def _state_from_axes(y: Array, state: GraphState, rows: int) -> Array:
-    y = _without_squeeze(y, state.axes).transpose(np.argsort(_order(state.axes, ("batch",))))
-    return _checked(y, (rows, *state.shape), state.name)
-
-
-def _order(axes: Sequence[Axis], leading: tuple[str, ...]) -> list[int]:
-    """Where each of the graph's axes stands in [*leading, *features]."""
-    features = iter(range(len(leading), len(axes)))
-    return [leading.index(axis) if isinstance(axis, str) else next(features) for axis in axes if axis != "squeeze"]
-
-
-def _squeezed(shape: tuple[int, ...], axes: Sequence[Axis]) -> list[int]:
-    extents = iter(shape)
-    return [1 if axis == "squeeze" else next(extents) for axis in axes]
-
-
-def _without_squeeze(y: Array, axes: Sequence[Axis]) -> Array:
-    if y.ndim != len(axes):
-        raise EngineError(f"the graph gave a tensor of shape {list(y.shape)} where model.yaml has axes {list(axes)}")
-    return y.squeeze(tuple(index for index, axis in enumerate(axes) if axis == "squeeze"))
-
-
-def _checked(y: Array, shape: tuple[int, ...], name: str) -> Array:
-    if y.shape != shape:
-        raise EngineError(f"{name}: the graph gave shape {list(y.shape)} where model.yaml says {list(shape)}")
-    return y
 
 
 def _check_graph(session: ort.InferenceSession, spec: GraphSpec, origin: str) -> None:
