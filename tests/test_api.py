@@ -50,6 +50,7 @@ LIMITS = {
     "max_batch_size": 64,
     "max_sessions": 1000,
     "stream_queue_chunks": 256,
+    "inline_seconds": 0.0,  # the engine of these tests waits for them
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 
 import numpy as np
 import pytest
@@ -20,13 +21,20 @@ SEQUENCES = LayerOptions(stateful=True, return_sequences=True)
 class House:
     """A worker and its surroundings."""
 
-    def __init__(self, *, rows=16, slice_steps=4):
+    def __init__(self, *, rows=16, slice_steps=4, inline_seconds=0.0):
         self.engine, self.clock = AddingEngine(), Clock()
         self.model = loaded(self.engine)
         self.sessions = table(self.clock)
         self.progress = 0
         self.scheduler = Scheduler(rows, slice_steps)
-        self.worker = Worker(self.model, self.scheduler, self.sessions, clock=self.clock, on_progress=self._on_progress)
+        self.worker = Worker(
+            self.model,
+            self.scheduler,
+            self.sessions,
+            clock=self.clock,
+            on_progress=self._on_progress,
+            inline_seconds=inline_seconds,
+        )
 
     def _on_progress(self):
         self.progress += 1
@@ -359,3 +367,23 @@ async def test_close_finishes_what_is_queued(house):
     await house.worker.close()
     assert sink.told == [0, 1, 2, 3, 4]
     assert session.step == 15
+
+
+@pytest.mark.parametrize(("seconds", "stays"), [(0.1, [False, True, True]), (2.0, [False, False, False])])
+async def test_a_run_that_is_known_to_be_small_stays_on_the_loops_thread(seconds, stays):
+    """A run is handed over to the model's thread unless the last ones of its size took less than the setting says."""
+    house = House(inline_seconds=1.0)
+    group, slots, _ = house.open(1)
+    run, found = house.engine.run, []
+
+    def timed(*batch):
+        found.append(threading.current_thread() is threading.main_thread())
+        house.clock.now += seconds
+        return run(*batch)
+
+    house.engine.run = timed
+    for _ in range(3):
+        house.worker.submit(chunks(group, slots, 1, sink=Notes(), tags=[0]))
+        await house.idle()
+    assert found == stays
+    await house.worker.close()

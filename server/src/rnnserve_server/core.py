@@ -218,6 +218,7 @@ class Core:
                 self.sessions,
                 clock=self.clock,
                 on_progress=self._room.set,
+                inline_seconds=self.settings.inline_seconds,
             )
         return self._workers[key]
 

@@ -1,7 +1,8 @@
 """The loop of one model: schedule, run, commit.
 
 Everything but the run itself happens on the event loop's thread, so sessions, arenas and queues need no locks. The run
-happens on the model's own thread, where onnxruntime and NumPy let go of the interpreter.
+happens on the model's own thread, where onnxruntime and NumPy let go of the interpreter; but handing it over and back
+costs more than a small run, so one that is known to be small is done where it is.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ class Worker:
         sessions: where states are committed.
         clock: monotonic seconds.
         on_progress: called when queued work got less.
+        inline_seconds: a run that is expected to take less is not handed over to the model's thread.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class Worker:
         *,
         clock: Callable[[], float],
         on_progress: Callable[[], None],
+        inline_seconds: float = 0.0,
     ) -> None:
         self.model = model
         self._engine = model.engine
@@ -52,6 +55,8 @@ class Worker:
         self._sessions = sessions
         self._clock = clock
         self._on_progress = on_progress
+        self._inline_seconds = inline_seconds
+        self._expected: dict[tuple[int, int], float] = {}  # seconds of a run, by the magnitudes of its rows and steps
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
         self._task: asyncio.Task[None] | None = None
 
@@ -98,9 +103,8 @@ class Worker:
     async def _tick(self, tick: Tick) -> None:
         tick.blocks[:] = filter(None, map(self._begin, tick.blocks))
         if tick.steps and tick.blocks:
-            run = asyncio.get_running_loop().run_in_executor
             try:
-                outputs, states = await run(self._thread, self._engine.run, *_assemble(tick))
+                outputs, states = await self._run(_assemble(tick), tick.steps)
             except EngineError as error:
                 self._engine_failed(tick.blocks, error)
                 return
@@ -110,6 +114,23 @@ class Worker:
                 self._scheduler.requeue(block)
             else:
                 self._commit(block)
+
+    async def _run(self, batch: Batch, steps: int) -> tuple[Arrays, Arrays]:
+        magnitude = (len(batch[1]).bit_length(), steps.bit_length())
+        before = self._expected.get(magnitude)
+        if before is not None and before < self._inline_seconds:
+            result, seconds = self._timed(batch)
+            await asyncio.sleep(0)  # small runs one after the other must not keep the loop from reading and writing
+        else:
+            loop = asyncio.get_running_loop()
+            result, seconds = await loop.run_in_executor(self._thread, self._timed, batch)
+        self._expected[magnitude] = seconds if before is None else before + 0.2 * (seconds - before)
+        return result
+
+    def _timed(self, batch: Batch) -> tuple[tuple[Arrays, Arrays], float]:
+        start = self._clock()
+        result = self._engine.run(*batch)
+        return result, self._clock() - start
 
     def _begin(self, block: Block) -> Block | None:
         """Readies a block for its next slice: what is left of it to run, or None."""
