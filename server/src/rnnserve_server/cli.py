@@ -42,8 +42,10 @@ def _serve(config: Path | None, **flags: Any) -> None:
     import uvloop
 
     from rnnserve_models.errors import ModelError
+    from rnnserve_server.memory import keep_freed_memory
     from rnnserve_server.server import serve
 
+    keep_freed_memory()
     try:
         uvloop.run(serve(settings))
     except (ModelError, OSError) as error:
