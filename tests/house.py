@@ -117,16 +117,23 @@ class Notes:
     def session_id(self, tag: int) -> str:
         return self._names.get(tag, "")
 
-    def result(self, block, outputs, states):
-        self.told += block.tags.tolist()
-        self.results.append((block.tags.tolist(), outputs.get("output")))
-        if block.sessions is not None:
-            self.first_steps.append(block.sessions.first_steps.tolist())
+    def result(self, answers):
+        """Outputs as the engine has them: [T, N * batch, ...], or [N * batch, ...] without sequences."""
+        y = answers.outputs.get("output")  # [N, batch, (T,) ...]
+        if y is not None and y.ndim == 4:
+            y = np.moveaxis(y, 2, 0)
+            y = y.reshape(len(y), -1, y.shape[-1])
+        elif y is not None:
+            y = y.reshape(-1, y.shape[-1])
+        self.told += answers.tags.tolist()
+        self.results.append((answers.tags.tolist(), y))
+        if answers.first_steps is not None:
+            self.first_steps.append(answers.first_steps.tolist())
 
-    def failed(self, block, errors):
-        for index, error in errors:
-            self.told.append(int(block.tags[index]))
-            self.errors[int(block.tags[index])] = error
+    def failed(self, failures):
+        for failure in failures:
+            self.told.append(failure.tag)
+            self.errors[failure.tag] = failure.error
 
 
 def chunks(
@@ -143,13 +150,14 @@ def chunks(
 ) -> Block:
     """A block of a chunk for each slot; x is [T, N * batch_size, FEATURES], mask [T, N * batch_size]."""
     slots = np.asarray(slots, np.int64)
+    sink = sink or Notes()
     if x is None:
         x = np.ones((steps, len(slots) * group.batch_size, FEATURES), np.float32)
     return Block(
         compact({"input": x}, mask, go_backwards=group.options.go_backwards),
         group.batch_size,
         group.options,
-        sink or Notes(),
+        [(sink, len(slots))],
         np.arange(len(slots)) if tags is None else np.asarray(tags),
         Sessions(
             group,

@@ -682,7 +682,7 @@ def test_pages_of_models(served):
 
 def queued(served: Served) -> int:
     core = served.server.server.core
-    return served.server.call(lambda: len(core.worker(core.repository.get("adder", "1"))._scheduler))
+    return served.server.call(lambda: len(core.worker(core.repository.get("adder", "1"))))
 
 
 def until_queued(served: Served, count: int) -> None:
@@ -1209,10 +1209,10 @@ async def test_a_bug_in_a_frame_does_not_hang_the_stream(monkeypatch):
     """Whatever goes wrong with a frame, its lanes are told and the stream ends when its client is done."""
     core = Core(Settings(), repository())
 
-    def submit_chunks(*arguments: Any) -> None:
+    def submit_frame(*arguments: Any) -> None:
         raise RuntimeError("secret")
 
-    monkeypatch.setattr(core, "submit_chunks", submit_chunks)
+    monkeypatch.setattr(core, "submit_frame", submit_frame)
     context = Context([inference_pb2.StreamRequest(opens=[opening(0)], frames=[frame([0])])])
     context.reading.set()
     await asyncio.wait_for(LaneStream(core, context).run(), 30)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from rnnserve_models.options import LayerOptions
 from rnnserve_models.spec import StateSpec, TensorSpec
 from rnnserve_server.errors import InvalidInput
-from rnnserve_server.layout import check_states, not_finite, to_call, to_wire
+from rnnserve_server.layout import check_call, check_states, not_finite, to_call, to_wire
 
 F32 = np.dtype(np.float32)
 ONE = (TensorSpec("x", F32, (3,)),)
@@ -21,8 +21,14 @@ STATES = (StateSpec("h", F32, (4,), (0,)), StateSpec("c", F32, (4, 2), (1,)))
 
 
 def taking(specs, *, whole=False):
-    """What `to_call` wants to know of an engine."""
+    """What `laid` wants to know of an engine."""
     return SimpleNamespace(inputs=specs, whole=whole, timesteps=None)
+
+
+def laid(engine, layer, arrays, mask, batch_size):
+    """Inputs of N chunks, checked and laid out."""
+    check_call(engine, layer, arrays, mask, batch_size=batch_size)
+    return to_call(engine, layer, arrays, mask)
 
 
 def options(**values):
@@ -37,7 +43,7 @@ def test_there_and_back(chunks, batch, steps, time_major, masked):
     x = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
     n = x[..., 0].astype(np.int64)
     mask = np.ones(shape[:3], bool) if masked else None
-    call = to_call(taking(TWO), layer, {"x": x, "n": n}, mask, chunks=chunks, batch_size=batch)
+    call = laid(taking(TWO), layer, {"x": x, "n": n}, mask, batch)
     assert call.inputs["x"].shape == (steps, chunks * batch, 3)
     assert call.inputs["n"].shape == (steps, chunks * batch)
     for chunk in range(chunks):
@@ -70,7 +76,7 @@ def test_mask_selects_steps(time_major, backwards):
     if time_major:
         x, mask = x.swapaxes(1, 2), mask.swapaxes(1, 2)
     layer = options(time_major=time_major, go_backwards=backwards)
-    call = to_call(taking(ONE), layer, {"x": x}, mask, chunks=2, batch_size=None)
+    call = laid(taking(ONE), layer, {"x": x}, mask, None)
     assert call.lengths.tolist() == [3, 3, 1, 1]
     assert call.timesteps == 4
     rows = [[0, 2, 3], [4, 6, 7], [11], [15]]
@@ -101,7 +107,7 @@ F = np.zeros
 def test_every_misfit_is_named(arrays, field, expected, got):
     """An input that does not fit is refused by its name, what would fit, and what came."""
     with pytest.raises(InvalidInput) as caught:
-        to_call(taking(TWO), options(), arrays, None, chunks=2, batch_size=2)
+        laid(taking(TWO), options(), arrays, None, 2)
     facts = caught.value.metadata
     assert facts["field"] == field
     assert expected in facts["expected"]
@@ -113,10 +119,10 @@ def test_every_misfit_is_named(arrays, field, expected, got):
 def test_axes_are_named_in_the_order_that_the_client_uses():
     """With time_major the expected shape begins with time; without a session any batch will do, but not none."""
     with pytest.raises(InvalidInput) as caught:
-        to_call(taking(ONE), options(time_major=True), {"x": F((1, 2, 5, 4), "f4")}, None, chunks=1, batch_size=5)
+        laid(taking(ONE), options(time_major=True), {"x": F((1, 2, 5, 4), "f4")}, None, 5)
     assert caught.value.metadata["expected"] == "shape [time, 5, 3], none of them 0"
     with pytest.raises(InvalidInput) as caught:
-        to_call(taking(ONE), options(), {"x": F((1, 0, 5, 3), "f4")}, None, chunks=1, batch_size=None)
+        laid(taking(ONE), options(), {"x": F((1, 0, 5, 3), "f4")}, None, None)
     assert caught.value.metadata["expected"] == "shape [batch, time, 3], none of them 0"
 
 
@@ -134,7 +140,7 @@ def test_axes_are_named_in_the_order_that_the_client_uses():
 def test_every_misfit_of_a_mask_is_named(mask, expected, got):
     """So is a mask."""
     with pytest.raises(InvalidInput) as caught:
-        to_call(taking(ONE), options(), {"x": F((2, 2, 5, 3), "f4")}, mask, chunks=2, batch_size=2)
+        laid(taking(ONE), options(), {"x": F((2, 2, 5, 3), "f4")}, mask, 2)
     assert (caught.value.metadata["field"], caught.value.metadata["got"]) == ("mask", got)
     assert caught.value.metadata["expected"].startswith(expected)
 
@@ -148,12 +154,12 @@ def test_not_finite_names_the_chunks_to_blame():
     b[3, 1, 2] = -np.inf
     b[4, 1, 2] = np.nan
     mask = np.ones((5, 2, 3), bool)
-    call = to_call(taking(specs), options(), {"a": a, "b": b, "c": c}, None, chunks=5, batch_size=2)
+    call = laid(taking(specs), options(), {"a": a, "b": b, "c": c}, None, 2)
     assert not_finite(specs, call, 2) == {1: "a", 3: "a", 4: "b"}
     mask[1, 0, 2] = mask[4, 1] = False
-    call = to_call(taking(specs), options(), {"a": a, "b": b, "c": c}, mask, chunks=5, batch_size=2)
+    call = laid(taking(specs), options(), {"a": a, "b": b, "c": c}, mask, 2)
     assert not_finite(specs, call, 2) == {3: "a"}
-    call = to_call(taking(specs), options(), {"a": a, "b": b, "c": c}, np.zeros_like(mask), chunks=5, batch_size=2)
+    call = laid(taking(specs), options(), {"a": a, "b": b, "c": c}, np.zeros_like(mask), 2)
     assert not_finite(specs, call, 2) == {}
 
 
@@ -182,7 +188,7 @@ def test_an_engine_that_wants_calls_whole_gets_the_mask_as_an_input():
     """Nothing is moved for it: it has every step, in the client's order, and the mask beside the inputs."""
     x = np.arange(12, dtype=np.float32).reshape(1, 2, 2, 3)
     mask = np.array([[[True, False], [False, True]]])
-    call = to_call(taking(ONE, whole=True), options(), {"x": x}, mask, chunks=1, batch_size=2)
+    call = laid(taking(ONE, whole=True), options(), {"x": x}, mask, 2)
     np.testing.assert_array_equal(call.inputs["x"], x[0].swapaxes(0, 1))
     np.testing.assert_array_equal(call.inputs["mask"], mask[0].T)
     assert call.mask is None

@@ -184,7 +184,7 @@ def test_calls_without_a_session_wait_for_nobody():
     scheduler.submit(chunks(group, [0], 2))
     scheduler.submit(chunks(group, [0], 2))
     call = compact({"input": np.ones((2, 3, 2), np.float32)}, None, go_backwards=False)
-    scheduler.submit(Block(call, 3, LayerOptions(), Notes(), np.zeros(1, np.int64)))
+    scheduler.submit(Block(call, 3, LayerOptions(), [(Notes(), 1)], np.zeros(1, np.int64)))
     tick = scheduler.next_tick()
     assert [block.rows for block in tick.blocks] == [1, 3]
     run(scheduler, tick)

@@ -169,7 +169,7 @@ def test_commit_moves_sessions_on():
     sessions = table(clock)
     two = [opened(sessions, MODEL, idle_lifetime=10) for _ in range(2)]
     clock.now += 8
-    sessions.commit(columns(two[1]), {"sum": np.full((1, 2), 4, np.float32)}, 3)
+    sessions.commit(columns(two[1], first_steps=[0]), {"sum": np.full((1, 2), 4, np.float32)}, 3)
     assert [session.step for session in two] == [0, 3]
     np.testing.assert_array_equal(sums(two[1]), [[4, 4]])
     clock.now += 4

@@ -273,7 +273,7 @@ async def test_a_sink_that_fails_does_not_stop_the_worker(house):
     """A bug where results are told leaves nobody waiting: the chunk is told as failed, and what follows it runs."""
 
     class Broken(Notes):
-        def result(self, block, outputs, states):
+        def result(self, answers):
             raise RuntimeError("cannot be encoded")
 
     group, slots, (session,) = house.open()
@@ -350,7 +350,7 @@ async def test_calls_without_a_session(house):
     call = compact({"input": np.ones((2, 2, FEATURES), np.float32)}, None, go_backwards=False)
     states = {"sum": np.array([[10, 10], [20, 20]], np.float32)}
     house.worker.submit(chunks(group, slots, 2))
-    house.worker.submit(Block(call, 2, LayerOptions(), sink, np.zeros(1, np.int64), states=states))
+    house.worker.submit(Block(call, 2, LayerOptions(), [(sink, 1)], np.zeros(1, np.int64), states=states))
     await house.idle()
     assert sink.results[0][1].tolist() == [[12, 12], [22, 22]]
     assert house.engine.calls == [(2, [2, 2, 2])]

@@ -106,7 +106,7 @@ def decode(tensor: Tensor, field: str = "") -> Array:
         known = ", ".join(each.name for each in DTYPES.values())
         got = "none" if tensor.data_type == 0 else f"number {tensor.data_type}"
         raise TensorError(field, f"a data type among {known}", got)
-    shape = tuple(tensor.shape)
+    shape = tuple(tensor.shape[:])  # a slice is a list, which is read faster
     data = tensor.data
     # Python's integers do not overflow: a shape of huge extents is just another wrong length.
     needed = math.prod(shape) * dtype.itemsize

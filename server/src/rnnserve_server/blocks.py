@@ -1,14 +1,15 @@
 """Blocks: the columns that the scheduler moves about.
 
 A frame of N lanes is not N requests. It stays one block of columns, from the wire through the engine and back, and
-whatever is checked or done for a session is done for the whole block by one array operation.
+whatever is checked or done for a session is done for the whole block by one array operation. Nor are the frames of
+many clients many blocks: those that came at the same time and are of one shape are one (see `intake`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 
@@ -21,41 +22,84 @@ if TYPE_CHECKING:
     from rnnserve_server.sessions import Group
 
 
+@dataclass(slots=True, eq=False)
+class Answers:
+    """The results of N chunks that came from one sink.
+
+    Attributes:
+        tags: [N], what the sink knows the chunks by.
+        first_steps: uint64 [N], the steps at which they started; None without sessions.
+        timesteps: time steps of each chunk.
+        outputs: every output, as on the wire: [N, batch, T, *shape] with return_sequences, [N, T, batch, *shape] with
+            time_major too, else [N, batch, *shape].
+        states: every state after the last step, [N, batch, *shape]; empty unless return_state.
+    """
+
+    tags: Array
+    first_steps: Array | None
+    timesteps: int
+    outputs: Arrays
+    states: Arrays
+
+    def part(self, start: int, stop: int) -> Answers:
+        """Those of the chunks from ``start`` to ``stop``."""
+        return Answers(
+            self.tags[start:stop],
+            None if self.first_steps is None else self.first_steps[start:stop],
+            self.timesteps,
+            {name: y[start:stop] for name, y in self.outputs.items()},
+            {name: state[start:stop] for name, state in self.states.items()},
+        )
+
+
+class Failure(NamedTuple):
+    """A chunk that failed. Its session is as it was."""
+
+    tag: int
+    first_step: int | None  # where the request said it, or the session's turn had come
+    error: ServiceError
+
+
 class Sink(Protocol):
-    """Where a block's results go: the call or stream that it came from."""
+    """Where results go: the call or stream that the chunks came from."""
 
     cancelled: bool
     deadline: float | None
 
     def session_id(self, tag: int) -> str:
-        """The session behind one of a block's ``tags``."""
+        """The session behind one of its chunks."""
 
-    def result(self, block: Block, outputs: Arrays, states: Arrays) -> None:
-        """The block is done and committed.
+    def result(self, answers: Answers) -> None:
+        """Chunks are done and committed."""
 
-        Args:
-            block: the block; its ``tags`` and ``first_steps`` say whose rows these are.
-            outputs: every output, [T, N * batch_size, *shape] with return_sequences, else [N * batch_size, *shape].
-            states: every state after the last step, [N * batch_size, *shape].
-        """
-
-    def failed(self, block: Block, errors: list[tuple[int, ServiceError]]) -> None:
-        """Some of the block's N chunks failed: (index into ``tags``, why). Their sessions are as they were."""
+    def failed(self, failures: Sequence[Failure]) -> None:
+        """Chunks failed."""
 
 
 @dataclass(slots=True, eq=False)
 class Sessions:
-    """Which sessions a block's N chunks belong to, as columns."""
+    """Which sessions a block's N chunks belong to, as columns.
+
+    Attributes:
+        group: their group.
+        slots: int64 [N].
+        generations: int64 [N], the slots' generations when the sessions were found.
+        first_steps: uint64 [N]; None: wherever each session is.
+        ended: `Group.ended` when all of them were known to be alive; -1 for unknown.
+        distinct: no session is there twice, for certain.
+    """
 
     group: Group
-    slots: Array  # [N] int64
-    generations: Array  # [N] int64
-    first_steps: Array | None  # [N] uint64; None: wherever each session is
+    slots: Array
+    generations: Array
+    first_steps: Array | None
+    ended: int = -1
+    distinct: bool = False
 
     def take(self, index: Array) -> Sessions:
         """Some of them."""
         first_steps = None if self.first_steps is None else self.first_steps[index]
-        return Sessions(self.group, self.slots[index], self.generations[index], first_steps)
+        return replace(self, slots=self.slots[index], generations=self.generations[index], first_steps=first_steps)
 
 
 @dataclass(slots=True, eq=False)
@@ -66,8 +110,8 @@ class Block:
         call: inputs, lengths and mask of all N * batch_size rows, time-major, valid steps first.
         batch_size: rows of each chunk.
         options: the options of the layer.
-        sink: where the results go.
-        tags: [N], what the sink knows each chunk by (lanes of a stream).
+        sinks: where the results go, and how many of the N chunks, one sink after the other.
+        tags: [N], what its sink knows each chunk by (lanes of a stream).
         sessions: whose chunks these are; None for a call without a session.
         states: the working states, [N * batch_size, *shape] each. For sessions, a copy: the arena changes only when
             the whole block is done.
@@ -78,12 +122,15 @@ class Block:
         number: its own, given when it is queued.
         order: its turn among the blocks that are ready.
         followers: what must wait for it.
+        rows: N * batch_size.
+        steps: compacted time steps in all: the largest number of valid steps of a row.
+        nbytes: bytes of input that it holds.
     """
 
     call: Compacted
     batch_size: int
     options: LayerOptions
-    sink: Sink
+    sinks: list[tuple[Sink, int]]
     tags: Array
     sessions: Sessions | None = None
     states: Arrays = field(default_factory=dict)
@@ -94,21 +141,14 @@ class Block:
     number: int = -1
     order: int = -1
     followers: list[Block | Barrier] = field(default_factory=list)
+    rows: int = field(init=False)
+    steps: int = field(init=False)
+    nbytes: int = field(init=False)
 
-    @property
-    def rows(self) -> int:
-        """N * batch_size."""
-        return len(self.call.lengths)
-
-    @property
-    def steps(self) -> int:
-        """Compacted time steps in all: the largest number of valid steps of a row."""
-        return len(next(iter(self.call.inputs.values())))
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of input that it holds."""
-        return sum(x.nbytes for x in self.call.inputs.values())
+    def __post_init__(self) -> None:
+        inputs = self.call.inputs.values()
+        self.steps, self.rows = next(iter(inputs)).shape[:2]
+        self.nbytes = sum([x.nbytes for x in inputs])
 
     @property
     def live(self) -> Array | None:
@@ -133,8 +173,48 @@ class Block:
         self.states = states
         self.done += steps
 
+    def fail(self, errors: Iterable[tuple[int, ServiceError]]) -> None:
+        """Tells the sinks why chunks failed: (position among the N, ascending, and the error)."""
+        first_steps = None if self.sessions is None else self.sessions.first_steps
+        sinks = iter(self.sinks)
+        sink, stop = next(sinks)
+        failures: list[Failure] = []
+        for position, error in errors:
+            while position >= stop:
+                if failures:
+                    sink.failed(failures)
+                    failures = []
+                sink, count = next(sinks)
+                stop += count
+            first_step = None if first_steps is None else int(first_steps[position])
+            failures.append(Failure(int(self.tags[position]), first_step, error))
+        if failures:
+            sink.failed(failures)
+
+    def shares(self, outputs: Arrays, states: Arrays) -> Iterator[tuple[Sink, Answers]]:
+        """Each sink's share of the results of all N chunks, which are as `Answers` has them."""
+        first_steps = None if self.sessions is None else self.sessions.first_steps
+        answers = Answers(self.tags, first_steps, self.call.timesteps, outputs, states)
+        if len(self.sinks) == 1:
+            yield self.sinks[0][0], answers
+            return
+        start = 0
+        for sink, count in self.sinks:
+            yield sink, answers.part(start, start + count)
+            start += count
+
+    def sink_of(self, position: int) -> Sink:
+        """The sink of the chunk at a position among the N."""
+        for sink, count in self.sinks:
+            if position < count:
+                return sink
+            position -= count
+        raise IndexError(position)
+
     def take(self, index: Array) -> Block:
-        """A block of some of the chunks, not queued. ``index`` holds distinct positions among the N."""
+        """A block of some of the chunks, not queued. ``index`` holds positions among the N, ascending."""
+        stops = np.searchsorted(index, np.cumsum([count for _, count in self.sinks])).tolist()
+        counts = np.diff(stops, prepend=0).tolist()
         rows = (index[:, None] * self.batch_size + np.arange(self.batch_size)).ravel()  # [len(index) * batch_size]
         return Block(
             call=replace(
@@ -145,7 +225,7 @@ class Block:
             ),
             batch_size=self.batch_size,
             options=self.options,
-            sink=self.sink,
+            sinks=[(sink, count) for (sink, _), count in zip(self.sinks, counts, strict=True) if count],
             tags=self.tags[index],
             sessions=self.sessions and self.sessions.take(index),
             states={name: state[rows] for name, state in self.states.items()},

@@ -39,13 +39,15 @@ def _serve(config: Path | None, **flags: Any) -> None:
         raise typer.Exit(2) from error
     _configure_logs(settings)
 
+    from rnnserve_server.process import tune
+
+    tune()
+
     import uvloop
 
     from rnnserve_models.errors import ModelError
-    from rnnserve_server.memory import keep_freed_memory
     from rnnserve_server.server import serve
 
-    keep_freed_memory()
     try:
         uvloop.run(serve(settings))
     except (ModelError, OSError) as error:

@@ -14,15 +14,13 @@ import numpy as np
 
 from rnnserve_models.engine.base import Array, Arrays
 from rnnserve_models.load import LoadedModel
-from rnnserve_models.masking import Compacted
 from rnnserve_models.options import LayerOptions
-from rnnserve_server.blocks import Barrier, Block, Sessions, Sink
+from rnnserve_server.blocks import Barrier, Block, Sink
 from rnnserve_server.config import Settings
 from rnnserve_server.deploy import Deployer
 from rnnserve_server.errors import (
     Draining,
     InvalidRequest,
-    NotFinite,
     OptionUnsupported,
     QueueFull,
     ServiceError,
@@ -30,13 +28,15 @@ from rnnserve_server.errors import (
     TooLarge,
     step_mismatch,
 )
-from rnnserve_server.layout import check_states, not_finite, out_of_bounds, to_call
+from rnnserve_server.intake import Frame
+from rnnserve_server.layout import check_call, check_states, faults, signature, to_call
 from rnnserve_server.repository import Repository
 from rnnserve_server.scheduler import Scheduler
-from rnnserve_server.sessions import Group, Session, SessionTable
+from rnnserve_server.sessions import Session, SessionTable
 from rnnserve_server.worker import Worker
 
 _SESSION_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+_MAX_SIGNATURES = 1024  # a client may send chunks of any length
 _RETRY_AFTER = 0.1  # seconds; a tick takes milliseconds
 
 
@@ -137,43 +137,21 @@ class Core:
 
     # Work
 
-    def submit_chunks(
-        self,
-        group: Group,
-        slots: Array,
-        generations: Array,
-        first_steps: Array | None,
-        inputs: Mapping[str, Array],
-        mask: Array | None,
-        sink: Sink,
-        tags: Array,
-    ) -> None:
-        """Queues N chunks for N sessions of one group.
-
-        Args:
-            group: the sessions' group.
-            slots: [N], the sessions' slots.
-            generations: [N], the slots' generations when the sessions were found.
-            first_steps: uint64 [N], or None for wherever each session is.
-            inputs: every input, [N, batch, time, *shape] ([N, time, batch, *shape] with time_major).
-            mask: bool, [N, batch, time] (likewise), or None.
-            sink: where results go. Chunks that hold what the model forbids go there as failed, at once.
-            tags: [N], what the sink knows the chunks by.
+    def submit_frame(self, frame: Frame) -> None:
+        """Queues a frame of chunks. Those that hold what the model forbids are told so when their turn comes.
 
         Raises:
             ServiceError: the inputs or the mask do not fit; nothing was queued.
         """
-        _check_mask(group.model, mask)
-        call = to_call(group.model.engine, group.options, inputs, mask, chunks=len(slots), batch_size=group.batch_size)
-        sessions = Sessions(group, slots, generations, first_steps)
-        block = Block(call, group.batch_size, group.options, sink, tags, sessions)
-        if faults := _faults(group.model, call, group.batch_size):
-            sink.failed(block, list(faults.items()))
-            left = np.setdiff1d(np.arange(len(slots)), list(faults))
-            if not len(left):
-                return
-            block = block.take(left)
-        self.worker(group.model).submit(block)
+        group = frame.sessions.group
+        key = signature(frame.inputs, frame.mask)
+        if key not in group.fitting:
+            _check_mask(group.model, frame.mask)
+            check_call(group.model.engine, group.options, frame.inputs, frame.mask, batch_size=group.batch_size)
+            if len(group.fitting) >= _MAX_SIGNATURES:
+                group.fitting.clear()
+            group.fitting.add(key)
+        self.worker(group.model).take_in(frame, key)
 
     def submit_call(
         self,
@@ -184,29 +162,33 @@ class Core:
         initial_states: Arrays | None,
         sink: Sink,
     ) -> None:
-        """Queues one call without a session. Arguments as `submit_chunks`, without the leading axis N.
+        """Queues one call without a session.
+
+        Args:
+            model: the model.
+            options: the options of the layer.
+            inputs: every input, [batch, time, *shape] ([time, batch, *shape] with time_major).
+            mask: bool, [batch, time] or [1, time] (likewise), or None.
+            initial_states: every state, [batch, *shape]; None or empty for the model's default.
+            sink: where results go.
 
         Raises:
             ServiceError: the inputs, the mask or the states do not fit; nothing was queued.
         """
         _check_mask(model, mask)
-        call = to_call(
-            model.engine,
-            options,
-            {name: x[None] for name, x in inputs.items()},
-            None if mask is None else mask[None],
-            chunks=1,
-            batch_size=None,
-        )
+        inputs = {name: x[None] for name, x in inputs.items()}  # [1, batch, time, ...]
+        mask = None if mask is None else mask[None]
+        check_call(model.engine, options, inputs, mask, batch_size=None)
+        call = to_call(model.engine, options, inputs, mask)
         rows = len(call.lengths)
         if rows > self.settings.max_batch_size:
             raise TooLarge("batch size", self.settings.max_batch_size, rows)
-        for fault in _faults(model, call, rows).values():
+        for fault in faults(model.engine.inputs, call, rows).values():
             raise fault
         if initial_states:
             check_states(model.engine.states, initial_states, rows, "initial_states")
         states = initial_states or {spec.name: spec.initial(rows) for spec in model.engine.states}
-        self.worker(model).submit(Block(call, rows, options, sink, np.zeros(1, np.int64), states=states))
+        self.worker(model).submit(Block(call, rows, options, [(sink, 1)], np.zeros(1, np.int64), states=states))
 
     def worker(self, model: LoadedModel) -> Worker:
         """The worker of a model version."""
@@ -295,14 +277,3 @@ def _check_mask(model: LoadedModel, mask: Array | None) -> None:
             f"mask: model {model.name!r} takes no mask",
             metadata={"field": "mask", "expected": "no mask", "got": "a mask"},
         )
-
-
-def _faults(model: LoadedModel, call: Compacted, batch_size: int) -> dict[int, ServiceError]:
-    """The chunks that hold what the model forbids, and what is wrong with each."""
-    specs = model.engine.inputs
-    missing = {index: _not_finite(name) for index, name in not_finite(specs, call, batch_size).items()}
-    return {**out_of_bounds(specs, call, batch_size), **missing}
-
-
-def _not_finite(name: str) -> NotFinite:
-    return NotFinite(f"inputs.{name}", "finite numbers", "a NaN or an infinity", "mask the step, or mend the input")

@@ -7,7 +7,8 @@ single call is N = 1.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
+from functools import lru_cache
 
 import numpy as np
 
@@ -15,40 +16,43 @@ from rnnserve_models.engine.base import Array, Arrays, Engine
 from rnnserve_models.masking import Compacted, compact
 from rnnserve_models.options import LayerOptions
 from rnnserve_models.spec import StateSpec, TensorSpec
-from rnnserve_server.errors import InvalidInput
+from rnnserve_server.errors import InvalidInput, NotFinite
+
+Signature = tuple[Hashable, ...]
+"""What inputs and a mask are like, whatever the number of chunks: see `signature`."""
 
 
-def to_call(
-    engine: Engine,
-    options: LayerOptions,
-    arrays: Mapping[str, Array],
-    mask: Array | None,
-    *,
-    chunks: int,
-    batch_size: int | None,
-) -> Compacted:
-    """Checks the inputs of N chunks and lays them out for the engine.
+def signature(arrays: Mapping[str, Array], mask: Array | None) -> Signature:
+    """The names, dtypes and shapes of the inputs and the mask of N chunks, without N.
+
+    Chunks of one group either all fit it or none does if their signature is the same, so it is enough to check one.
+    """
+    parts: list[Hashable] = [(name, x.dtype.char, x.shape[1:]) for name, x in arrays.items()]
+    if mask is not None:
+        parts.append((mask.dtype.char, mask.shape[1:]))
+    return tuple(parts)
+
+
+def check_call(
+    engine: Engine, options: LayerOptions, arrays: Mapping[str, Array], mask: Array | None, *, batch_size: int | None
+) -> None:
+    """Checks the inputs and the mask of N chunks.
 
     Args:
         engine: what computes the model.
         options: the options of the layer.
         arrays: every input, [N, batch, time, *shape], or [N, time, batch, *shape] with time_major.
         mask: bool, [N, batch, time] or [N, 1, time] (time and batch changed with time_major), or None.
-        chunks: N.
         batch_size: what the session has fixed; None for any.
 
-    Returns:
-        The call, its rows in the order of chunks and then of batch. For an engine that wants calls whole, it has all
-        the steps, and the mask among its inputs.
-
     Raises:
-        InvalidInput: an input is missing, unknown, or of the wrong dtype or shape.
+        InvalidInput: an input is missing, unknown, or of the wrong dtype or shape; or the mask is.
     """
     check_names("inputs", [spec.name for spec in engine.inputs], arrays)
+    chunks = len(arrays[engine.inputs[0].name]) if arrays[engine.inputs[0].name].ndim else 0
     steps = engine.timesteps
     rows = batch_size
     time_axis, batch_axis = (1, 2) if options.time_major else (2, 1)
-    inputs = {}
     for spec in engine.inputs:
         x, field = arrays[spec.name], f"inputs.{spec.name}"
         check_dtype(field, spec.dtype, x)
@@ -62,23 +66,57 @@ def to_call(
         if not fits:
             raise InvalidInput(field, _expected(options, rows, steps, spec.shape), f"shape {list(x.shape[1:])}")
         rows, steps = x.shape[batch_axis], x.shape[time_axis]
-        inputs[spec.name] = _time_major(x, time_axis)
     assert rows is not None
     assert steps is not None
+    if mask is None:
+        return
+    check_dtype("mask", np.dtype(bool), mask)
+    if mask.ndim != 3 or mask.shape[batch_axis] not in (rows, 1):
+        raise InvalidInput("mask", _expected(options, rows, steps, ()), f"shape {list(mask.shape[1:])}")
+    shape = list(mask.shape)
+    shape[batch_axis] = rows
+    if shape != [chunks, *((steps, rows) if options.time_major else (rows, steps))]:
+        raise InvalidInput("mask", _expected(options, rows, steps, ()), f"shape {list(mask.shape[1:])}")
+
+
+def to_call(engine: Engine, options: LayerOptions, arrays: Mapping[str, Array], mask: Array | None) -> Compacted:
+    """Lays out for the engine the inputs of N chunks that `check_call` found to fit. Arguments as there.
+
+    Returns:
+        The call, its rows in the order of chunks and then of batch. For an engine that wants calls whole, it has all
+        the steps, and the mask among its inputs.
+    """
+    time_axis = 1 if options.time_major else 2
+    inputs = {name: _time_major(x, time_axis) for name, x in arrays.items()}  # [T, R, ...]
+    steps, rows = next(iter(inputs.values())).shape[:2]
     if mask is not None:
-        check_dtype("mask", np.dtype(bool), mask)
-        if mask.ndim != 3 or mask.shape[batch_axis] not in (rows, 1):
-            raise InvalidInput("mask", _expected(options, rows, steps, ()), f"shape {list(mask.shape[1:])}")
-        shape = list(mask.shape)
-        shape[batch_axis] = rows
-        if shape != [chunks, *((steps, rows) if options.time_major else (rows, steps))]:
-            raise InvalidInput("mask", _expected(options, rows, steps, ()), f"shape {list(mask.shape[1:])}")
+        chunks = len(mask)
+        shape = (chunks, steps, rows // chunks) if options.time_major else (chunks, rows // chunks, steps)
         mask = _time_major(np.broadcast_to(mask, shape), time_axis)  # [T, R]
     if engine.whole:
         if mask is not None:
             inputs["mask"] = mask
-        return Compacted(inputs, np.full(chunks * rows, steps), steps, None)
+        return Compacted(inputs, same_lengths(rows, steps), steps, None)
+    if mask is None and not options.go_backwards:
+        return Compacted(inputs, same_lengths(rows, steps), steps, None)
     return compact(inputs, mask, go_backwards=options.go_backwards)
+
+
+@lru_cache(256)
+def same_lengths(rows: int, steps: int) -> Array:
+    """int64 [rows], read-only: every row has so many steps."""
+    lengths = np.full(rows, steps)
+    lengths.flags.writeable = False
+    return lengths
+
+
+def faults(specs: Sequence[TensorSpec], call: Compacted, batch_size: int) -> dict[int, InvalidInput]:
+    """The chunks that hold what the model forbids, and what is wrong with each, by their positions, ascending."""
+    missing = {
+        index: NotFinite(f"inputs.{name}", "finite numbers", "a NaN or an infinity", "mask the step, or mend the input")
+        for index, name in not_finite(specs, call, batch_size).items()
+    }
+    return dict(sorted({**out_of_bounds(specs, call, batch_size), **missing}.items()))
 
 
 def not_finite(specs: Sequence[TensorSpec], call: Compacted, batch_size: int) -> dict[int, str]:
@@ -136,7 +174,8 @@ def to_wire(
             shown[name] = y.reshape(chunks, len(y) // chunks, *y.shape[1:])
             continue
         y = y.reshape(y.shape[0], chunks, y.shape[1] // chunks, *y.shape[2:])  # [T, N, batch, ...]
-        shown[name] = np.moveaxis(y, 0, 1 if options.time_major else 2)
+        order = (1, 0, 2) if options.time_major else (1, 2, 0)
+        shown[name] = y.transpose(*order, *range(3, y.ndim))
     if not options.return_state:
         return shown, {}
     return shown, {
@@ -180,7 +219,10 @@ def check_dtype(field: str, expected: np.dtype[np.generic], array: Array) -> Non
 
 def _time_major(x: Array, time_axis: int) -> Array:
     """[N, batch, time, ...] or [N, time, batch, ...] to [T, N * batch, ...]; a view where the bytes lie so."""
-    x = np.moveaxis(x, time_axis, 0)  # [T, N, batch, ...]
+    if x.shape[time_axis] == 1:
+        return x.reshape(1, x.shape[0] * x.shape[1] * x.shape[2], *x.shape[3:])
+    order = (1, 0, 2) if time_axis == 1 else (2, 0, 1)
+    x = x.transpose(*order, *range(3, x.ndim))  # [T, N, batch, ...]
     return x.reshape(x.shape[0], x.shape[1] * x.shape[2], *x.shape[3:])
 
 

@@ -72,7 +72,9 @@ class Scheduler:
         """
         if not self._ready:
             return None
-        key, line = min(self._ready.items(), key=lambda item: item[1][0].order)
+        key, line = next(iter(self._ready.items()))
+        if len(self._ready) > 1:
+            key, line = min(self._ready.items(), key=lambda item: item[1][0].order)
         blocks = [line.popleft()]
         rows = blocks[0].rows
         while line and not line[0].solo and not blocks[0].solo and rows + line[0].rows <= self.max_batch_rows:
@@ -91,7 +93,8 @@ class Scheduler:
 
     def finish(self, work: Block | Barrier) -> None:
         """Forgets work that is done, failed or dropped, and lets what follows it go on."""
-        self._release(self._forget(work))
+        if followers := self._forget(work):
+            self._release(followers)
 
     def holds(self, block: Block) -> bool:
         """Whether a block was submitted and not finished."""
@@ -118,9 +121,12 @@ class Scheduler:
         """Cuts a block so that each part fits a tick and follows at most one other block, or none (-1)."""
         if block.sessions is None:
             return [(block, -1)]
-        tails = block.sessions.group.tail[block.sessions.slots]  # [N]
+        chunks = len(block.tags)
         fitting = max(1, self.max_batch_rows // block.batch_size)
-        if len(tails) <= fitting and (tails == tails[0]).all():
+        if not self._queued and chunks <= fitting:
+            return [(block, -1)]
+        tails = block.sessions.group.tail[block.sessions.slots]  # [N]
+        if chunks <= fitting and (tails == tails[0]).all():
             return [(block, int(tails[0]))]
         parts = []
         for tail in np.unique(tails):
@@ -140,6 +146,8 @@ class Scheduler:
             work.sessions.group.tail[work.sessions.slots] = work.number
         if predecessor in self._queued:
             self._queued[predecessor].followers.append(work)
+        elif isinstance(work, Block):
+            self.requeue(work)
         else:
             self._release([work])
 
@@ -150,7 +158,9 @@ class Scheduler:
             self.queued_bytes -= work.nbytes
             if work.sessions is not None:
                 tail, slots = work.sessions.group.tail, work.sessions.slots
-                tail[slots[tail[slots] == work.number]] = -1
+                if work.followers:  # they took some of its sessions' tails over
+                    slots = slots[tail[slots] == work.number]
+                tail[slots] = -1
         elif work.group.tail[work.slot] == work.number:
             work.group.tail[work.slot] = -1
         return work.followers
@@ -168,7 +178,7 @@ class Scheduler:
 
 def _distinct(block: Block) -> Iterator[Block]:
     """Cuts a block so that no part has two chunks of one session: it may be on several lanes of a frame."""
-    if block.sessions is None:
+    if block.sessions is None or block.sessions.distinct or len(block.tags) == 1:
         yield block
         return
     slots = np.sort(block.sessions.slots)

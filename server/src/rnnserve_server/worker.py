@@ -16,8 +16,10 @@ import structlog
 
 from rnnserve_models.engine.base import Array, Arrays, Engine, EngineError
 from rnnserve_models.load import LoadedModel
-from rnnserve_server.blocks import Barrier, Block
+from rnnserve_server.blocks import Barrier, Block, Failure
 from rnnserve_server.errors import Cancelled, DeadlinePassed, EngineFailed, InternalError, ServiceError
+from rnnserve_server.intake import Frame, Intake, joined
+from rnnserve_server.layout import Signature, faults, same_lengths, to_wire
 from rnnserve_server.scheduler import Scheduler, Tick
 from rnnserve_server.sessions import SessionTable
 
@@ -52,6 +54,7 @@ class Worker:
         self.model = model
         self._engine = model.engine
         self._scheduler = scheduler
+        self._intake = Intake()
         self._sessions = sessions
         self._clock = clock
         self._on_progress = on_progress
@@ -63,16 +66,29 @@ class Worker:
     @property
     def queued_bytes(self) -> int:
         """Bytes of input that wait or run."""
-        return self._scheduler.queued_bytes
+        return self._intake.queued_bytes + self._scheduler.queued_bytes
+
+    def __len__(self) -> int:
+        """Frames, blocks and barriers that wait or run."""
+        return len(self._intake) + len(self._scheduler)
 
     @property
     def idle(self) -> bool:
         """Whether nothing is queued."""
         return self._task is None
 
+    def take_in(self, frame: Frame, signature: Signature) -> None:
+        """Queues a frame. Called on the event loop's thread; frames of one turn of the loop are joined."""
+        self._intake.add(frame, signature)
+        self._wake()
+
     def submit(self, work: Block | Barrier) -> None:
-        """Queues work. Called on the event loop's thread."""
+        """Queues work behind what was queued before. Called on the event loop's thread."""
+        self._empty_intake()
         self._scheduler.submit(work)
+        self._wake()
+
+    def _wake(self) -> None:
         if self._task is None:
             self._task = asyncio.get_running_loop().create_task(self._loop())
 
@@ -89,19 +105,34 @@ class Worker:
     async def _loop(self) -> None:
         """Ticks for as long as something is ready."""
         try:
-            while tick := self._scheduler.next_tick():
+            while tick := self._next_tick():
                 try:
                     await self._tick(tick)
                 except Exception:  # a bug; no one is left waiting for it
                     log.exception("tick failed", blocks=len(tick.blocks))
                     for block in filter(self._scheduler.holds, tick.blocks):
-                        self._drop(block, InternalError("the server failed; its log has the cause"))
+                        self._drop(block, _internal())
                 self._on_progress()
         finally:
             self._task = None
 
+    def _next_tick(self) -> Tick | None:
+        self._empty_intake()
+        return self._scheduler.next_tick()
+
+    def _empty_intake(self) -> None:
+        for frames in self._intake.empty():
+            block = joined(frames)
+            if wrong := faults(self._engine.inputs, block.call, block.batch_size):
+                block.fail(wrong.items())
+                left = np.delete(np.arange(len(block.tags)), list(wrong))
+                if not len(left):
+                    continue
+                block = block.take(left)
+            self._scheduler.submit(block)
+
     async def _tick(self, tick: Tick) -> None:
-        tick.blocks[:] = filter(None, map(self._begin, tick.blocks))
+        tick.blocks[:] = [begun for block in tick.blocks if (begun := self._begin(block))]
         if tick.steps and tick.blocks:
             try:
                 outputs, states = await self._run(_assemble(tick), tick.steps)
@@ -134,28 +165,50 @@ class Worker:
 
     def _begin(self, block: Block) -> Block | None:
         """Readies a block for its next slice: what is left of it to run, or None."""
-        sink = block.sink
-        if sink.cancelled:
-            self._drop(block, Cancelled("the call ended before its turn came"))
-            return None
-        if sink.deadline is not None and self._clock() >= sink.deadline:
-            self._drop(block, DeadlinePassed("the deadline passed before its turn came"))
-            return None
+        if gone := self._gone(block):
+            kept = np.delete(np.arange(len(block.tags)), [position for position, _ in gone])
+            block.fail(gone)
+            if not len(kept):
+                self._scheduler.finish(block)
+                return None
+            block = self._scheduler.narrow(block, kept)
         if block.sessions is None:
             return block
+        if block.begun:
+            return self._alive(block)
         checked = self._checked(block)
-        if checked is not None and checked.sessions is not None and not checked.begun:
+        if checked is not None and checked.sessions is not None:
             checked.states = checked.sessions.group.arena.gather(checked.sessions.slots)
             checked.begun = True
         return checked
 
+    def _alive(self, block: Block) -> Block | None:
+        """The part of a block that was begun whose sessions have not ended since; the others are told."""
+        sessions = block.sessions
+        return block if sessions is None or sessions.ended == sessions.group.ended else self._checked(block)
+
+    def _gone(self, block: Block) -> list[tuple[int, ServiceError]]:
+        """The positions of the chunks that nobody waits for any more, and why."""
+        gone: list[tuple[int, ServiceError]] = []
+        start = 0
+        for sink, count in block.sinks:
+            if sink.cancelled:
+                error: ServiceError = Cancelled("the call ended before its turn came")
+            elif sink.deadline is not None and self._clock() >= sink.deadline:
+                error = DeadlinePassed("the deadline passed before its turn came")
+            else:
+                start += count
+                continue
+            gone += [(position, error) for position in range(start, start + count)]
+            start += count
+        return gone
+
     def _commit(self, block: Block) -> None:
         """Moves the sessions of a block on, and answers."""
-        if block.sessions is not None:
-            checked = self._checked(block)  # a session may have ended while its chunk was run
-            if checked is None:
-                return
-            block = checked
+        alive = self._alive(block)  # a session may have ended while its chunk was run
+        if alive is None:
+            return
+        block = alive
         options = block.options
         outputs = {
             name: block.call.expand(
@@ -165,16 +218,23 @@ class Worker:
         }
         if block.sessions is not None:
             self._sessions.commit(block.sessions, block.states, block.call.timesteps)
-        block.sink.result(block, outputs, block.states)
+        for sink, answers in block.shares(*to_wire(outputs, block.states, options, len(block.tags))):
+            try:
+                sink.result(answers)
+            except Exception:  # a bug, or an answer that cannot be encoded; the other sinks have nothing to do with it
+                log.exception("an answer could not be given")
+                sink.failed([Failure(int(tag), None, _internal()) for tag in answers.tags])
         self._scheduler.finish(block)  # after the answer, so that a lane is never closed before its chunks are answered
 
     def _checked(self, block: Block) -> Block | None:
         """The part of a block whose chunks fit their sessions; the others are told."""
         assert block.sessions is not None
-        kept, errors = self._sessions.check(block.sessions, lambda index: block.sink.session_id(int(block.tags[index])))
+        kept, errors = self._sessions.check(
+            block.sessions, lambda position: block.sink_of(position).session_id(int(block.tags[position]))
+        )
         if kept is None:
             return block
-        block.sink.failed(block, errors)
+        block.fail(errors)
         if not len(kept):
             self._scheduler.finish(block)
             return None
@@ -182,7 +242,7 @@ class Worker:
 
     def _drop(self, block: Block, error: ServiceError) -> None:
         try:
-            block.sink.failed(block, [(index, error) for index in range(len(block.tags))])
+            block.fail((position, error) for position in range(len(block.tags)))
         finally:
             self._scheduler.finish(block)
 
@@ -197,6 +257,10 @@ class Worker:
                 self._scheduler.requeue(block)
 
 
+def _internal() -> InternalError:
+    return InternalError("the server failed; its log has the cause")
+
+
 def _assemble(tick: Tick) -> Batch:
     """One batch of the next steps of every block's live rows."""
     inputs: list[Arrays] = []
@@ -204,15 +268,14 @@ def _assemble(tick: Tick) -> Batch:
     states: list[Arrays] = []
     for block in tick.blocks:
         live, start, stop = block.live, block.done, block.done + tick.steps
-        if live is None or len(live) == block.rows:
+        if live is None:
             inputs.append({name: x[start:stop] for name, x in block.call.inputs.items()})
-            lengths.append(block.call.lengths)
+            lengths.append(same_lengths(block.rows, tick.steps))
             states.append(block.states)
         else:
             inputs.append({name: x[start:stop, live] for name, x in block.call.inputs.items()})
-            lengths.append(block.call.lengths[live])
+            lengths.append(np.minimum(block.call.lengths[live] - start, tick.steps))
             states.append({name: state[live] for name, state in block.states.items()})
-        lengths[-1] = np.minimum(lengths[-1] - start, tick.steps)
     if len(tick.blocks) == 1:
         return inputs[0], lengths[0], states[0]
     return (

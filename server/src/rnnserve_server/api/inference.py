@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from typing import Any
 
 import grpc
@@ -11,14 +12,13 @@ import numpy as np
 from rnnserve.codec import decode, decode_named, encode_named
 from rnnserve.v1 import inference_pb2 as pb
 from rnnserve.v1 import inference_pb2_grpc
-from rnnserve_models.engine.base import Arrays
 from rnnserve_server.api.errors import abort, told
 from rnnserve_server.api.messages import asked_options
 from rnnserve_server.api.stream import LaneStream
-from rnnserve_server.blocks import Block
+from rnnserve_server.blocks import Answers, Failure, Sessions
 from rnnserve_server.core import Core, resolve_options
-from rnnserve_server.errors import InvalidRequest, ServiceError
-from rnnserve_server.layout import to_wire
+from rnnserve_server.errors import InvalidRequest
+from rnnserve_server.intake import Frame
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -29,19 +29,19 @@ class _Call:
     def __init__(self, session_id: str, deadline: float | None) -> None:
         self.cancelled = False
         self.deadline = deadline
-        self.done: asyncio.Future[tuple[Block, Arrays, Arrays]] = asyncio.get_running_loop().create_future()
+        self.done: asyncio.Future[Answers] = asyncio.get_running_loop().create_future()
         self._session_id = session_id
 
     def session_id(self, tag: int) -> str:
         return self._session_id
 
-    def result(self, block: Block, outputs: Arrays, states: Arrays) -> None:
+    def result(self, answers: Answers) -> None:
         if not self.done.done():
-            self.done.set_result((block, outputs, states))
+            self.done.set_result(answers)
 
-    def failed(self, block: Block, errors: list[tuple[int, ServiceError]]) -> None:
+    def failed(self, failures: Sequence[Failure]) -> None:
         if not self.done.done():
-            self.done.set_exception(errors[0][1])
+            self.done.set_exception(failures[0].error)
 
 
 class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
@@ -59,22 +59,25 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         call = _Call(request.session_id, None if left is None else core.clock() + left)
         inputs = decode_named(request.inputs, "inputs")
         mask = decode(request.mask, "mask") if request.HasField("mask") else None
-        step = 0
         if request.session_id:
             for field in ("model", "version", "options", "initial_states"):
                 if getattr(request, field) and (field != "options" or request.HasField("options")):
                     raise InvalidRequest(field, "nothing", "a value", "a session has its own")
             session = core.sessions.get(request.session_id)
             version = session.group.model.version
-            core.submit_chunks(
-                session.group,
-                np.array([session.slot]),
-                np.array([session.generation]),
-                np.array([request.first_step], np.uint64) if request.HasField("first_step") else None,
-                {name: x[None] for name, x in inputs.items()},
-                None if mask is None else mask[None],
-                call,
-                np.zeros(1, np.int64),
+            core.submit_frame(
+                Frame(
+                    call,
+                    np.zeros(1, np.int64),
+                    Sessions(
+                        session.group,
+                        np.array([session.slot]),
+                        np.array([session.generation]),
+                        np.array([request.first_step], np.uint64) if request.HasField("first_step") else None,
+                    ),
+                    {name: x[None] for name, x in inputs.items()},
+                    None if mask is None else mask[None],
+                )
             )
         else:
             if not request.model:
@@ -87,17 +90,14 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             initial_states = decode_named(request.initial_states, "initial_states")
             core.submit_call(model, options, inputs, mask, initial_states, call)
         try:
-            block, outputs, states = await call.done
+            answers = await call.done
         finally:
             call.cancelled = True
-        outputs, states = to_wire(outputs, states, block.options, 1)
-        if block.sessions is not None and block.sessions.first_steps is not None:
-            step = int(block.sessions.first_steps[0]) + block.call.timesteps
         return pb.PredictResponse(
-            outputs=encode_named({name: y[0] for name, y in outputs.items()}),
-            states=encode_named({name: state[0] for name, state in states.items()}),
+            outputs=encode_named({name: y[0] for name, y in answers.outputs.items()}),
+            states=encode_named({name: state[0] for name, state in answers.states.items()}),
             version=version,
-            step=step,
+            step=0 if answers.first_steps is None else int(answers.first_steps[0]) + answers.timesteps,
         )
 
     async def Stream(self, request_iterator: Any, context: Context) -> None:  # type: ignore[override]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import count
 from typing import Any
 
@@ -13,10 +13,10 @@ import numpy as np
 
 from rnnserve.codec import TensorError, decode, decode_named, encode_into
 from rnnserve.v1 import inference_pb2 as pb
-from rnnserve_models.engine.base import Array, Arrays
+from rnnserve_models.engine.base import Array
 from rnnserve_server.api.errors import service_error, status
 from rnnserve_server.api.messages import create_session, session_message
-from rnnserve_server.blocks import Block
+from rnnserve_server.blocks import Answers, Failure, Sessions
 from rnnserve_server.core import Core
 from rnnserve_server.errors import (
     Draining,
@@ -28,10 +28,12 @@ from rnnserve_server.errors import (
     ServiceError,
     TooLarge,
 )
-from rnnserve_server.layout import to_wire
+from rnnserve_server.intake import Frame
 from rnnserve_server.sessions import Group, Session
 
 _RESPONSE_BYTES = 1 << 20  # a response is sent once it is so large, although more is ready
+_FOUND_LANES = 65536  # of frames whose sessions are remembered
+_NONE = np.zeros(0, np.int64)
 _QUIET_SECONDS = 0.1  # a stream that says nothing for so long while the server drains has said all
 
 
@@ -52,6 +54,8 @@ class LaneStream:
         self._group = np.full(64, -1)  # [capacity], the index of the lane's group in _groups; -1: not open
         self._slot = np.zeros(64, np.int64)
         self._generation = np.zeros(64, np.int64)
+        self._found: dict[tuple[int, ...], list[_Part]] = {}  # what `_find` found, by a frame's lanes
+        self._found_lanes = 0
         self._responses: list[pb.StreamResponse] = []
         self._response_bytes = 0
         self._unsent = 0  # answers that wait to be sent: of chunks, opens and closes
@@ -141,6 +145,7 @@ class LaneStream:
             self._group = np.pad(self._group, missing, constant_values=-1)
             self._slot = np.pad(self._slot, missing)
             self._generation = np.pad(self._generation, missing)
+        self._forget()
         self._lanes[lane] = session
         self._group[lane] = number
         self._slot[lane] = session.slot
@@ -159,6 +164,7 @@ class LaneStream:
             if self._lanes.get(lane) is not session:  # closed twice
                 self._fail(lane, pb.LANE_OPERATION_CLOSE, LaneUnknown(lane))
                 return
+            self._forget()
             del self._lanes[lane]
             number = int(self._group[lane])
             self._group[lane] = -1
@@ -177,63 +183,81 @@ class LaneStream:
         self._core.when_idle(session, close)
 
     def _frame(self, frame: pb.StepFrame) -> None:
-        chunks = len(frame.lanes)
+        lanes = tuple(frame.lanes[:])
+        chunks = len(lanes)
         if not chunks:
             raise InvalidRequest("frames.lanes", "at least one lane", "none")
-        lanes = np.fromiter(frame.lanes, np.int64, chunks)
-        first_steps = np.fromiter(frame.first_steps, np.uint64, len(frame.first_steps)) if frame.first_steps else None
+        first_steps = np.array(frame.first_steps[:], np.uint64) if frame.first_steps else None  # [N]
         try:
             if first_steps is not None and len(first_steps) != chunks:
                 raise InvalidRequest(
                     "frames.first_steps", f"{chunks}, as many as lanes, or none", str(len(first_steps))
                 )
-            _check_distinct(lanes)
+            found = self._found.get(lanes) or self._find(lanes)
             inputs = decode_named(frame.inputs, "inputs")
             mask = decode(frame.mask, "mask") if frame.HasField("mask") else None
-            for field, array in (*((f"inputs.{name}", x) for name, x in inputs.items()), ("mask", mask)):
-                if array is not None and array.shape[:1] != (chunks,):
-                    raise InvalidInput(
-                        field, f"a first axis of {chunks}, as many as lanes", f"shape {list(array.shape)}"
-                    )
+            for field, array in inputs.items():
+                _check_first_axis(f"inputs.{field}", array, chunks)
+            if mask is not None:
+                _check_first_axis("mask", mask, chunks)
         except (ServiceError, TensorError) as error:
-            self._fail_chunks(lanes, None, first_steps, service_error(error))
+            self._fail_chunks(lanes, range(chunks), first_steps, service_error(error))
             return
-        for group, index in self._by_group(lanes, first_steps):
-            chosen = slice(None) if index is None else index
-            tags = lanes[chosen]
-            self._unanswered += len(tags)
+        for part in found:
+            index = part.index
+            if part.group is None:
+                for position in range(chunks) if index is None else index.tolist():
+                    self._fail_chunks(lanes, [position], first_steps, LaneUnknown(lanes[position]))
+                continue
+            steps = first_steps if first_steps is None or index is None else first_steps[index]
+            self._unanswered += len(part.tags)
             try:
-                self._core.submit_chunks(
-                    group,
-                    self._slot[tags],
-                    self._generation[tags],
-                    None if first_steps is None else first_steps[chosen],
-                    {name: x[chosen] for name, x in inputs.items()},
-                    None if mask is None else mask[chosen],
-                    self,
-                    tags,
+                self._core.submit_frame(
+                    Frame(
+                        self,
+                        part.tags,
+                        Sessions(part.group, part.slots, part.generations, steps, part.ended(), part.distinct),
+                        inputs if index is None else {name: x[index] for name, x in inputs.items()},
+                        mask if mask is None or index is None else mask[index],
+                    )
                 )
             except Exception as error:  # the frame's lanes are to blame, or a bug: the stream goes on
-                self._unanswered -= len(tags)
-                self._fail_chunks(lanes, index, first_steps, service_error(error))
+                self._unanswered -= len(part.tags)
+                self._fail_chunks(
+                    lanes, range(chunks) if index is None else index.tolist(), first_steps, service_error(error)
+                )
 
-    def _by_group(self, lanes: Array, first_steps: Array | None) -> Iterator[tuple[Group, Array | None]]:
-        """The positions of a frame's lanes, group by group; None for all. Lanes that are not open are told so."""
-        if lanes.max() < len(self._group):
-            groups = self._group[lanes]  # [N]
-        else:
-            groups = np.where(lanes < len(self._group), self._group[np.minimum(lanes, len(self._group) - 1)], -1)
-        if groups[0] >= 0 and (groups == groups[0]).all():
-            yield self._groups[groups[0]], None
-            return
-        for number in np.unique(groups):
-            index = np.flatnonzero(groups == number)
-            if number >= 0:
-                yield self._groups[number], index
-                continue
-            for position in index:
-                lane = int(lanes[position])
-                self._fail(lane, pb.LANE_OPERATION_STEP, LaneUnknown(lane), first_steps, int(position))
+    def _find(self, lanes: tuple[int, ...]) -> list[_Part]:
+        """The sessions of a frame's lanes, group by group. A stream says the same lanes again and again.
+
+        Raises:
+            LaneRepeated: one is there twice.
+        """
+        tags = np.array(lanes, np.int64)  # [N]
+        ordered = np.sort(tags)
+        if (twice := ordered[1:][ordered[1:] == ordered[:-1]]).size:
+            raise LaneRepeated(int(twice[0]))
+        inside = np.minimum(tags, len(self._group) - 1)
+        groups = np.where(inside == tags, self._group[inside], -1)  # [N]
+        numbers = np.unique(groups).tolist()
+        found = []
+        for number in numbers:
+            index = np.flatnonzero(groups == number) if len(numbers) > 1 else None
+            chosen = tags if index is None else tags[index]
+            if number < 0:
+                found.append(_Part(index, chosen))
+            else:
+                found.append(_Part(index, chosen, self._groups[number], self._slot[chosen], self._generation[chosen]))
+        if self._found_lanes + len(lanes) > _FOUND_LANES:
+            self._forget()
+        self._found[lanes] = found
+        self._found_lanes += len(lanes)
+        return found
+
+    def _forget(self) -> None:
+        """Lanes were opened or closed: what `_find` found may be so no more."""
+        self._found.clear()
+        self._found_lanes = 0
 
     # Answering: the sink of this stream's blocks
 
@@ -242,46 +266,42 @@ class LaneStream:
         session = self._lanes.get(tag)
         return session.id if session else ""
 
-    def result(self, block: Block, outputs: Arrays, states: Arrays) -> None:
+    def result(self, answers: Answers) -> None:
         """See `Sink.result`."""
-        chunks = len(block.tags)
-        if self.cancelled:
-            self._unanswered -= chunks
-            return
-        outputs, states = to_wire(outputs, states, block.options, chunks)
+        chunks = len(answers.tags)
         self._unanswered -= chunks
-        nbytes = sum(y.nbytes for y in (*outputs.values(), *states.values()))
+        if self.cancelled:
+            return
+        nbytes = sum([y.nbytes for y in (*answers.outputs.values(), *answers.states.values())])
+        assert answers.first_steps is not None
         # Filled in place: a large frame that is made elsewhere and appended is copied twice more.
         frame = self._response(chunks, nbytes).frames.add(
-            lanes=block.tags.tolist(), first_steps=_steps(block), timesteps=block.call.timesteps
+            lanes=answers.tags.tolist(), first_steps=answers.first_steps.tolist(), timesteps=answers.timesteps
         )
-        for name, y in outputs.items():
+        for name, y in answers.outputs.items():
             encode_into(frame.outputs.add(name=name).tensor, y, name)
-        for name, state in states.items():
+        for name, state in answers.states.items():
             encode_into(frame.states.add(name=name).tensor, state, name)
 
-    def failed(self, block: Block, errors: list[tuple[int, ServiceError]]) -> None:
+    def failed(self, failures: Sequence[Failure]) -> None:
         """See `Sink.failed`."""
-        self._unanswered -= len(errors)
-        first_steps = None if block.sessions is None else block.sessions.first_steps
-        for index, error in errors:
-            self._fail(int(block.tags[index]), pb.LANE_OPERATION_STEP, error, first_steps, index)
+        self._unanswered -= len(failures)
+        for failure in failures:
+            self._fail(failure.tag, pb.LANE_OPERATION_STEP, failure.error, failure.first_step)
 
-    def _fail_chunks(self, lanes: Array, index: Array | None, first_steps: Array | None, error: ServiceError) -> None:
-        for position in range(len(lanes)) if index is None else index:
-            self._fail(int(lanes[position]), pb.LANE_OPERATION_STEP, error, first_steps, int(position))
+    def _fail_chunks(
+        self, lanes: Sequence[int], positions: Iterable[int], first_steps: Array | None, error: ServiceError
+    ) -> None:
+        for position in positions:
+            first_step = None
+            if first_steps is not None and position < len(first_steps):
+                first_step = int(first_steps[position])
+            self._fail(lanes[position], pb.LANE_OPERATION_STEP, error, first_step)
 
     def _fail(
-        self,
-        lane: int,
-        operation: pb.LaneOperation.ValueType,
-        error: ServiceError,
-        first_steps: Array | Sequence[int] | None = None,
-        position: int = 0,
+        self, lane: int, operation: pb.LaneOperation.ValueType, error: ServiceError, first_step: int | None = None
     ) -> None:
-        failure = pb.LaneError(lane=lane, operation=operation, status=status(error))
-        if first_steps is not None and position < len(first_steps):
-            failure.first_step = int(first_steps[position])
+        failure = pb.LaneError(lane=lane, operation=operation, first_step=first_step, status=status(error))
         self._response(1, failure.ByteSize()).errors.append(failure)
 
     def _response(self, answers: int, nbytes: int = 0) -> pb.StreamResponse:
@@ -304,14 +324,44 @@ class LaneStream:
             self._room.set()
 
 
-def _check_distinct(lanes: Array) -> None:
-    ordered = np.sort(lanes)
-    if (twice := ordered[1:][ordered[1:] == ordered[:-1]]).size:
-        raise LaneRepeated(int(twice[0]))
+class _Part:
+    """The lanes of a frame whose sessions are of one group, or that are not open.
+
+    Attributes:
+        index: their positions among the frame's N lanes; None: all of them.
+        tags: int64 [n], the lanes.
+        group: their group; None: they are not open.
+        slots: int64 [n], their sessions' slots.
+        generations: int64 [n], the slots' generations.
+        distinct: no two are of one session.
+    """
+
+    __slots__ = ("_ended", "distinct", "generations", "group", "index", "slots", "tags")
+
+    def __init__(
+        self,
+        index: Array | None,
+        tags: Array,
+        group: Group | None = None,
+        slots: Array = _NONE,
+        generations: Array = _NONE,
+    ) -> None:
+        self.index = index
+        self.tags = tags
+        self.group = group
+        self.slots = slots
+        self.generations = generations
+        self.distinct = len(np.unique(slots)) == len(slots)
+        self._ended = -1
+
+    def ended(self) -> int:
+        """`Group.ended` if all of the sessions are alive, else -1."""
+        assert self.group is not None
+        if self._ended != self.group.ended and (self.group.generation[self.slots] == self.generations).all():
+            self._ended = self.group.ended
+        return self._ended
 
 
-def _steps(block: Block) -> list[int]:
-    assert block.sessions is not None
-    assert block.sessions.first_steps is not None
-    steps: list[int] = block.sessions.first_steps.tolist()
-    return steps
+def _check_first_axis(field: str, array: Array, chunks: int) -> None:
+    if array.shape[:1] != (chunks,):
+        raise InvalidInput(field, f"a first axis of {chunks}, as many as lanes", f"shape {list(array.shape)}")
