@@ -112,6 +112,7 @@ class Notes:
         self.errors: dict[int, Exception] = {}
         self.first_steps: list[list[int]] = []
         self.told: list[int] = []
+        self.flushes = 0
         self._names = names or {}
 
     def session_id(self, tag: int) -> str:
@@ -134,6 +135,9 @@ class Notes:
         for failure in failures:
             self.told.append(failure.tag)
             self.errors[failure.tag] = failure.error
+
+    def flush(self):
+        self.flushes += 1
 
 
 def chunks(

@@ -75,6 +75,9 @@ class Sink(Protocol):
     def failed(self, failures: Sequence[Failure]) -> None:
         """Chunks failed."""
 
+    def flush(self) -> None:
+        """All that a tick had to tell was told."""
+
 
 @dataclass(slots=True, eq=False)
 class Sessions:

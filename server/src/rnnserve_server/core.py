@@ -211,9 +211,14 @@ class Core:
         """Bytes of input that wait or run, of all models."""
         return sum(worker.queued_bytes for worker in self._workers.values())
 
+    @property
+    def has_room(self) -> bool:
+        """Whether less work is waiting than may."""
+        return self.queued_bytes < self.settings.queue_bytes
+
     def check_room(self) -> None:
         """Raises QueueFull when as much work is waiting as may."""
-        if self.queued_bytes >= self.settings.queue_bytes:
+        if not self.has_room:
             raise QueueFull(
                 f"{self.queued_bytes} bytes of input are waiting, as many as may; try again shortly",
                 retry_after=_RETRY_AFTER,
@@ -221,7 +226,7 @@ class Core:
 
     async def wait_for_room(self) -> None:
         """Waits until less work is waiting than may."""
-        while self.queued_bytes >= self.settings.queue_bytes:
+        while not self.has_room:
             self._room.clear()
             await self._room.wait()
 

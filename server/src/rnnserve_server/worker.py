@@ -106,13 +106,18 @@ class Worker:
         """Ticks for as long as something is ready."""
         try:
             while tick := self._next_tick():
+                sinks = {sink for block in tick.blocks for sink, _ in block.sinks}
                 try:
                     await self._tick(tick)
                 except Exception:  # a bug; no one is left waiting for it
                     log.exception("tick failed", blocks=len(tick.blocks))
                     for block in filter(self._scheduler.holds, tick.blocks):
                         self._drop(block, _internal())
+                for sink in sinks:
+                    sink.flush()
                 self._on_progress()
+                if len(self):  # small runs one after the other must not keep the loop from reading and writing
+                    await asyncio.sleep(0)
         finally:
             self._task = None
 
@@ -151,7 +156,6 @@ class Worker:
         before = self._expected.get(magnitude)
         if before is not None and before < self._inline_seconds:
             result, seconds = self._timed(batch)
-            await asyncio.sleep(0)  # small runs one after the other must not keep the loop from reading and writing
         else:
             loop = asyncio.get_running_loop()
             result, seconds = await loop.run_in_executor(self._thread, self._timed, batch)

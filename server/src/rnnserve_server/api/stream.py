@@ -18,6 +18,7 @@ from rnnserve_server.api.errors import service_error, status
 from rnnserve_server.api.messages import create_session, session_message
 from rnnserve_server.blocks import Answers, Failure, Sessions
 from rnnserve_server.core import Core
+from rnnserve_server.eager import Eager
 from rnnserve_server.errors import (
     Draining,
     InvalidInput,
@@ -48,6 +49,7 @@ class LaneStream:
         self.deadline: float | None = None
         self._core = core
         self._context = context
+        self._loop = asyncio.get_running_loop()
         self._lanes: dict[int, Session] = {}
         self._groups: dict[int, Group] = {}
         self._group_lanes: Counter[int] = Counter()  # lanes in each of _groups
@@ -61,9 +63,9 @@ class LaneStream:
         self._unsent = 0  # answers that wait to be sent: of chunks, opens and closes
         self._unanswered = 0  # chunks and closes that were accepted and not answered
         self._received = 0
-        self._ready = asyncio.Event()  # there is something to send, or nothing more will come
-        self._room = asyncio.Event()
-        self._reading = True
+        self._writing = False
+        self._lost: Exception | None = None  # why nothing can be sent any more
+        self._sent = asyncio.Event()
 
     async def run(self) -> None:
         """Reads, runs and answers until the client has said all and was answered.
@@ -71,14 +73,15 @@ class LaneStream:
         Raises:
             ServiceError: the stream itself is to blame, or the server is shutting down.
         """
-        reader = asyncio.create_task(self._read())
-        reader.add_done_callback(self._read_all)
+        reader = self._reader = asyncio.create_task(self._read())
         drainer = asyncio.create_task(self._drain(reader))
         try:
-            while self._reading or self._unanswered or self._responses:
-                await self._ready.wait()
-                self._ready.clear()
-                await self._send()
+            await asyncio.wait([reader])
+            while (self._unanswered or self._responses or self._writing) and self._lost is None:
+                self._sent.clear()
+                await self._sent.wait()
+            if self._lost is not None:
+                raise self._lost
             if not reader.cancelled():
                 await reader
             elif self._core.draining.is_set():
@@ -94,14 +97,11 @@ class LaneStream:
         while (request := await self._context.read()) is not grpc.aio.EOF:
             self._received += 1
             self._receive(request)
-            await self._core.wait_for_room()
+            if not self._core.has_room:
+                await self._core.wait_for_room()
             while self._unanswered + self._unsent > self._core.settings.stream_queue_chunks:
-                self._room.clear()
-                await self._room.wait()
-
-    def _read_all(self, reader: asyncio.Task[None]) -> None:
-        self._reading = False
-        self._ready.set()
+                self._sent.clear()
+                await self._sent.wait()
 
     async def _drain(self, reader: asyncio.Task[None]) -> None:
         """Once the server drains: lets the client say what it was saying, then stops listening."""
@@ -308,20 +308,33 @@ class LaneStream:
         """The response that so many answers, and bytes, go into."""
         if not self._responses or self._response_bytes > _RESPONSE_BYTES:
             self._responses.append(pb.StreamResponse())
+            self._loop.call_soon(self.flush)  # at the latest; a worker flushes at the end of its tick
             self._response_bytes = 0
         self._response_bytes += nbytes
         self._unsent += answers
-        self._ready.set()
         return self._responses[-1]
 
-    async def _send(self) -> None:
+    def flush(self) -> None:
+        """Sends what is ready. What becomes ready meanwhile goes together, afterwards."""
+        if self._responses and not (self._writing or self._lost or self.cancelled):
+            self._writing = True
+            Eager(self._write(), self._written)
+
+    async def _write(self) -> None:
         while self._responses:
             responses, self._responses = self._responses, []
-            chunks = self._unsent
+            answers = self._unsent
             for response in responses:
                 await self._context.write(response)
-            self._unsent -= chunks
-            self._room.set()
+            self._unsent -= answers
+            self._sent.set()
+
+    def _written(self, error: Exception | None) -> None:
+        self._writing = False
+        if error is not None:
+            self._lost = error
+            self._reader.cancel()
+        self._sent.set()
 
 
 class _Part:

@@ -1,0 +1,461 @@
+"""Sessions in one SQLite file.
+
+One connection on one thread. A write-ahead log, so that a commit appends and syncs once. Another process may have the
+same file open: epochs and revisions are compared inside the transaction, and a writer waits for the one before it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sqlite3
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, ParamSpec, TypeVar
+
+from rnnserve_server.store.base import (
+    REMEMBERED,
+    End,
+    Ended,
+    Head,
+    Meta,
+    Record,
+    Reply,
+    Store,
+    StoreCorrupt,
+    StoreError,
+    StoreMisconfigured,
+    StoreUnavailable,
+    Write,
+    check_distinct,
+)
+
+_APPLICATION = 0x726E6E73  # "rnns"
+_VERSION = 1
+
+# Replies lie in the order in which they were given, not by session: those of a tick are neighbours, and so are those
+# that the next tick forgets. A tick of 256 sessions so touches 80 pages and not 340. For the same reason pages are
+# large and the log is long: a page that is written many times is copied back once. `look_at` is when the sweep looks at
+# a session next, never later than it is due; uses do not move it, so a commit changes no index.
+_SCHEMA = """
+CREATE TABLE sessions (
+    n INTEGER PRIMARY KEY,
+    id TEXT NOT NULL UNIQUE,
+    epoch INTEGER NOT NULL,
+    revision INTEGER NOT NULL,
+    step INTEGER NOT NULL,
+    last_used REAL NOT NULL,
+    look_at REAL NOT NULL,
+    cursor TEXT NOT NULL,
+    model TEXT NOT NULL,
+    meta TEXT NOT NULL,
+    states BLOB NOT NULL
+) STRICT;
+CREATE INDEX sessions_by_cursor ON sessions (cursor);
+CREATE INDEX sessions_by_model ON sessions (model, cursor);
+CREATE INDEX sessions_by_look ON sessions (look_at);
+CREATE TABLE replies (
+    session INTEGER NOT NULL,
+    first_step INTEGER NOT NULL,
+    timesteps INTEGER NOT NULL,
+    request_digest BLOB NOT NULL,
+    payload BLOB NOT NULL,
+    PRIMARY KEY (session, first_step)
+) STRICT;
+CREATE TABLE ended (
+    id TEXT PRIMARY KEY,
+    why TEXT NOT NULL,
+    at REAL NOT NULL,
+    epoch INTEGER NOT NULL
+) STRICT, WITHOUT ROWID;
+CREATE INDEX ended_by_time ON ended (at);
+"""
+_PAGE_BYTES = 8192
+_LOG_PAGES = 2000
+_CACHE_KIB = 65536
+_RETRY_SECONDS = 0.01
+
+_HEAD = "id, meta, epoch, revision, step, last_used"
+# One row for a whole batch: the interpreter's lock is given up and taken again at every row.
+_COUNTERS = """
+SELECT json_group_array(json_array(id, n, epoch, revision, step))
+FROM sessions WHERE id IN (SELECT value FROM json_each(?))
+"""
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class SqliteStore(Store):
+    """Keeps sessions in a file. `open` makes one.
+
+    Survives the death of the process with either ``synchronous``; that of the machine without loss only with "full",
+    which waits for the disk at every commit. With "normal" the last commits may be gone after a power cut, but whole
+    ones, and the latest: what is left is a state that once was.
+    """
+
+    name = "sqlite"
+    shared = True
+
+    def __init__(self, path: Path, *, synchronous: Literal["full", "normal"], remember: float, patience: float) -> None:
+        self._path = path
+        self._synchronous = synchronous
+        self._remember = remember
+        self._patience = patience
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="store")
+        self._db: sqlite3.Connection
+
+    @classmethod
+    async def open(
+        cls,
+        path: Path | str,
+        *,
+        synchronous: Literal["full", "normal"] = "full",
+        remember: float = REMEMBERED,
+        patience: float = 5.0,
+    ) -> SqliteStore:
+        """Opens a file, or makes it, for its owner only.
+
+        Args:
+            path: the file; two more, with -wal and -shm behind its name, lie beside it.
+            synchronous: what a commit waits for: "full" for the disk, "normal" for the operating system.
+            remember: seconds for which it is remembered why a session ended.
+            patience: seconds to wait for another process's transaction.
+
+        Raises:
+            StoreMisconfigured: there can be no such file, or it belongs to another program or a later release.
+            StoreCorrupt: the file is damaged.
+            StoreUnavailable: another process keeps it locked.
+        """
+        store = cls(Path(path), synchronous=synchronous, remember=remember, patience=patience)
+        try:
+            await store._run(store._open)
+        except BaseException:
+            store._thread.shutdown()
+            raise
+        return store
+
+    async def create(self, records: Sequence[Record]) -> list[bool]:
+        """See `Store`."""
+        check_distinct([record.id for record in records])
+        return await self._run(self._create, records)
+
+    async def take(self, ids: Sequence[str], now: float) -> list[Record | None]:
+        """See `Store`."""
+        check_distinct(ids)
+        return await self._run(self._take, ids, now)
+
+    async def peek(self, ids: Sequence[str]) -> list[Head | None]:
+        """See `Store`."""
+        return await self._run(self._peek, ids)
+
+    async def commit(self, writes: Sequence[Write]) -> list[bool]:
+        """See `Store`."""
+        check_distinct([write.id for write in writes])
+        return await self._run(self._commit, writes)
+
+    async def delete(self, owned: Sequence[tuple[str, int]], why: End, now: float) -> list[bool]:
+        """See `Store`."""
+        check_distinct([session_id for session_id, _ in owned])
+        return await self._run(self._delete, owned, why, now)
+
+    async def ended(self, ids: Sequence[str], now: float) -> list[Ended | None]:
+        """See `Store`."""
+        return await self._run(self._find_ended, ids, now)
+
+    async def expire(self, now: float, limit: int) -> list[str]:
+        """See `Store`."""
+        return await self._run(self._expire, now, limit)
+
+    async def page(self, after: str, limit: int, model: str = "") -> list[Head]:
+        """See `Store`."""
+        return await self._run(self._page, after, limit, model)
+
+    async def close(self) -> None:
+        """See `Store`."""
+        await self._run(self._db.close)
+        self._thread.shutdown()
+
+    # On the store's thread
+
+    async def _run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        def call() -> T:
+            try:
+                return function(*args, **kwargs)
+            except sqlite3.Error as error:
+                raise self._explained(error) from error
+
+        return await asyncio.get_running_loop().run_in_executor(self._thread, call)
+
+    def _explained(self, error: sqlite3.Error) -> StoreError:
+        code, name = getattr(error, "sqlite_errorcode", 0) & 0xFF, getattr(error, "sqlite_errorname", "")
+        what = f"{self._path}: {error}" + (f" ({name})" if name else "")
+        if code == sqlite3.SQLITE_NOTADB:
+            return StoreMisconfigured(f"{what}: name a file of rnnserve's own, or one that is not there yet")
+        if code == sqlite3.SQLITE_CANTOPEN:
+            return StoreMisconfigured(f"{what}: the folder must be there, and writable for this user")
+        if code in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM, sqlite3.SQLITE_AUTH):
+            return StoreMisconfigured(f"{what}: the file and its folder must be writable for this user")
+        if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+            return StoreUnavailable(f"{what}: another process kept the file locked for {self._patience:g} s")
+        if code == sqlite3.SQLITE_FULL:
+            return StoreUnavailable(f"{what}: the disk is full; make room")
+        if code in (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_NOMEM):
+            return StoreUnavailable(
+                f"{what}: the machine failed to read or write the file; look at its disk and memory"
+            )
+        if code == sqlite3.SQLITE_CORRUPT:
+            return StoreCorrupt(
+                f"{what}: the file is damaged; stop the server and restore a copy, save what is left with "
+                f"`sqlite3 {self._path} .recover | sqlite3 mended.db`, or move it away and lose its sessions"
+            )
+        return StoreCorrupt(f"{what}: the file does not hold what rnnserve keeps in it; move it away, or name another")
+
+    def _open(self) -> None:
+        if sqlite3.sqlite_version_info < (3, 38):
+            raise StoreMisconfigured(f"SQLite 3.38 or later is needed, Python has {sqlite3.sqlite_version}")
+        try:
+            os.close(os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+        except OSError as error:
+            hint = "the folder must be there, and writable for this user"
+            raise StoreMisconfigured(f"{self._path}: cannot be opened: {error.strerror}: {hint}") from error
+        self._db = sqlite3.connect(self._path, timeout=self._patience, isolation_level=None)
+        try:
+            self._check_owner()
+            self._db.execute(f"PRAGMA page_size = {_PAGE_BYTES}")  # of a file that is still empty
+            self._begin_log()
+            self._db.execute(f"PRAGMA synchronous = {self._synchronous}")
+            self._db.execute(f"PRAGMA wal_autocheckpoint = {_LOG_PAGES}")
+            self._db.execute(f"PRAGMA journal_size_limit = {_LOG_PAGES * _PAGE_BYTES}")
+            self._db.execute(f"PRAGMA cache_size = -{_CACHE_KIB}")
+            with self._transaction():
+                if self._check_owner():
+                    for statement in _SCHEMA.split(";\n"):
+                        self._db.execute(statement)
+                    self._db.execute(f"PRAGMA application_id = {_APPLICATION}")
+                    self._db.execute(f"PRAGMA user_version = {_VERSION}")
+        except BaseException:
+            self._db.close()
+            raise
+
+    def _check_owner(self) -> bool:
+        """Whether the file is empty. It is left alone if it is another program's."""
+        (application,) = self._db.execute("PRAGMA application_id").fetchone()
+        (version,) = self._db.execute("PRAGMA user_version").fetchone()
+        (tables,) = self._db.execute("SELECT count(*) FROM sqlite_schema").fetchone()
+        if not (application or version or tables):
+            return True
+        if application != _APPLICATION:
+            raise StoreMisconfigured(
+                f"{self._path}: expected a file of rnnserve's sessions, got another program's database; "
+                "name a file that is not there yet"
+            )
+        if version != _VERSION:
+            raise StoreMisconfigured(
+                f"{self._path}: expected sessions in format {_VERSION}, got format {version}; "
+                "serve them with the release that wrote them, or name another file"
+            )
+        return False
+
+    def _begin_log(self) -> None:
+        """Turns the write-ahead log on, and waits for others that do the same, for SQLite does not."""
+        deadline = time.monotonic() + self._patience
+        while True:
+            try:
+                (mode,) = self._db.execute("PRAGMA journal_mode = WAL").fetchone()
+            except sqlite3.OperationalError as error:
+                if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                    raise
+                time.sleep(_RETRY_SECONDS)
+                continue
+            if mode != "wal":
+                raise StoreMisconfigured(
+                    f"{self._path}: a write-ahead log is not possible on this file system; choose a local disk"
+                )
+            return
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+            self._db.execute("COMMIT")
+        except BaseException:
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
+            raise
+
+    def _create(self, records: Sequence[Record]) -> list[bool]:
+        with self._transaction():
+            return [self._create_one(record) for record in records]
+
+    def _create_one(self, record: Record) -> bool:
+        other = self._living(record.id, record.meta.create_time)
+        if other is not None:
+            head, _ = other
+            return (head.epoch, head.revision) == (record.epoch, record.revision)
+        self._db.execute("DELETE FROM ended WHERE id = ?", (record.id,))
+        number = self._db.execute(
+            "INSERT INTO sessions (id, epoch, revision, step, last_used, look_at, cursor, model, meta, states) "
+            "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            (
+                record.id,
+                record.epoch,
+                record.revision,
+                record.step,
+                record.last_used,
+                record.expires_at,
+                record.cursor,
+                record.meta.model,
+                record.meta.to_json(),
+                record.states,
+            ),
+        ).lastrowid
+        self._add_replies([(number, reply) for reply in record.replies])
+        return True
+
+    def _take(self, ids: Sequence[str], now: float) -> list[Record | None]:
+        with self._transaction():
+            return [self._take_one(session_id, now) for session_id in ids]
+
+    def _take_one(self, session_id: str, now: float) -> Record | None:
+        found = self._living(session_id, now)
+        if found is None:
+            return None
+        head, number = found
+        self._db.execute("UPDATE sessions SET epoch = epoch + 1 WHERE n = ?", (number,))
+        (states,) = self._db.execute("SELECT states FROM sessions WHERE n = ?", (number,)).fetchone()
+        return Record(
+            head.id, head.meta, head.epoch + 1, head.revision, head.step, head.last_used, states, self._replies(number)
+        )
+
+    def _peek(self, ids: Sequence[str]) -> list[Head | None]:
+        rows = (self._db.execute(f"SELECT {_HEAD} FROM sessions WHERE id = ?", (each,)).fetchone() for each in ids)
+        return [row and _head(row) for row in rows]
+
+    def _commit(self, writes: Sequence[Write]) -> list[bool]:
+        with self._transaction():
+            ids = json.dumps([write.id for write in writes])
+            (found,) = self._db.execute(_COUNTERS, (ids,)).fetchone()
+            stored: dict[str, list[int]] = {row[0]: row[1:] for row in json.loads(found)}
+            applied, follow, back = [], [], []
+            for write in writes:
+                number, epoch, revision, step = stored.get(write.id, (0, 0, 0, 0))
+                fits = epoch == write.epoch and revision == write.revision - 1
+                if fits:
+                    follow.append((number, write))
+                    if write.start < step:
+                        back.append((number, write))
+                applied.append(fits or (epoch == write.epoch and revision == write.revision and self._is_in(write)))
+            self._apply(follow, back)
+        return applied
+
+    def _apply(self, writes: list[tuple[int, Write]], back: list[tuple[int, Write]]) -> None:
+        many = self._db.executemany
+        many(
+            "UPDATE sessions SET revision = ?, step = ?, last_used = ?, states = ? WHERE n = ?",
+            [(w.revision, w.step, w.last_used, w.states, n) for n, w in writes if w.states is not None],
+        )
+        many(
+            "UPDATE sessions SET revision = ?, step = ?, last_used = ? WHERE n = ?",
+            [(w.revision, w.step, w.last_used, n) for n, w in writes if w.states is None],
+        )
+        many(
+            "DELETE FROM replies WHERE session = ? AND first_step < ?",
+            [(n, w.forget_before) for n, w in writes if w.forget_before],
+        )
+        many("DELETE FROM replies WHERE session = ? AND first_step + timesteps > ?", [(n, w.start) for n, w in back])
+        self._add_replies([(n, reply) for n, w in writes for reply in w.replies])
+
+    def _is_in(self, write: Write) -> bool:
+        """Whether a session at a write's epoch and revision is what this very write left behind."""
+        row = self._db.execute(f"SELECT {_HEAD}, states, n FROM sessions WHERE id = ?", (write.id,)).fetchone()
+        head, states, number = _head(row[:-2]), row[-2], row[-1]
+        replies = self._replies(number)
+        return write.is_in(
+            Record(head.id, head.meta, head.epoch, head.revision, head.step, head.last_used, states, replies)
+        )
+
+    def _delete(self, owned: Sequence[tuple[str, int]], why: End, now: float) -> list[bool]:
+        done = []
+        with self._transaction():
+            for session_id, epoch in owned:
+                row = self._db.execute("SELECT n, epoch FROM sessions WHERE id = ?", (session_id,)).fetchone()
+                if row is not None and row[1] == epoch:
+                    self._end(row[0], session_id, epoch, why, now)
+                    done.append(True)
+                else:
+                    note = None if row else self._note(session_id)
+                    done.append(note is not None and (note.epoch, note.why) == (epoch, why))
+        return done
+
+    def _find_ended(self, ids: Sequence[str], now: float) -> list[Ended | None]:
+        notes = map(self._note, ids)
+        return [note if note is not None and note.at + self._remember > now else None for note in notes]
+
+    def _expire(self, now: float, limit: int) -> list[str]:
+        expired: list[str] = []
+        with self._transaction():
+            self._db.execute("DELETE FROM ended WHERE at <= ?", (now - self._remember,))
+            due = "SELECT n, id, epoch, last_used, meta FROM sessions WHERE look_at <= ? ORDER BY look_at LIMIT ?"
+            while len(expired) < limit and (rows := self._db.execute(due, (now, limit - len(expired))).fetchall()):
+                for number, session_id, epoch, last_used, document in rows:
+                    meta = Meta.from_json(document)
+                    if why := meta.due(last_used, now):
+                        self._end(number, session_id, epoch, why, now)
+                        expired.append(session_id)
+                    else:
+                        look_at = meta.expires_at(last_used)
+                        self._db.execute("UPDATE sessions SET look_at = ? WHERE n = ?", (look_at, number))
+        return expired
+
+    def _page(self, after: str, limit: int, model: str) -> list[Head]:
+        where, values = ("model = ? AND ", (model, after, limit)) if model else ("", (after, limit))
+        rows = self._db.execute(
+            f"SELECT {_HEAD} FROM sessions WHERE {where}cursor > ? ORDER BY cursor LIMIT ?", values
+        ).fetchall()
+        return [_head(row) for row in rows]
+
+    # Within a transaction
+
+    def _living(self, session_id: str, now: float) -> tuple[Head, int] | None:
+        """A session's head and number. Ends it if it has come to its end."""
+        row = self._db.execute(f"SELECT {_HEAD}, n FROM sessions WHERE id = ?", (session_id,)).fetchone()
+        if row is None:
+            return None
+        head, number = _head(row[:-1]), row[-1]
+        if why := head.meta.due(head.last_used, now):
+            self._end(number, session_id, head.epoch, why, now)
+            return None
+        return head, number
+
+    def _end(self, number: int, session_id: str, epoch: int, why: End, now: float) -> None:
+        self._db.execute("DELETE FROM sessions WHERE n = ?", (number,))
+        self._db.execute("DELETE FROM replies WHERE session = ?", (number,))
+        self._db.execute("INSERT OR REPLACE INTO ended VALUES (?, ?, ?, ?)", (session_id, why, now, epoch))
+
+    def _note(self, session_id: str) -> Ended | None:
+        row = self._db.execute("SELECT why, at, epoch FROM ended WHERE id = ?", (session_id,)).fetchone()
+        return row and Ended(End(row[0]), row[1], row[2])
+
+    def _replies(self, number: int) -> tuple[Reply, ...]:
+        rows = self._db.execute(
+            "SELECT first_step, timesteps, request_digest, payload FROM replies WHERE session = ? ORDER BY first_step",
+            (number,),
+        )
+        return tuple(Reply(*row) for row in rows)
+
+    def _add_replies(self, replies: Sequence[tuple[int | None, Reply]]) -> None:
+        self._db.executemany(
+            "INSERT INTO replies VALUES (?, ?, ?, ?, ?)",
+            [(n, reply.first_step, reply.timesteps, reply.request_digest, reply.payload) for n, reply in replies],
+        )
+
+
+def _head(row: tuple[Any, ...]) -> Head:
+    session_id, document, epoch, revision, step, last_used = row
+    return Head(session_id, Meta.from_json(document), epoch, revision, step, last_used)

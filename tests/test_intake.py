@@ -1,0 +1,164 @@
+"""Frames that come together become one block, and every client is told its own."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from house import FEATURES, AddingEngine, Clock, Notes, loaded, opened, table
+from rnnserve_models.options import LayerOptions
+from rnnserve_server.blocks import Sessions
+from rnnserve_server.intake import Frame, Intake, joined
+from rnnserve_server.layout import signature
+from rnnserve_server.scheduler import Scheduler
+from rnnserve_server.worker import Worker
+
+SEQUENCES = LayerOptions(stateful=True, return_sequences=True)
+
+
+def frame(sink, sessions, *, steps=1, value=1.0, first_steps=None, mask=None):
+    """A chunk of so many steps for each session, on lanes 0 to N - 1 of the sink."""
+    group = sessions[0].group
+    slots = np.array([session.slot for session in sessions])
+    x = np.full((len(slots), group.batch_size, steps, FEATURES), value, np.float32)
+    first_steps = None if first_steps is None else np.array(first_steps, np.uint64)
+    columns = Sessions(group, slots, group.generation[slots], first_steps)
+    return Frame(sink, np.arange(len(slots)), columns, {"input": x}, mask)
+
+
+def taken_in(intake, each):
+    intake.add(each, signature(each.inputs, each.mask))
+
+
+class House:
+    """A worker whose engine counts its runs."""
+
+    def __init__(self, **engine):
+        self.engine, self.clock = AddingEngine(**engine), Clock()
+        self.model, self.sessions = loaded(self.engine), table(self.clock)
+        self.worker = Worker(
+            self.model, Scheduler(64, 32), self.sessions, clock=self.clock, on_progress=lambda: None
+        )
+
+    def open(self, count):
+        return [opened(self.sessions, self.model, options=SEQUENCES) for _ in range(count)]
+
+    def take_in(self, *frames):
+        for each in frames:
+            self.worker.take_in(each, signature(each.inputs, each.mask))
+
+    async def idle(self):
+        while not self.worker.idle:
+            await self.worker._task
+
+
+@pytest.fixture
+async def house():
+    house = House(finite=True)
+    yield house
+    await house.worker.close()
+    assert len(house.worker) == 0
+    assert house.worker.queued_bytes == 0
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 3), st.booleans()), max_size=20))
+def test_no_frame_overtakes_another_of_its_sink(arrivals):
+    """Whatever the shapes and the order of arrival: every frame comes out once, frames of one sink in their order and
+    in different blocks, and only frames of one shape together.
+    """
+    sinks, intake = [Notes() for _ in range(4)], Intake()
+    session = opened(table(), loaded())
+    frames = [
+        frame(sinks[sink], [session], steps=steps, first_steps=[0] if numbered else None)
+        for sink, steps, numbered in arrivals
+    ]
+    for each in frames:
+        taken_in(intake, each)
+    assert len(intake) == len(frames)
+    assert intake.queued_bytes == sum(each.nbytes for each in frames)
+    piles = intake.empty()
+    assert (len(intake), intake.queued_bytes, intake.empty()) == (0, 0, [])
+    for pile in piles:
+        assert len({each.sink for each in pile}) == len(pile)
+        assert len({(each.inputs["input"].shape, each.sessions.first_steps is None) for each in pile}) == 1
+    out = [each for pile in piles for each in pile]
+    for sink in sinks:
+        assert [each for each in out if each.sink is sink] == [each for each in frames if each.sink is sink]
+
+
+def test_frames_of_many_sinks_are_one_block():
+    """The rows of a joined block are those of its frames, one after the other, and so are all its columns."""
+    sinks, found, model = [Notes(), Notes()], table(), loaded()
+    one, two, three = (opened(found, model, batch_size=2) for _ in range(3))
+    mask = np.array([[[True, False, True]]])
+    block = joined(
+        [
+            frame(sinks[0], [one, two], steps=3, value=1, mask=mask.repeat(2, axis=0)),
+            frame(sinks[1], [three], steps=3, value=2, mask=mask),
+        ]
+    )
+    assert block.sinks == [(sinks[0], 2), (sinks[1], 1)]
+    assert block.tags.tolist() == [0, 1, 0]
+    assert block.sessions.slots.tolist() == [one.slot, two.slot, three.slot]
+    assert block.call.inputs["input"][:, :, 0].tolist() == [[1, 1, 1, 1, 2, 2]] * 2
+    assert block.call.lengths.tolist() == [2] * 6
+    assert block.call.timesteps == 3
+
+
+async def test_every_sink_is_told_its_own(house):
+    """Chunks of four streams run as one batch, and each stream gets its lanes, steps and outputs, told once a tick."""
+    sinks, sessions = [Notes() for _ in range(4)], house.open(8)
+    house.take_in(*(frame(sink, sessions[2 * i : 2 * i + 2], value=i + 1) for i, sink in enumerate(sinks)))
+    await house.idle()
+    assert house.engine.calls == [(1, [1] * 8)]
+    for i, sink in enumerate(sinks):
+        ((tags, y),) = sink.results
+        assert (tags, y[0, :, 0].tolist(), sink.first_steps) == ([0, 1], [i + 1, i + 1], [[0, 0]])
+        assert sink.flushes == 1
+
+
+async def test_one_sinks_fault_is_not_anothers(house):
+    """Among frames that came together, those of a client that left, came too late, sent NaN or miscounted fail alone."""
+    sinks, sessions = [Notes(), Notes(), Notes(deadline=house.clock.now + 1), Notes(), Notes()], house.open(5)
+    house.take_in(
+        *(
+            frame(sink, [session], value=np.nan if i == 3 else 1, first_steps=[4 if i == 4 else 0])
+            for i, (sink, session) in enumerate(zip(sinks, sessions, strict=True))
+        )
+    )
+    sinks[1].cancelled = True
+    house.clock.now += 1
+    await house.idle()
+    assert [[error.reason for error in sink.errors.values()] for sink in sinks] == [
+        [],
+        ["CANCELLED"],
+        ["DEADLINE_PASSED"],
+        ["NOT_FINITE"],
+        ["STEP_AHEAD"],
+    ]
+    assert [session.step for session in sessions] == [1, 0, 0, 0, 0]
+
+
+async def test_a_session_on_two_streams(house):
+    """When two streams send a chunk for one session at the same time, one runs after the other."""
+    sinks, (session,) = [Notes(), Notes()], house.open(1)
+    house.take_in(*(frame(sink, [session]) for sink in sinks))
+    await house.idle()
+    assert [sink.results[0][1].tolist() for sink in sinks] == [[[[1, 1]]], [[[2, 2]]]]
+    assert session.step == 2
+
+
+async def test_an_answer_that_cannot_be_given_is_one_sinks_own(house):
+    """A bug where one sink is told is that sink's INTERNAL; those that shared its block have their results."""
+
+    class Broken(Notes):
+        def result(self, answers):
+            raise RuntimeError("cannot be encoded")
+
+    sinks, sessions = [Notes(), Broken(), Notes()], house.open(3)
+    house.take_in(*(frame(sink, [session]) for sink, session in zip(sinks, sessions, strict=True)))
+    await house.idle()
+    assert [sink.told for sink in sinks] == [[0], [0], [0]]
+    assert [sorted(error.reason for error in sink.errors.values()) for sink in sinks] == [[], ["INTERNAL"], []]

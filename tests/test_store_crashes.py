@@ -1,0 +1,275 @@
+"""Stores whose processes, wires and servers are killed at any moment.
+
+The states of a session say its step, and each reply says its own: what is found after a crash must be of one moment,
+not before the last one that was acknowledged.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from compliance.store_suite import NOW, after, applied, created, record
+from redis_server import RedisServer, Wire, running_redis
+from rnnserve_server.store import Record, Store, StoreUnavailable, Write
+from rnnserve_server.store.redis import RedisStore
+from rnnserve_server.store.sqlite import SqliteStore
+
+SESSIONS = ["a", "b", "c"]
+WINDOW = 4
+
+WRITER = """
+import asyncio, random, sys
+from compliance.store_suite import NOW, after, applied
+from rnnserve_server.store import open_store
+from test_store_crashes import SESSIONS, WINDOW, tick
+
+async def main(url):
+    store = await open_store(url)
+    sessions = await store.take(SESSIONS, NOW)
+    while True:
+        writes = tick(sessions)
+        assert await store.commit(writes) == [True] * len(writes)
+        sessions = [applied(session, write) for session, write in zip(sessions, writes)]
+        print(sessions[0].step, flush=True)
+
+asyncio.run(main(sys.argv[1]))
+"""
+
+
+def tick(sessions: list[Record]) -> list[Write]:
+    """A chunk of two steps for each session, of a size that makes a commit many pages."""
+    return [
+        after(each, 2, states=b"%d " % (each.step + 2) * 700, forget_before=max(0, each.step - 2 * (WINDOW - 1)))
+        for each in sessions
+    ]
+
+
+def check(session: Record, acknowledged: int) -> None:
+    """Everything stored is of one moment, which is not before what was acknowledged."""
+    step = session.step
+    assert step >= acknowledged
+    assert session.revision * 2 == step
+    assert session.states == (b"%d " % step * 700 if step else b"state 0")
+    firsts = list(range(max(0, step - 2 * WINDOW), step, 2))
+    assert [reply.first_step for reply in session.replies] == firsts
+    assert [reply.payload for reply in session.replies] == [b"y of %d" % first for first in firsts]
+
+
+async def check_all(store: Store, acknowledged: int) -> list[Record]:
+    """What is stored, after it was checked."""
+    found = [session for session in await store.take(SESSIONS, NOW) if session is not None]
+    assert len(found) == len(SESSIONS)
+    for session in found:
+        check(session, acknowledged)
+    return found
+
+
+@pytest.fixture
+def redis_server() -> Iterator[RedisServer]:
+    with running_redis() as server:
+        yield server
+
+
+def kill_while_writing(url: str, rng: random.Random, commits: int) -> int:
+    """Lets another process commit, and kills it around so many commits. The last step that it acknowledged."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", WRITER, url], stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent
+    )
+    assert process.stdout is not None
+    acknowledged = 0
+    for _ in range(commits):
+        acknowledged = int(process.stdout.readline())
+    for _ in range(rng.randrange(20_000)):  # somewhere within the commits that follow
+        pass
+    process.kill()
+    acknowledged = int(([str(acknowledged), *process.stdout.read().split("\n")[:-1]])[-1])
+    process.stdout.close()
+    process.wait()
+    return acknowledged
+
+
+def test_sqlite_survives_its_process(tmp_path: Path) -> None:
+    """A process that is killed while it commits leaves whole commits, and all that it acknowledged."""
+    path = tmp_path / "s.db"
+
+    async def begin() -> None:
+        store = await SqliteStore.open(path)
+        assert await store.create([record(name) for name in SESSIONS]) == [True] * len(SESSIONS)
+        await store.close()
+
+    async def look(acknowledged: int) -> None:
+        store = await SqliteStore.open(path)
+        found = await check_all(store, acknowledged)
+        assert len({session.step for session in found}) == 1  # a tick is one transaction
+        await store.close()
+
+    asyncio.run(begin())
+    for seed in range(6):
+        rng = random.Random(seed)
+        asyncio.run(look(kill_while_writing(str(path), rng, rng.randrange(1, 40))))
+
+
+async def test_sqlite_survives_a_log_that_ends_anywhere(tmp_path: Path) -> None:
+    """However much of the log reached the disk before a power cut, what is found is a moment that was."""
+    store = await SqliteStore.open(tmp_path / "s.db")
+    assert all(await store.create([record(name) for name in SESSIONS]))
+    await store.close()  # which empties the log
+    store = await SqliteStore.open(tmp_path / "s.db")
+    sessions, ends = await check_all(store, 0), [(0, 0)]
+    log = tmp_path / "s.db-wal"
+    for _ in range(12):
+        writes = tick(sessions)
+        assert await store.commit(writes) == [True] * len(SESSIONS)
+        sessions = [applied(session, write) for session, write in zip(sessions, writes, strict=True)]
+        ends.append((log.stat().st_size, sessions[0].step))
+    rng = random.Random(5)
+    for cut in [*(size for size, _ in ends[1:]), *(rng.randrange(ends[-1][0]) for _ in range(30))]:
+        torn = tmp_path / f"torn{cut}"
+        shutil.copy(tmp_path / "s.db", torn)
+        content = bytearray(log.read_bytes())
+        content[cut:] = rng.randbytes(rng.randrange(5000))  # what the disk held there before
+        (tmp_path / f"torn{cut}-wal").write_bytes(content)
+        other = await SqliteStore.open(torn)
+        found = await check_all(other, max(step for size, step in ends if size <= cut))
+        assert len({session.step for session in found}) == 1
+        await other.close()
+    await store.close()
+
+
+def test_redis_survives_its_clients_process(redis_server: RedisServer) -> None:
+    """A server that is killed while it commits leaves each session whole, and all that it acknowledged."""
+
+    async def begin() -> None:
+        store = await RedisStore.open(redis_server.url)
+        assert await store.create([record(name) for name in SESSIONS]) == [True] * len(SESSIONS)
+        await store.close()
+
+    async def look(acknowledged: int) -> None:
+        store = await RedisStore.open(redis_server.url)
+        await check_all(store, acknowledged)
+        await store.close()
+
+    asyncio.run(begin())
+    for seed in range(4):
+        rng = random.Random(seed)
+        asyncio.run(look(kill_while_writing(redis_server.url, rng, rng.randrange(1, 40))))
+
+
+async def test_redis_killed_while_it_is_written_to(redis_server: RedisServer) -> None:
+    """A Redis that is killed amid commits and started again on its log has all that it acknowledged, in whole
+    sessions; the same store goes on with it."""
+    store = await RedisStore.open(redis_server.url)
+    store._per_call = 1  # a script each, so that the kill may come between two sessions of a tick
+    assert all(await store.create([record(name) for name in SESSIONS]))
+    sessions = await check_all(store, 0)
+    for seed in range(5):
+        rng = random.Random(seed)
+        kill_at = sessions[0].step + 2 * rng.randrange(1, 10)
+        died = False
+        while not died:
+            acknowledged, writes = sessions[0].step, tick(sessions)
+            if acknowledged == kill_at:
+                asyncio.get_running_loop().call_later(rng.random() * 0.002, redis_server.kill)
+            try:
+                assert await store.commit(writes) == [True] * len(SESSIONS)
+            except StoreUnavailable:
+                died = True
+            else:
+                sessions = [applied(session, write) for session, write in zip(sessions, writes, strict=True)]
+        await asyncio.to_thread(redis_server.start)
+        assert await store.commit(writes) == [True] * len(SESSIONS)  # the very same: applied, or recognised
+        sessions = await check_all(store, acknowledged + 2)
+    await store.close()
+
+
+@pytest.mark.parametrize("per_call", [1, 64])
+async def test_a_wire_cut_at_any_byte(redis_server: RedisServer, tmp_path: Path, per_call: int) -> None:
+    """Wherever a pipeline is cut, on its way there or back, each session is before or after its write; the very same
+    writes sent again are applied once."""
+    rng = random.Random(per_call)
+    plain = await RedisStore.open(redis_server.url)
+    assert all(await plain.create([record(name) for name in SESSIONS]))
+    async with Wire(redis_server, tmp_path / "wire") as wire:
+        store = await RedisStore.open(wire.url, retries=0)
+        store._per_call = per_call
+        sessions = await check_all(store, 0)
+        for _ in range(2):  # at the first, the server is still to be given the script
+            wire.sent = wire.received = 0
+            writes = tick(sessions)
+            assert await store.commit(writes) == [True] * len(SESSIONS)
+            sessions = [applied(session, write) for session, write in zip(sessions, writes, strict=True)]
+        there, back = wire.sent, wire.received
+        cuts = [*(("sent", rng.randrange(there)) for _ in range(40)), *(("received", cut) for cut in range(back))]
+        for way, cut in cuts:
+            sessions = await check_all(plain, sessions[0].step)
+            writes = tick(sessions)
+            wire.sent = wire.received = 0
+            wire.cut_sent, wire.cut_received = (cut, None) if way == "sent" else (None, cut)
+            with pytest.raises(StoreUnavailable):
+                await store.commit(writes)
+            wire.cut_sent = wire.cut_received = None
+            assert await store.commit(writes) == [True] * len(SESSIONS)
+            sessions = [applied(session, write) for session, write in zip(sessions, writes, strict=True)]
+            await check_all(plain, sessions[0].step)
+        await store.close()
+    await plain.close()
+
+
+async def test_a_stale_write_that_was_held_back(redis_server: RedisServer, tmp_path: Path) -> None:
+    """Two servers on one Redis: the old owner's write is on its way when the other takes the session, and arrives
+    after that. It is refused, before and after the new owner's own."""
+    new = await RedisStore.open(redis_server.url)
+    async with Wire(redis_server, tmp_path / "wire") as wire:
+        old = await RedisStore.open(wire.url, retries=0)
+        session = await created(old)
+        for write_first in (False, True):
+            wire.waiting.clear()
+            wire.open.clear()
+            under_way = asyncio.create_task(old.commit([after(session, states=b"stale")]))
+            await wire.waiting.wait()
+            (mine,) = await new.take(["a"], NOW)
+            assert mine is not None
+            assert (mine.step, mine.epoch) == (session.step, session.epoch + 1)
+            if write_first:
+                assert await new.commit([after(mine)]) == [True]
+                mine = applied(mine, after(mine))
+            wire.open.set()
+            assert await under_way == [False]
+            (session,) = await old.take(["a"], NOW)
+            assert session is not None
+            assert session.states == mine.states
+            assert session.step == mine.step
+        await old.close()
+    await new.close()
+
+
+async def test_a_write_that_arrives_twice(redis_server: RedisServer, tmp_path: Path) -> None:
+    """A write that was given up and sent again another way, and arrives late all the same, changes nothing: not even
+    after a rewind to the very step that it was made for."""
+    quick = await RedisStore.open(redis_server.url)
+    async with Wire(redis_server, tmp_path / "wire") as wire:
+        slow = await RedisStore.open(wire.url, retries=0)
+        session = await created(slow)
+        wire.open.clear()
+        write = after(session)
+        under_way = asyncio.create_task(slow.commit([write]))
+        await wire.waiting.wait()
+        assert await quick.commit([write]) == [True]
+        session = applied(session, write)
+        back = after(session, 0, step=0, states=b"rewound")
+        assert await quick.commit([back]) == [True]
+        wire.open.set()
+        assert await under_way == [False]
+        (found,) = await quick.take(["a"], NOW)
+        assert found is not None
+        assert (found.step, found.states, found.replies) == (0, b"rewound", ())
+        await slow.close()
+    await quick.close()

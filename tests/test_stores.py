@@ -1,0 +1,362 @@
+"""The stores against the suite, and what is particular to each."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import redis
+
+from compliance.store_suite import IDLE, NOW, REMEMBER, Opener, StoreSuite, after, created, record
+from redis_server import RedisServer, running_redis
+from rnnserve_server.store import (
+    End,
+    Meta,
+    Record,
+    Reply,
+    Store,
+    StoreCorrupt,
+    StoreMisconfigured,
+    StoreUnavailable,
+    Write,
+    open_store,
+)
+from rnnserve_server.store.memory import MemoryStore
+from rnnserve_server.store.redis import RedisStore
+from rnnserve_server.store.sqlite import SqliteStore
+
+
+@pytest.fixture(scope="module")
+def redis_server() -> Iterator[RedisServer]:
+    with running_redis() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def redis_cluster() -> Iterator[RedisServer]:
+    with running_redis("--cluster-enabled", "yes") as server:
+        client = redis.Redis(unix_socket_path=str(server.socket))
+        client.execute_command("CLUSTER ADDSLOTSRANGE", 0, 16383)
+        deadline = time.monotonic() + 30
+        while client.execute_command("CLUSTER INFO")["cluster_state"] != "ok":
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        client.close()
+        yield server
+
+
+@pytest.fixture
+def raw(redis_server: RedisServer) -> Iterator[redis.Redis]:
+    """The server as others see it, empty."""
+    with redis.Redis(unix_socket_path=str(redis_server.socket), decode_responses=True) as client:
+        client.flushall()
+        yield client
+
+
+class TestMemory(StoreSuite):
+    durable = False
+
+    @pytest.fixture
+    def opener(self) -> Opener:
+        stores: dict[str, Store] = {}
+
+        async def opened(place: str) -> Store:
+            return stores.setdefault(place, MemoryStore(remember=REMEMBER))
+
+        return opened
+
+
+class TestSqlite(StoreSuite):
+    @pytest.fixture
+    def opener(self, tmp_path: Path) -> Opener:
+        # A test ends no process by power: what "normal" risks is not at stake here.
+        return lambda place: SqliteStore.open(tmp_path / place, synchronous="normal", remember=REMEMBER, patience=30.0)
+
+
+class TestRedis(StoreSuite):
+    @pytest.fixture
+    def opener(self, redis_server: RedisServer) -> Opener:
+        return lambda place: RedisStore.open(redis_server.url, prefix=f"{place}:", remember=REMEMBER)
+
+
+class TestRedisCluster(StoreSuite):
+    """One node that insists, as all nodes of a cluster do, that the keys of one script share a slot."""
+
+    @pytest.fixture
+    def opener(self, redis_cluster: RedisServer) -> Opener:
+        return lambda place: RedisStore.open(redis_cluster.url, prefix=f"{place}:", remember=REMEMBER)
+
+
+# What is stored
+
+
+def test_a_window_that_cannot_be() -> None:
+    """Replies that overlap, are empty or reach beyond the step are refused before anything is sent."""
+    for replies in ((Reply(0, 2, b"", b""), Reply(1, 1, b"", b"")), (Reply(0, 0, b"", b""),), (Reply(3, 2, b"", b""),)):
+        with pytest.raises(ValueError, match="repl"):
+            Write("a", 1, 1, 4, NOW, replies=replies)
+    for step in (-1, 2**63):
+        with pytest.raises(ValueError, match="63 bits"):
+            record(step=step)
+
+
+def test_a_description_of_a_later_release_is_read() -> None:
+    """What is not known of a session's description is passed over; what is no description is said to be none."""
+    meta = record().meta
+    assert Meta.from_json(meta.to_json()[:-1] + ',"later":1}') == meta
+    for document in ("", "[]", "{}", '{"model":"m"}'):
+        with pytest.raises(StoreCorrupt, match="a session's description"):
+            Meta.from_json(document)
+
+
+# URLs
+
+
+async def test_store_urls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, redis_server: RedisServer) -> None:
+    """Each kind of URL opens its store."""
+    monkeypatch.chdir(tmp_path)
+    for url, name, path in (
+        ("memory", "memory", None),
+        (f"sqlite://{tmp_path}/one.db", "sqlite", "one.db"),
+        ("sqlite:two.db", "sqlite", "two.db"),
+        (f"{tmp_path}/three", "sqlite", "three"),
+        ("./four", "sqlite", "four"),
+        ("five.db", "sqlite", "five.db"),
+        (redis_server.url, "redis", None),
+    ):
+        store = await open_store(url)
+        assert store.name == name
+        assert store.shared == (name != "memory")
+        await store.close()
+        assert path is None or (tmp_path / path).exists()
+
+
+@pytest.mark.parametrize(
+    "url", ["", "memroy", "redsi://host", "sqlite:", "sqlite://", "sqlite://host/path", "postgres://x/y"]
+)
+async def test_other_urls_are_refused(url: str) -> None:
+    """A URL that names no store is refused with those that would, and makes no file."""
+    with pytest.raises(StoreMisconfigured, match="a store is memory"):
+        await open_store(url)
+    assert url not in os.listdir()
+
+
+async def test_a_redis_url_that_makes_no_sense() -> None:
+    """The message names the URL without its password."""
+    with pytest.raises(StoreMisconfigured) as caught:
+        await open_store("redis://me:secret@host:port/x")
+    assert "host:port" in str(caught.value)
+    assert "secret" not in str(caught.value)
+
+
+# SQLite
+
+
+async def test_the_file_is_its_owners_alone(tmp_path: Path) -> None:
+    """Nobody else may read the file, nor those beside it."""
+    store = await SqliteStore.open(tmp_path / "s.db")
+    await created(store)
+    assert {(tmp_path / name).stat().st_mode & 0o777 for name in os.listdir(tmp_path)} == {0o600}
+    await store.close()
+    assert os.listdir(tmp_path) == ["s.db"]
+
+
+async def test_files_that_are_none_of_ours(tmp_path: Path) -> None:
+    """Another program's file, a later format and a folder are refused with the reason, and left as they are."""
+    text, other, later = tmp_path / "text", tmp_path / "other.db", tmp_path / "later.db"
+    text.write_text("Dear diary, " * 100)
+    with sqlite3.connect(other) as db:
+        db.execute("CREATE TABLE diary (entry TEXT)")
+    db.close()
+    await (await SqliteStore.open(later)).close()
+    with sqlite3.connect(later) as db:
+        db.execute("PRAGMA user_version = 2")
+    db.close()
+    before = {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)}
+    for path, message in (
+        (text, "not a database.*name a file of rnnserve's own"),
+        (other, "another program's database"),
+        (later, "got format 2"),
+        (tmp_path, "Is a directory"),
+        (tmp_path / "none" / "s.db", "No such file or directory"),
+    ):
+        with pytest.raises(StoreMisconfigured, match=message) as caught:
+            await SqliteStore.open(path)
+        assert str(path) in str(caught.value)
+    assert {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)} == before
+
+
+async def test_a_damaged_file_is_told(tmp_path: Path) -> None:
+    """Damage is met with an error that names the file and the ways out, not with wrong states."""
+    path = tmp_path / "s.db"
+    store = await SqliteStore.open(path)
+    assert all(await store.create([record(f"s{index}", states=bytes(500)) for index in range(200)]))
+    await store.close()
+    content = bytearray(path.read_bytes())
+    content[8192:] = b"\x5a" * (len(content) - 8192)
+    path.write_bytes(content)
+    store = await SqliteStore.open(path)
+    with pytest.raises(StoreCorrupt, match="recover") as caught:
+        await store.take(["s7"], NOW)
+    assert str(path) in str(caught.value)
+    await store.close()
+
+
+async def test_a_file_that_another_keeps_locked(tmp_path: Path) -> None:
+    """A commit waits no longer than it may for another process, says so, and fits once the other is done."""
+    store = await SqliteStore.open(tmp_path / "s.db", patience=0.01)
+    session = await created(store)
+    other = sqlite3.connect(tmp_path / "s.db", isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    with pytest.raises(StoreUnavailable, match="locked"):
+        await store.commit([after(session)])
+    other.execute("ROLLBACK")
+    other.close()
+    assert await store.commit([after(session)]) == [True]
+    await store.close()
+
+
+async def test_a_commit_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    """When the disk is full, nothing of a tick is stored, and it may be sent again when there is room."""
+    store = await SqliteStore.open(tmp_path / "s.db")
+    sessions = [await created(store, name) for name in "ab"]
+    (pages,) = await store._run(lambda: store._db.execute("PRAGMA page_count").fetchone())
+    await store._run(lambda: store._db.execute(f"PRAGMA max_page_count = {pages + 4}"))
+    writes = [after(each, states=bytes(100_000)) for each in sessions]
+    with pytest.raises(StoreUnavailable, match="full"):
+        await store.commit(writes)
+    assert [head and head.step for head in await store.peek(["a", "b"])] == [0, 0]
+    await store._run(lambda: store._db.execute("PRAGMA max_page_count = 1000000"))
+    assert await store.commit(writes) == [True, True]
+    await store.close()
+
+
+def test_many_processes_open_a_new_file_at_once(tmp_path: Path) -> None:
+    """Whoever comes first makes the tables, and the others find them."""
+    script = (
+        "import asyncio, sys\n"
+        "from rnnserve_server.store import open_store\n"
+        "sys.stdin.read()\n"
+        "async def main():\n"
+        "    store = await open_store(sys.argv[1], patience=60)\n"
+        "    print(len(await store.page('', 1)))\n"
+        "asyncio.run(main())\n"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path / "s.db")]
+    many = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(4)]
+    for process in many:
+        assert process.stdin is not None
+        process.stdin.close()
+        process.stdin = None
+    assert [process.communicate()[0] for process in many] == ["0\n"] * 4
+
+
+# Redis
+
+
+async def test_no_redis_there(tmp_path: Path) -> None:
+    """A server that is not there is named."""
+    with pytest.raises(StoreUnavailable, match="nowhere"):
+        await RedisStore.open(f"unix://{tmp_path}/nowhere")
+
+
+async def test_a_redis_that_lets_nobody_in() -> None:
+    """A missing or wrong password is said to be one, and is not repeated."""
+    with running_redis("--requirepass", "right") as server:
+        for url in (server.url, server.url.replace("unix://", "unix://:wrong@")):
+            with pytest.raises(StoreMisconfigured, match="password") as caught:
+                await RedisStore.open(url)
+            assert "wrong@" not in str(caught.value)
+        await (await RedisStore.open(server.url.replace("unix://", "unix://:right@"))).close()
+
+
+async def test_scripts_that_the_server_forgot(redis_server: RedisServer, raw: redis.Redis) -> None:
+    """A server that knows the scripts no more is given them again."""
+    store = await RedisStore.open(redis_server.url)
+    session = record()
+    for call in (
+        lambda: store.create([session]),
+        lambda: store.commit([after(session)]),
+        lambda: store.delete([("a", session.epoch)], End.CLOSED, NOW),
+    ):
+        raw.script_flush()
+        assert await call() == [True]
+    await store.close()
+
+
+async def test_prefixes_keep_stores_apart(redis_server: RedisServer, raw: redis.Redis) -> None:
+    """Two services on one server do not see each other's sessions, and all keys say whose they are."""
+    one, two = [await RedisStore.open(redis_server.url, prefix=prefix) for prefix in ("one:", "two:")]
+    await created(one)
+    assert await two.peek(["a"]) == [None]
+    await created(two)
+    assert {key.partition(":")[0] for key in raw.scan_iter()} == {"one", "two"}
+    await one.close()
+    await two.close()
+
+
+async def test_nothing_is_left_behind(redis_server: RedisServer, raw: redis.Redis) -> None:
+    """Sessions that ended leave a note that goes by itself, and nothing else: not even after a crash in between."""
+    store = await RedisStore.open(redis_server.url, remember=REMEMBER)
+    sessions = [
+        await created(store, name, replies=(reply_,), step=1) for name in "abcd" for reply_ in [Reply(0, 1, b"", b"")]
+    ]
+    assert await store.create([record("a")]) == [False]
+    await store.delete([("a", sessions[0].epoch)], End.CLOSED, NOW)
+    assert await store.take(["b"], NOW + IDLE) == [None]
+    raw.delete("rnnserve:{c}", "rnnserve:{c}:replies")  # as if a server had died between ending it and its index
+    assert await store.expire(NOW + IDLE, 10) == ["d"]
+    keys = set(raw.scan_iter())
+    assert keys == {f"rnnserve:{{{name}}}:ended" for name in "abd"}
+    assert all(0 < raw.pttl(key) <= REMEMBER * 1000 for key in keys)
+    await store.close()
+
+
+async def test_a_key_of_another_kind(redis_server: RedisServer, raw: redis.Redis) -> None:
+    """Somebody else's key in place of a session is an error that names the prefix."""
+    store = await RedisStore.open(redis_server.url)
+    raw.set("rnnserve:{a}", "mine")
+    with pytest.raises(StoreCorrupt, match="another prefix"):
+        await store.create([record()])
+    await store.close()
+
+
+async def test_a_full_redis_refuses(raw: redis.Redis, redis_server: RedisServer) -> None:
+    """Without memory a write fails as a whole, with what the server says, and fits later."""
+    store = await RedisStore.open(redis_server.url)
+    session = await created(store)
+    raw.config_set("maxmemory", 1)
+    try:
+        with pytest.raises(StoreUnavailable, match="maxmemory"):
+            await store.commit([after(session)])
+    finally:
+        raw.config_set("maxmemory", 0)
+    assert [head and head.step for head in await store.peek(["a"])] == [0]
+    assert await store.commit([after(session)]) == [True]
+    await store.close()
+
+
+async def test_servers_that_do_not_answer(tmp_path: Path) -> None:
+    """A server that accepts and says nothing is given up after the time that was set."""
+
+    async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read()
+        writer.close()
+
+    listener = await asyncio.start_unix_server(silent, tmp_path / "s")
+    with pytest.raises(StoreUnavailable, match="in time"):
+        await RedisStore.open(f"unix://{tmp_path}/s", patience=0.05, retries=0)
+    listener.close()
+
+
+def test_records_are_values() -> None:
+    """Equal in all fields is equal: what the tests above rest on."""
+    session = record()
+    assert session == Record(**{name: getattr(session, name) for name in session.__dataclass_fields__})
