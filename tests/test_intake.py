@@ -38,9 +38,7 @@ class House:
     def __init__(self, **engine):
         self.engine, self.clock = AddingEngine(**engine), Clock()
         self.model, self.sessions = loaded(self.engine), table(self.clock)
-        self.worker = Worker(
-            self.model, Scheduler(64, 32), self.sessions, clock=self.clock, on_progress=lambda: None
-        )
+        self.worker = Worker(self.model, Scheduler(64, 32), self.sessions, clock=self.clock, on_progress=lambda: None)
 
     def open(self, count):
         return [opened(self.sessions, self.model, options=SEQUENCES) for _ in range(count)]

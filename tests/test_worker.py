@@ -387,3 +387,110 @@ async def test_a_run_that_is_known_to_be_small_stays_on_the_loops_thread(seconds
         await house.idle()
     assert found == stays
     await house.worker.close()
+
+
+@pytest.mark.parametrize("sequences", [False, True])
+async def test_waiting_chunks_of_a_session_run_as_one(house, sequences):
+    """Chunks that a client sent ahead run in one go, and each is answered as if it had run alone: its own outputs, at
+    its own step.
+    """
+    options = LayerOptions(stateful=True, return_sequences=sequences)
+    group, slots, made = house.open(2, options=options)
+    sink = Notes()
+    house.hold()
+    house.worker.submit(chunks(group, slots, 1))
+    await house.held()
+    for tag, first_step in enumerate((1, 2, 4)):
+        numbered = None if first_step == 2 else [first_step] * 2
+        house.worker.submit(chunks(group, slots, [1, 2, 1][tag], sink=sink, tags=[tag, tag], first_steps=numbered))
+    house.engine.gate.set()
+    await house.idle()
+    assert house.engine.calls == [(1, [1, 1]), (4, [4, 4])]
+    assert sink.first_steps == [[1, 1], [2, 2], [4, 4]]
+    last = [y[-1] if sequences else y for _, y in sink.results]
+    assert [y[:, 0].tolist() for y in last] == [[2, 2], [4, 4], [5, 5]]
+    assert [len(y) for _, y in sink.results] == ([1, 2, 1] if sequences else [2, 2, 2])
+    assert [(session.step, house.state(session), session.busy) for session in made] == [(5, [5], False)] * 2
+
+
+@pytest.mark.parametrize("why", ["states", "mask", "step", "sessions", "long"])
+async def test_what_does_not_go_on_runs_by_itself(house, why):
+    """A chunk is not run with the one before it if its states are asked for, steps are masked, it is at another step
+    or of other sessions, or both together are longer than a tick.
+    """
+    group, slots, made = house.open(2, options=LayerOptions(stateful=True, return_state=why == "states"))
+    first, second = Notes(), Notes()
+    house.hold()
+    house.worker.submit(chunks(group, slots, 1))
+    await house.held()
+    house.worker.submit(chunks(group, slots, 1, sink=first))
+    mask = np.array([[True, False]]) if why == "mask" else None
+    followers = slots[:1] if why == "sessions" else slots
+    first_steps = [3, 3] if why == "step" else None
+    house.worker.submit(
+        chunks(group, followers, 4 if why == "long" else 1, sink=second, mask=mask, first_steps=first_steps)
+    )
+    house.engine.gate.set()
+    await house.idle()
+    assert house.engine.calls[1] == (1, [1, 1])
+    assert first.told == [0, 1]
+    assert len(second.told) == len(followers)
+    assert {error.reason for error in second.errors.values()} == ({"STEP_AHEAD"} if why == "step" else set())
+
+
+async def test_an_engine_failure_among_chunks_that_ran_as_one(house):
+    """Of chunks that were run in one go only the one to blame fails, those before it are answered, and those behind it
+    are ahead of their session.
+    """
+    group, slots, (session,) = house.open()
+    sink = Notes()
+    house.hold()
+    house.worker.submit(chunks(group, slots, 1))
+    await house.held()
+    for tag, value in enumerate((1, 1, house.engine.poison, 1)):
+        x = np.full((1, 1, FEATURES), value, np.float32)
+        house.worker.submit(chunks(group, slots, sink=sink, tags=[tag], x=x, first_steps=[1 + tag]))
+    house.engine.gate.set()
+    await house.idle()
+    assert [tags for tags, _ in sink.results] == [[0], [1]]
+    assert {tag: error.reason for tag, error in sink.errors.items()} == {2: "ENGINE_FAILED", 3: "STEP_AHEAD"}
+    assert (session.step, house.state(session), session.busy) == (3, [3], False)
+
+
+async def test_a_session_that_ends_while_its_chunks_run_as_one(house):
+    """Every chunk of a session that was deleted meanwhile is told so; the other sessions have theirs."""
+    group, slots, made = house.open(2)
+    sinks = [Notes(names=dict(enumerate(session.id for session in made))) for _ in range(2)]
+    house.hold()
+    house.worker.submit(chunks(group, slots, 1))
+    await house.held()
+    for sink in sinks:
+        house.worker.submit(chunks(group, slots, 1, sink=sink))
+    run = house.engine.run
+
+    def during(*batch):
+        house.sessions.delete(made[0].id)
+        return run(*batch)
+
+    house.engine.run = during
+    house.engine.gate.set()
+    await house.idle()
+    assert house.engine.calls[1:] == [(2, [2, 2])]
+    assert [list(sink.errors) for sink in sinks] == [[0], [0]]
+    assert [[tags for tags, _ in sink.results] for sink in sinks] == [[[1]], [[1]]]
+    assert (made[1].step, house.state(made[1])) == (3, [3])
+
+
+async def test_a_barrier_is_not_overtaken_by_chunks_that_run_as_one(house):
+    """What waits between two chunks of a session is done between them."""
+    group, slots, (session,) = house.open()
+    seen = []
+    house.hold()
+    house.worker.submit(chunks(group, slots, 1))
+    await house.held()
+    house.worker.submit(chunks(group, slots, 1))
+    house.worker.submit(Barrier(group, slots[0], lambda: seen.append(session.step)))
+    house.worker.submit(chunks(group, slots, 1))
+    house.engine.gate.set()
+    await house.idle()
+    assert (seen, session.step) == ([2], 3)

@@ -99,6 +99,19 @@ class Sessions:
     ended: int = -1
     distinct: bool = False
 
+    def goes_on(self, following: Sessions, timesteps: int) -> bool:
+        """Whether the following chunks are of the very same sessions, so many steps later. Fills in their steps."""
+        assert self.first_steps is not None
+        if (
+            following.slots.tobytes() != self.slots.tobytes()
+            or following.generations.tobytes() != self.generations.tobytes()
+        ):
+            return False
+        first_steps = self.first_steps + np.uint64(timesteps)
+        if following.first_steps is None:
+            following.first_steps = first_steps
+        return following.first_steps.tobytes() == first_steps.tobytes()
+
     def take(self, index: Array) -> Sessions:
         """Some of them."""
         first_steps = None if self.first_steps is None else self.first_steps[index]
@@ -125,6 +138,7 @@ class Block:
         number: its own, given when it is queued.
         order: its turn among the blocks that are ready.
         followers: what must wait for it.
+        rounds: the blocks that it was made of, if it has several chunks of each session: see `Scheduler.absorb`.
         rows: N * batch_size.
         steps: compacted time steps in all: the largest number of valid steps of a row.
         nbytes: bytes of input that it holds.
@@ -144,6 +158,7 @@ class Block:
     number: int = -1
     order: int = -1
     followers: list[Block | Barrier] = field(default_factory=list)
+    rounds: list[Block] = field(default_factory=list)
     rows: int = field(init=False)
     steps: int = field(init=False)
     nbytes: int = field(init=False)
@@ -170,7 +185,7 @@ class Block:
             for name, state in states.items():
                 states[name] = self.states[name].copy()
                 states[name][live] = state
-        elif live is None and not self.options.return_sequences:
+        elif live is None and not self.options.return_sequences and not self.rounds:
             self.outputs.clear()  # only the last step's is asked for
         self.outputs.append(outputs)
         self.states = states
@@ -178,6 +193,11 @@ class Block:
 
     def fail(self, errors: Iterable[tuple[int, ServiceError]]) -> None:
         """Tells the sinks why chunks failed: (position among the N, ascending, and the error)."""
+        if self.rounds:
+            errors = list(errors)
+            for each in self.rounds:
+                each.fail(errors)
+            return
         first_steps = None if self.sessions is None else self.sessions.first_steps
         sinks = iter(self.sinks)
         sink, stop = next(sinks)
@@ -236,6 +256,7 @@ class Block:
             solo=self.solo,
             begun=self.begun,
             outputs=[{name: y[:, rows] for name, y in part.items()} for part in self.outputs],
+            rounds=[each.take(index) for each in self.rounds],
         )
 
 

@@ -16,12 +16,13 @@ Pure: no I/O, no clock of its own, no threads.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from rnnserve_models.engine.base import Array
+from rnnserve_models.masking import Compacted
 from rnnserve_server.blocks import Barrier, Block
 
 
@@ -84,6 +85,65 @@ class Scheduler:
             del self._ready[key]
         steps = min(block.steps - block.done for block in blocks)
         return Tick(blocks, steps if self._whole else min(self.slice_steps, steps))
+
+    def absorb(self, block: Block, wanted: Callable[[Block], bool]) -> None:
+        """Lets a block that is about to run take along those that wait for it with the next chunks of its sessions.
+
+        A client that sends ahead of the answers then pays for one run, check and commit, and not for each chunk. Chunks
+        are taken along as long as all of them together fit a tick, have the same sessions in the same order, each at
+        the step where the one before it ends, and nothing but their outputs is asked for.
+
+        Args:
+            block: a block that was checked, of which nothing was run.
+            wanted: whether a block should run at all.
+        """
+        sessions = block.sessions
+        if sessions is None or not block.followers or self._whole or not _plain(block):
+            return
+        assert sessions.first_steps is not None
+        own = replace(block, states={}, outputs=[], followers=[])
+        rounds, followers, steps = [own], block.followers, block.steps
+        while len(followers) == 1:
+            (following,) = followers
+            if not (
+                isinstance(following, Block)
+                and following.sessions is not None
+                and steps + following.steps <= self.slice_steps
+                and _plain(following)
+                and sessions.goes_on(following.sessions, steps)
+                and wanted(following)
+            ):
+                break
+            rounds.append(following)
+            followers, steps = following.followers, steps + following.steps
+        if len(rounds) == 1:
+            return
+        for following in rounds[1:]:
+            del self._queued[following.number]
+        tail, slots = sessions.group.tail, sessions.slots
+        tail[slots[tail[slots] == rounds[-1].number]] = block.number
+        inputs = {name: np.concatenate([each.call.inputs[name] for each in rounds]) for name in block.call.inputs}
+        block.call = Compacted(inputs, np.full(block.rows, steps), steps, None)
+        block.rounds, block.followers, block.steps = rounds, followers, steps
+        block.nbytes = sum([each.nbytes for each in rounds])
+
+    def part(self, block: Block) -> None:
+        """Undoes `absorb`: the block is what it was, nothing of it was run, and the others wait for it again."""
+        first, *others = block.rounds
+        followers = block.followers
+        block.call, block.steps, block.nbytes = first.call, first.steps, first.nbytes
+        block.states, block.done, block.begun, block.outputs, block.rounds = {}, 0, False, [], []
+        previous = block
+        for each in others:
+            self._number += 1
+            each.number = self._number
+            self._queued[each.number] = each
+            previous.followers = [each]
+            previous = each
+        previous.followers = followers
+        assert block.sessions is not None
+        tail, slots = block.sessions.group.tail, block.sessions.slots
+        tail[slots[tail[slots] == block.number]] = previous.number
 
     def requeue(self, block: Block) -> None:
         """Puts a block that has steps left at the end of the line."""
@@ -174,6 +234,11 @@ class Scheduler:
                 released.extend(self._forget(work))
             else:
                 self.requeue(work)
+
+
+def _plain(block: Block) -> bool:
+    """Whether its steps could as well be part of a longer chunk."""
+    return block.call.mask is None and not (block.solo or block.options.return_state or block.options.go_backwards)
 
 
 def _distinct(block: Block) -> Iterator[Block]:

@@ -138,6 +138,10 @@ class Worker:
 
     async def _tick(self, tick: Tick) -> None:
         tick.blocks[:] = [begun for block in tick.blocks if (begun := self._begin(block))]
+        if len(tick.blocks) == 1 and not tick.blocks[0].done:
+            self._scheduler.absorb(tick.blocks[0], lambda block: not self._gone(block))
+            if tick.blocks[0].rounds:
+                tick = Tick(tick.blocks, tick.blocks[0].steps)
         if tick.steps and tick.blocks:
             try:
                 outputs, states = await self._run(_assemble(tick), tick.steps)
@@ -213,22 +217,31 @@ class Worker:
         if alive is None:
             return
         block = alive
+        ys = _joined(block, self._engine)
+        if block.sessions is not None:
+            self._sessions.commit(block.sessions, block.states, block.call.timesteps)
+        start = 0
+        for each in block.rounds or [block]:
+            stop = start + each.steps
+            self._answer(each, {name: y[start:stop] for name, y in ys.items()} if block.rounds else ys, block.states)
+            start = stop
+        self._scheduler.finish(block)  # after the answer, so that a lane is never closed before its chunks are answered
+
+    def _answer(self, block: Block, ys: Arrays, states: Arrays) -> None:
+        """Tells the sinks the results of a block, whose engine gave ``ys``, each [T', R, *shape], of its steps."""
         options = block.options
         outputs = {
             name: block.call.expand(
                 y, return_sequences=options.return_sequences, zero_output_for_mask=options.zero_output_for_mask
             )
-            for name, y in _joined(block, self._engine).items()
+            for name, y in ys.items()
         }
-        if block.sessions is not None:
-            self._sessions.commit(block.sessions, block.states, block.call.timesteps)
-        for sink, answers in block.shares(*to_wire(outputs, block.states, options, len(block.tags))):
+        for sink, answers in block.shares(*to_wire(outputs, states, options, len(block.tags))):
             try:
                 sink.result(answers)
             except Exception:  # a bug, or an answer that cannot be encoded; the other sinks have nothing to do with it
                 log.exception("an answer could not be given")
                 sink.failed([Failure(int(tag), None, _internal()) for tag in answers.tags])
-        self._scheduler.finish(block)  # after the answer, so that a lane is never closed before its chunks are answered
 
     def _checked(self, block: Block) -> Block | None:
         """The part of a block whose chunks fit their sessions; the others are told."""
@@ -254,7 +267,11 @@ class Worker:
         """Runs the blocks of a failed batch again one by one, so that only the one to blame fails."""
         log.warning("engine failed", error=str(error), blocks=len(blocks))
         for block in blocks:
-            if len(blocks) == 1:
+            if block.rounds:
+                self._scheduler.part(block)
+                block.solo = True
+                self._scheduler.requeue(block)
+            elif len(blocks) == 1:
                 self._drop(block, EngineFailed(str(error)))
             else:
                 block.solo = True
