@@ -3,10 +3,11 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+TRITON := .cache/triton
 PROTOS := $(sort $(wildcard proto/rnnserve/v1/*.proto))
 SERVICES := $(shell grep -l '^service ' $(PROTOS))
 
-.PHONY: run test vectors samples lint types stubs check-stubs bench requirements clean
+.PHONY: run test vectors samples lint types stubs check-stubs bench bench-triton requirements triton-requirements clean
 
 run: $(VENV)/.serve
 	-$(BIN)/rnnserve fetch models/zoo
@@ -57,6 +58,19 @@ check-stubs: stubs
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks $(ARGS)
+
+# The same with Triton beside it. Once it is installed, `make bench` has it too.
+bench-triton: $(VENV)/.dev $(TRITON)/.ready
+	$(BIN)/python -m benchmarks $(ARGS)
+
+$(TRITON)/.ready: benchmarks/requirements-triton.txt
+	$(PYTHON) -m venv $(TRITON)
+	$(TRITON)/bin/python -m pip install --quiet --require-hashes --no-deps -r benchmarks/requirements-triton.txt
+	touch $@
+
+triton-requirements: $(VENV)/.dev
+	$(BIN)/uv pip compile --quiet --upgrade --no-deps --generate-hashes --no-header --python-version 3.11 \
+	    --output-file benchmarks/requirements-triton.txt benchmarks/requirements-triton.in
 
 # Pins every dependency, with hashes and without download addresses.
 requirements: $(VENV)/.dev

@@ -1,4 +1,4 @@
-"""Runs every row, round by round, and writes the table.
+"""Measures everything, round by round, and writes the tables and the plot.
 
 python -m benchmarks [--rounds 7] [--seconds 0.5] [--only TEXT ...]
 """
@@ -10,54 +10,79 @@ import json
 import signal
 import sys
 import tempfile
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
-from benchmarks import report, work
-from benchmarks.processes import RowProcess, Server
-from benchmarks.rows import ROWS
+from benchmarks import fairness, findings, plot, report, sessions, startup, table, triton, work
+from benchmarks.processes import ECHO, RowProcess, Server, serve
+from benchmarks.report import Line
+from benchmarks.rows import Row
 
 RESULTS = Path(__file__).parent / "results"
+SCRIPTS = {"sessions": sessions, "fairness": fairness, "startup": startup}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks")
     parser.add_argument("--rounds", type=int, default=7, help="how often each row is measured [7]")
     parser.add_argument("--seconds", type=float, default=0.5, help="for how long each time [0.5]")
-    parser.add_argument("--only", nargs="+", metavar="TEXT", help="the rows whose part and name hold one of these")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        metavar="TEXT",
+        help=f"the rows whose part and name hold one of these, and the scripts named so ({', '.join(SCRIPTS)})",
+    )
     arguments = parser.parse_args()
-    rows = [row for row in ROWS if any(text in f"{row.part}: {row.name}" for text in arguments.only or [""])]
+    only = arguments.only or [""]
+    rows = [row for row in table.ROWS if any(text in f"{row.part}: {row.name}" for text in only)]
+    if not triton.installed():
+        rows = [row for row in rows if row.server != "triton"]
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # ends the servers too
     where = report.machine()
-    lines = [report.Line(row) for row in rows]
+    lines = measured(rows, arguments.rounds, arguments.seconds)
+    found = table.findings(lines)
+    for name, script in SCRIPTS.items():
+        if any(text in name for text in only):
+            print(f"{name} ...", file=sys.stderr)
+            found += script.findings(arguments.rounds, arguments.seconds)
+
+    figures = [report.figures(lines, row) for row in rows]
+    run = f"{arguments.rounds} rounds of {arguments.seconds} s a row"
+    text = "\n".join((report.markdown(figures), findings.markdown(found), report.described(where, run)))
+    print(text)
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "table.md").write_text(text)
+    everything = {"where": where, "rows": figures, "findings": [finding.as_dict() for finding in found]}
+    (RESULTS / "table.json").write_text(json.dumps(everything, indent=1) + "\n")
+    plot.write(lines, RESULTS / "plot.svg")
+
+
+def measured(rows: list[Row], rounds: int, seconds: float) -> dict[Row, Line]:
+    """Every round runs every row once, so that a busy minute of the machine hits them all."""
+    lines = {row: Line(row) for row in rows}
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         work.write_model(folder / "models")
-        rnnserve = Path(sys.executable).with_name("rnnserve")
-        serve = (rnnserve, "serve", "--models", folder / "models", "--port", "0", "--log-format", "json")
-        commands = {"echo": (sys.executable, "-m", "benchmarks.echo"), "rnnserve": serve}
-        servers = {}
-        for name, command in commands.items():
-            servers[name] = Server(*command, log=folder / f"{name}.log")
-            stack.callback(servers[name].stop)
-        processes = [stack.enter_context(RowProcess(row, servers.get(row.server))) for row in rows]
-        for process in processes:  # to warm up
-            process.measure(arguments.seconds)
-        for number in range(arguments.rounds):
-            print(f"\rround {number + 1} of {arguments.rounds}", end="", file=sys.stderr, flush=True)
-            for line, process in zip(lines, processes, strict=True):
-                sample, cpu_seconds = process.measure(arguments.seconds)
-                line.samples.append(sample)
-                line.cpu_seconds.append(cpu_seconds)
+        starts: dict[str, Callable[[], Server]] = {
+            "echo": lambda: Server(*ECHO, log=folder / "echo.log"),
+            "rnnserve": lambda: Server(*serve(folder / "models"), log=folder / "rnnserve.log"),
+            "triton": lambda: triton.server(folder / "triton"),
+        }
+        wanted = {row.server for row in rows}
+        servers = {name: stack.enter_context(start()) for name, start in starts.items() if name in wanted}
+        processes = {row: stack.enter_context(RowProcess(row, servers.get(row.server))) for row in rows}
+        for process in processes.values():  # to warm up
+            process.measure(seconds)
+        for number in range(rounds):
+            print(f"\rround {number + 1} of {rounds}", end="", file=sys.stderr, flush=True)
+            for row, process in processes.items():
+                sample, cpu = process.measure(seconds)
+                lines[row].samples.append(sample)
+                lines[row].cpu.append(cpu)
         print(file=sys.stderr)
-
-    results = report.results(lines)
-    table = report.markdown(results, where, f"{arguments.rounds} rounds of {arguments.seconds} s a row")
-    print(table)
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "table.md").write_text(table)
-    (RESULTS / "table.json").write_text(json.dumps({"where": where, "rows": results}, indent=1) + "\n")
+    return lines
 
 
 if __name__ == "__main__":

@@ -1,23 +1,30 @@
-"""From samples to a table."""
+"""From samples to figures, and to a table."""
 
 from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from benchmarks.processes import CORES
+from benchmarks.findings import number
+from benchmarks.processes import CORES, Cpu
 from benchmarks.rows import Row, Sample
 
+Rounds = NDArray[np.float64]
+"""A figure of each round: [rounds]."""
+
 _PACKAGES = ("grpcio", "protobuf", "onnxruntime", "numpy", "uvloop")
+_CPU = ("server_cpu_seconds", "client_cpu_seconds")
 _HEAD = (
-    "| | steps/s: median (min–max) | round trip p50, p99 | server CPU a round trip | × engine | × sum of parts |\n"
+    "| | steps/s | round trip p50, p99 | server, client CPU a trip | × engine | × sum of parts |\n"
     "|---|--:|--:|--:|--:|--:|"
 )
 
@@ -28,39 +35,60 @@ class Line:
 
     row: Row
     samples: list[Sample] = field(default_factory=list)
-    cpu_seconds: list[float] = field(default_factory=list)
+    cpu: list[Cpu] = field(default_factory=list)
 
     @property
-    def steps_per_second(self) -> np.ndarray:
-        """[rounds]."""
-        return np.array([len(s.trips) * self.row.lanes * self.row.steps / s.seconds for s in self.samples])
+    def steps_per_second(self) -> Rounds:
+        return self._steps / np.array([sample.seconds for sample in self.samples], np.float64)
 
     @property
-    def trips(self) -> np.ndarray:
-        """Seconds of every round trip of every round."""
-        return np.concatenate([sample.trips for sample in self.samples])
+    def server_cpu(self) -> Rounds:
+        """Seconds of CPU that a step costs the server."""
+        return np.array([cpu.server for cpu in self.cpu]) / self._steps
+
+    @property
+    def client_cpu(self) -> Rounds:
+        """Seconds of CPU that a step costs the client."""
+        return np.array([cpu.client for cpu in self.cpu]) / self._steps
+
+    def trip(self, quantile: float) -> Rounds:
+        """A quantile of the seconds that a round trip took."""
+        return np.array([np.quantile(sample.trips, quantile) for sample in self.samples])
+
+    @property
+    def _steps(self) -> Rounds:
+        return np.array([len(sample.trips) * self.row.lanes * self.row.steps for sample in self.samples], np.float64)
 
 
-def results(lines: Sequence[Line]) -> list[dict[str, Any]]:
-    """The figures of every row. Ratios are taken within a round, and then their median over the rounds."""
-    engine = {line.row.work: line.steps_per_second for line in lines if line.row.part == "engine"}
-    echo = {line.row.wire: line.steps_per_second for line in lines if line.row.part == "gRPC"}
+def of_engine(lines: Mapping[Row, Line], row: Row) -> Rounds:
+    """Steps/s over those of the engine alone at the same batch, round by round. KeyError: it was not measured."""
+    return lines[row].steps_per_second / lines[row.engine].steps_per_second
 
-    def figures(line: Line) -> dict[str, Any]:
-        rates, alone, bare = line.steps_per_second, engine.get(line.row.work), echo.get(line.row.wire)
-        parts = 1 / (1 / alone + 1 / bare) if alone is not None and bare is not None else None
-        compared = line.row.part not in ("engine", "gRPC")
-        return {
-            "part": line.row.part,
-            **asdict(line.row),
-            "steps_per_second": rates.tolist(),
-            "round_trip_seconds": dict(zip(("p50", "p99"), np.quantile(line.trips, (0.5, 0.99)).tolist(), strict=True)),
-            "server_cpu_seconds_per_round_trip": sum(line.cpu_seconds) / len(line.trips) if line.row.server else None,
-            "of_engine": np.median(rates / alone).item() if compared and alone is not None else None,
-            "of_sum_of_parts": np.median(rates / parts).item() if compared and parts is not None else None,
-        }
 
-    return [figures(line) for line in lines]
+def of_parts(lines: Mapping[Row, Line], row: Row) -> Rounds:
+    """CPU that a step costs the echo and the engine over what it costs the server. KeyError: not all were measured."""
+    return (lines[row.echo].server_cpu + lines[row.engine].server_cpu) / lines[row].server_cpu
+
+
+def figures(lines: Mapping[Row, Line], row: Row) -> dict[str, Any]:
+    """The figures of a row, one for each round. CPU is that of a step."""
+    line = lines[row]
+    measured = {"of_engine": of_engine, "of_sum_of_parts": of_parts} if row.server == "rnnserve" else {}
+    ratios = {}
+    for name, ratio in measured.items():
+        with suppress(KeyError):
+            ratios[name] = ratio(lines, row).tolist()
+    if row.server in ("echo", "rnnserve"):  # the processes of Triton's models and client are not seen
+        ratios |= {"server_cpu_seconds": line.server_cpu.tolist(), "client_cpu_seconds": line.client_cpu.tolist()}
+    return {
+        "part": row.part,
+        "name": row.name,
+        **asdict(row),
+        "steps_per_second": line.steps_per_second.tolist(),
+        "p50_seconds": line.trip(0.50).tolist(),
+        "p99_seconds": line.trip(0.99).tolist(),
+        **ratios,
+    }
 
 
 def machine() -> dict[str, Any]:
@@ -75,7 +103,7 @@ def machine() -> dict[str, Any]:
     }
 
 
-def markdown(rows: Sequence[dict[str, Any]], where: dict[str, Any], run: str) -> str:
+def markdown(rows: Iterable[dict[str, Any]]) -> str:
     """The table."""
     lines = [_HEAD]
     part = ""
@@ -83,29 +111,34 @@ def markdown(rows: Sequence[dict[str, Any]], where: dict[str, Any], run: str) ->
         if row["part"] != part:
             part = row["part"]
             lines.append(f"| **{part}** | | | | | |")
-        rate, trip, cpu = row["steps_per_second"], row["round_trip_seconds"], row["server_cpu_seconds_per_round_trip"]
+        p50, p99 = (np.median(row[name]) * 1e3 for name in ("p50_seconds", "p99_seconds"))
+        steps = row["lanes"] * row["steps"]
+        cpu = [f"{np.median(row[of]) * steps * 1e6:,.0f} µs" for of in _CPU if of in row]
         cells = (
             row["name"],
-            f"{_round(np.median(rate))} ({_round(min(rate))}–{_round(max(rate))})",
-            f"{trip['p50'] * 1e3:.2f} ms, {trip['p99'] * 1e3:.2f} ms",
-            "" if cpu is None else f"{cpu * 1e6:,.0f} µs",
-            *("" if row[key] is None else f"{row[key]:.2f}" for key in ("of_engine", "of_sum_of_parts")),
+            _spread(row["steps_per_second"]),
+            f"{p50:.2f} ms, {p99:.2f} ms",
+            ", ".join(cpu),
+            *(_spread(row[key]) if key in row else "" for key in ("of_engine", "of_sum_of_parts")),
         )
         lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def described(where: dict[str, Any], run: str) -> str:
+    """A sentence on the run and the machine."""
     packages = ", ".join(f"{package} {where[package]}" for package in _PACKAGES)
     cores = (
         "servers and engine on one core, clients on another"
         if where["cores"] > 1
         else "**one core only, which servers, engine and clients share**"
     )
-    lines += [
-        "",
+    return (
         f"{run}. {where['cores']} cores ({where['architecture']}), {cores}; load before the run {where['load']:.1f}; "
-        f"Python {where['python']}, {packages}.",
-    ]
-    return "\n".join(lines) + "\n"
+        f"Python {where['python']}, {packages}.\n"
+    )
 
 
-def _round(rate: float | np.floating[Any]) -> str:
-    """Three digits: more would be noise."""
-    return f"{float(f'{rate:.3g}'):,.0f}"
+def _spread(values: list[float]) -> str:
+    """Median (minimum–maximum)."""
+    return f"{number(float(np.median(values)))} ({number(min(values))}–{number(max(values))})"

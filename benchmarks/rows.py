@@ -1,4 +1,4 @@
-"""The rows of the table. To add one, add it to `ROWS`; for a new kind of row, derive a class from `Row`.
+"""The kinds of rows that a table has. To add a row, add it to `table.ROWS`; for a new kind, derive a class from `Row`.
 
 A row is opened once and measured again and again: round trips, one after the other, until the time is up.
 """
@@ -6,10 +6,11 @@ A row is opened once and measured again and again: round trips, one after the ot
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
-from functools import partial
+from itertools import chain
 from time import perf_counter
 from typing import Any, ClassVar
 
@@ -17,7 +18,6 @@ import grpc
 import numpy as np
 import onnxruntime as ort
 
-import rnnserve
 from benchmarks import work
 from benchmarks.echo import METHOD, SERVICE
 from rnnserve.codec import encode_named
@@ -26,54 +26,17 @@ from rnnserve.v1.options_pb2 import LayerOptions
 from rnnserve.v1.session_pb2 import SessionConfig
 from rnnserve_models.export import export_cell
 
-Trip = Callable[[], Awaitable[object]]
-
 
 @dataclass(frozen=True)
 class Sample:
     """One measurement of a row."""
 
     seconds: float
-    trips: list[float]  # how long each round trip took
+    trips: list[float]  # seconds that each round trip took
 
 
 Measure = Callable[[float], Awaitable[Sample]]
 """Makes round trips for so many seconds."""
-
-
-def one_by_one(trip: Callable[[], object]) -> Measure:
-    """Measures a plain function."""
-
-    async def measure(seconds: float) -> Sample:
-        trips: list[float] = []
-        now = started = perf_counter()
-        while now < started + seconds:
-            trip()
-            then, now = now, perf_counter()
-            trips.append(now - then)
-        return Sample(now - started, trips)
-
-    return measure
-
-
-def side_by_side(each: list[Trip]) -> Measure:
-    """Measures coroutine functions, each repeated by a task of its own."""
-
-    async def measure(seconds: float) -> Sample:
-        trips: list[float] = []
-        started = perf_counter()
-
-        async def repeat(trip: Trip) -> None:
-            now = started
-            while now < started + seconds:
-                await trip()
-                then, now = now, perf_counter()
-                trips.append(now - then)
-
-        await asyncio.gather(*map(repeat, each))
-        return Sample(perf_counter() - started, trips)
-
-    return measure
 
 
 @dataclass(frozen=True)
@@ -81,29 +44,39 @@ class Row:
     """A line of the table.
 
     Attributes:
-        name: what it shows.
-        streams: round trips under way at once.
+        streams: streams, tasks or threads, each with round trips of its own.
         lanes: sessions of one round trip.
         steps: time steps of each of them.
+        depth: round trips that a stream has under way at once.
     """
 
-    name: str
     streams: int = 1
     lanes: int = 1
     steps: int = 1
+    depth: int = 1
 
     part: ClassVar[str]  # of the table
-    server: ClassVar[str] = ""  # the one it talks to: "echo", "rnnserve" or none
+    server: ClassVar[str] = ""  # the one it talks to: "echo", "rnnserve", "triton" or none
 
     @property
-    def work(self) -> tuple[int, int]:
-        """What the engine does for it: sessions in all, and time steps of each."""
-        return self.streams * self.lanes, self.steps
+    def name(self) -> str:
+        """What it shows."""
+        raise NotImplementedError
 
     @property
-    def wire(self) -> tuple[int, int, int]:
-        """What gRPC does for it: streams, lanes of a message, and time steps of each."""
-        return self.streams, self.lanes, self.steps
+    def sessions(self) -> int:
+        """How many take part in all."""
+        return self.streams * self.lanes
+
+    @property
+    def engine(self) -> Row:
+        """The row of the engine doing the same work."""
+        return EngineRow(lanes=self.sessions, steps=self.steps)
+
+    @property
+    def echo(self) -> Row:
+        """The row of gRPC carrying the same bytes."""
+        return EchoRow(self.streams, self.lanes, self.steps, self.depth)
 
     async def open(self, address: str, stack: AsyncExitStack) -> Measure:
         """Readies all that is not to be measured, until the stack is closed."""
@@ -115,6 +88,10 @@ class EngineRow(Row):
 
     part = "engine"
 
+    @property
+    def name(self) -> str:
+        return f"batch of {self.lanes}, {count(self.steps, 'step')} a run"
+
     async def open(self, address: str, stack: AsyncExitStack) -> Measure:
         graph, spec = export_cell(work.cell(), work.FEATURES)
         options = ort.SessionOptions()
@@ -125,21 +102,41 @@ class EngineRow(Row):
         feeds["lengths"] = np.full(self.lanes, self.steps, np.int32)
         feeds |= {state.input: np.zeros((1, self.lanes, work.UNITS), np.float32) for state in spec.states}
 
-        def trip() -> None:
-            _, *states = run(fetches, feeds)
-            feeds.update(zip((state.input for state in spec.states), states, strict=True))
+        async def measure(seconds: float) -> Sample:
+            trips: list[float] = []
+            now = started = perf_counter()
+            while now < started + seconds:
+                _, *states = run(fetches, feeds)
+                feeds.update(zip((state.input for state in spec.states), states, strict=True))
+                then, now = now, perf_counter()
+                trips.append(now - then)
+            return Sample(now - started, trips)
 
-        return one_by_one(trip)
+        return measure
 
 
 class StreamRow(Row):
-    """Frames on streams of one channel, without the SDK: each is sent when the one before it was answered."""
+    """Frames on streams of one channel, without the SDK. For each answer that comes the next frame leaves."""
+
+    @property
+    def name(self) -> str:
+        frames = f", {self.depth} under way" if self.depth > 1 else ""
+        return f"{count(self.streams, 'stream')} of {count(self.lanes, 'lane')}, {count(self.steps, 'step')}{frames}"
 
     async def open(self, address: str, stack: AsyncExitStack) -> Measure:
-        channel = await stack.enter_async_context(grpc.aio.insecure_channel(address))
-        return side_by_side([await self._stream(channel, stack) for _ in range(self.streams)])
+        unlimited = [("grpc.max_receive_message_length", -1)]  # the answer to a chunk of 10,000 steps is 5 MB
+        channel = await stack.enter_async_context(grpc.aio.insecure_channel(address, unlimited))
+        streams = [await self._stream(channel, stack) for _ in range(self.streams)]
 
-    async def _stream(self, channel: grpc.aio.Channel, stack: AsyncExitStack) -> Trip:
+        async def measure(seconds: float) -> Sample:
+            started = perf_counter()
+            each = await asyncio.gather(*(stream(started + seconds) for stream in streams))
+            return Sample(perf_counter() - started, list(chain.from_iterable(each)))
+
+        return measure
+
+    async def _stream(self, channel: grpc.aio.Channel, stack: AsyncExitStack) -> Callable[[float], Any]:
+        """A stream: called with a time, it makes round trips until then, and tells how long each took."""
         call: Any = channel.stream_stream(
             f"/{SERVICE}/{METHOD}",
             request_serializer=lambda sent: sent if isinstance(sent, bytes) else sent.SerializeToString(),
@@ -153,23 +150,34 @@ class StreamRow(Row):
         first_steps = request.frames[0].first_steps
         step = 0
 
-        async def trip() -> None:
+        async def round_trips(until: float) -> list[float]:
             nonlocal step
-            first_steps[:] = [step] * self.lanes
-            await call.write(request)
-            await self._answered(call, lambda response: sum(len(result.lanes) for result in response.frames))
-            step += self.steps
+            trips: list[float] = []
+            sent: deque[float] = deque()
+            answered = 0  # lanes of the oldest frames; one message may answer those of several
+            while perf_counter() < until or sent:
+                while len(sent) < self.depth and perf_counter() < until:
+                    first_steps[:] = [step] * self.lanes
+                    step += self.steps
+                    sent.append(perf_counter())
+                    await call.write(request)
+                while answered < self.lanes:
+                    response = await self._read(call)
+                    answered += sum(len(result.lanes) for result in response.frames)
+                now = perf_counter()
+                while answered >= self.lanes:
+                    answered -= self.lanes
+                    trips.append(now - sent.popleft())
+            return trips
 
-        return trip
+        return round_trips
 
-    async def _answered(self, call: Any, lanes: Callable[[pb.StreamResponse], int]) -> None:
-        """Reads until every lane was answered."""
-        left = self.lanes
-        while left:
-            response = await call.read()
-            if response is grpc.aio.EOF or response.errors:
-                raise RuntimeError(f"{self.name}: {response}")
-            left -= lanes(response)
+    async def _read(self, call: Any) -> pb.StreamResponse:
+        response = await call.read()
+        if response is grpc.aio.EOF or response.errors:
+            raise RuntimeError(f"{self.name}: {response}")
+        read: pb.StreamResponse = response
+        return read
 
     async def _greet(self, call: Any) -> None:
         raise NotImplementedError
@@ -197,68 +205,11 @@ class ServerRow(StreamRow):
     async def _greet(self, call: Any) -> None:
         config = SessionConfig(model=work.MODEL, options=LayerOptions(return_sequences=True))
         await call.write(pb.StreamRequest(opens=[pb.LaneOpen(lane=n, create=config) for n in range(self.lanes)]))
-        await self._answered(call, lambda response: len(response.opened))
+        opened = 0
+        while opened < self.lanes:
+            opened += len((await self._read(call)).opened)
 
 
-class SessionsRow(Row):
-    """The SDK: tasks of one asyncio client, each with its session."""
-
-    part = "SDK"
-    server = "rnnserve"
-
-    @property
-    def wire(self) -> tuple[int, int, int]:
-        """The client puts what its tasks ask for into one frame."""
-        return 1, self.streams, self.steps
-
-    async def open(self, address: str, stack: AsyncExitStack) -> Measure:
-        client = await stack.enter_async_context(rnnserve.aio.Client(address))
-        x = work.numbers(work.FEATURES)
-
-        sessions = [await stack.enter_async_context(client.session(work.MODEL)) for _ in range(self.streams)]
-        return side_by_side([partial(session.step, x) for session in sessions])
-
-
-class GroupRow(Row):
-    """The SDK: a group of sessions that step together."""
-
-    part = "SDK"
-    server = "rnnserve"
-
-    async def open(self, address: str, stack: AsyncExitStack) -> Measure:
-        client = await stack.enter_async_context(rnnserve.aio.Client(address))
-        opened = client.session_group(work.MODEL, self.lanes, return_sequences=True)
-        group = await stack.enter_async_context(opened)
-        x = work.numbers(self.lanes, 1, self.steps, work.FEATURES)
-        return side_by_side([lambda: group(x)])
-
-
-class BlockingRow(Row):
-    """The SDK: a session of the client for threads."""
-
-    part = "SDK"
-    server = "rnnserve"
-
-    async def open(self, address: str, stack: AsyncExitStack) -> Measure:
-        session = stack.enter_context(stack.enter_context(rnnserve.Client(address)).session(work.MODEL))
-        return one_by_one(partial(session.step, work.numbers(work.FEATURES)))
-
-
-ROWS: list[Row] = [
-    EngineRow("batch of 1, a step a run"),
-    EngineRow("batch of 64, a step a run", lanes=64),
-    EngineRow("batch of 64, 20 steps a run", lanes=64, steps=20),
-    EchoRow("1 stream, messages as of one step"),
-    EchoRow("64 streams, messages as of one step", streams=64),
-    EchoRow("1 stream, messages as of 64 lanes", lanes=64),
-    EchoRow("1 stream, messages as of 64 lanes x 20 steps", lanes=64, steps=20),
-    ServerRow("1 session, a step a message"),
-    ServerRow("64 streams of 1 session, a step a message", streams=64),
-    ServerRow("1 stream, 64 lanes a frame", lanes=64),
-    ServerRow("1 stream, 64 lanes a frame, chunks of 20 steps", lanes=64, steps=20),
-    BlockingRow("Client: 1 session"),
-    SessionsRow("aio.Client: 1 session"),
-    SessionsRow("aio.Client: 64 tasks, a session each", streams=64),
-    GroupRow("aio.Client: a group of 64 sessions", lanes=64),
-    GroupRow("aio.Client: a group of 64 sessions, chunks of 20 steps", lanes=64, steps=20),
-]
+def count(number: int, thing: str) -> str:
+    """1 step, 20 steps."""
+    return f"{number} {thing}{'s' * (number != 1)}"

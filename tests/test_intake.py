@@ -118,7 +118,7 @@ async def test_every_sink_is_told_its_own(house):
 
 
 async def test_one_sinks_fault_is_not_anothers(house):
-    """Among frames that came together, those of a client that left, came too late, sent NaN or miscounted fail alone."""
+    """Of frames that came together, those of a client that left, came late, sent NaN or miscounted fail alone."""
     sinks, sessions = [Notes(), Notes(), Notes(deadline=house.clock.now + 1), Notes(), Notes()], house.open(5)
     house.take_in(
         *(

@@ -418,7 +418,7 @@ async def test_what_does_not_go_on_runs_by_itself(house, why):
     """A chunk is not run with the one before it if its states are asked for, steps are masked, it is at another step
     or of other sessions, or both together are longer than a tick.
     """
-    group, slots, made = house.open(2, options=LayerOptions(stateful=True, return_state=why == "states"))
+    group, slots, _ = house.open(2, options=LayerOptions(stateful=True, return_state=why == "states"))
     first, second = Notes(), Notes()
     house.hold()
     house.worker.submit(chunks(group, slots, 1))
