@@ -31,6 +31,22 @@ class Compacted:
     timesteps: int
     mask: np.ndarray | None
 
+    def take(self, index: np.ndarray, parts: int) -> Compacted:
+        """Some of the equal parts that the R rows make up, as a copy.
+
+        Args:
+            index: positions among the parts.
+            parts: how many there are.
+        """
+        size = len(self.lengths) // parts
+        rows = (index[:, None] * size + np.arange(size)).ravel()  # [len(index) * size]
+        return Compacted(
+            {name: x[:, rows] for name, x in self.inputs.items()},
+            self.lengths[rows],
+            self.timesteps,
+            None if self.mask is None else self.mask[:, rows],
+        )
+
     def expand(self, y: np.ndarray, *, return_sequences: bool, zero_output_for_mask: bool) -> np.ndarray:
         """Gives each step its output as Keras does, in the order of iteration (``go_backwards`` is never undone).
 

@@ -240,12 +240,7 @@ class Block:
         counts = np.diff(stops, prepend=0).tolist()
         rows = (index[:, None] * self.batch_size + np.arange(self.batch_size)).ravel()  # [len(index) * batch_size]
         return Block(
-            call=replace(
-                self.call,
-                inputs={name: x[:, rows] for name, x in self.call.inputs.items()},
-                lengths=self.call.lengths[rows],
-                mask=None if self.call.mask is None else self.call.mask[:, rows],
-            ),
+            call=self.call.take(index, len(self.tags)),
             batch_size=self.batch_size,
             options=self.options,
             sinks=[(sink, count) for (sink, _), count in zip(self.sinks, counts, strict=True) if count],

@@ -45,6 +45,12 @@ class Settings(BaseSettings):
     idle_lifetime: Seconds = Field(3600.0, description="seconds without use after which a session expires")
     max_idle_lifetime: Seconds = Field(86400.0, description="the longest idle lifetime that a client may ask for")
 
+    replay_chunks: Annotated[int, Field(ge=0)] = Field(
+        16, description="a session's last answers that are given again when a chunk is sent again; 0 for none"
+    )
+    replay_bytes: Positive = Field(1 << 20, description="bytes of those answers at most, but for the last one")
+    max_replay_bytes: Positive = Field(256 << 20, description="bytes of all sessions' answers at most")
+
     max_batch_rows: Positive = Field(256, description="rows that the engine computes at once, at most")
     slice_steps: Positive = Field(32, description="time steps that the engine computes at once, at most")
     inline_seconds: Annotated[float, Field(ge=0)] = Field(

@@ -30,6 +30,7 @@ from rnnserve_server.errors import (
 )
 from rnnserve_server.intake import Frame
 from rnnserve_server.layout import check_call, check_states, faults, signature, to_call
+from rnnserve_server.replay import Limits
 from rnnserve_server.repository import Repository
 from rnnserve_server.scheduler import Scheduler
 from rnnserve_server.sessions import Session, SessionTable
@@ -76,6 +77,7 @@ class Core:
         *,
         initial_states: Arrays | None = None,
         idle_lifetime: float | None = None,
+        replay: Limits | None = None,
         session_id: str = "",
     ) -> Session:
         """Makes a session; see SessionConfig for the rules.
@@ -104,6 +106,7 @@ class Core:
             resolved,
             initial_states=initial_states or None,
             idle_lifetime=min(lifetime, self.settings.max_idle_lifetime),
+            replay=replay or Limits(self.settings.replay_chunks, self.settings.replay_bytes),
             session_id=session_id,
         )
 
@@ -237,6 +240,7 @@ class Core:
             The number of sessions ended.
         """
         expired = len(self.sessions.expire())
+        self.sessions.trim_replays(self.settings.max_replay_bytes)
         for key, worker in list(self._workers.items()):
             if worker.idle and worker.model not in self.repository and not self.sessions.uses(worker.model):
                 del self._workers[key]

@@ -180,14 +180,17 @@ class LaneRepeated(ServiceError):
 class StepMismatch(ServiceError):
     """A chunk does not start at the step that its session expects."""
 
-    def __init__(self, session_step: int, first_step: int) -> None:
+    def __init__(self, session_step: int, first_step: int, oldest_step: int | None = None) -> None:
+        """``oldest_step`` is the first step in the replay window, if there is any."""
+        remembered = "" if oldest_step is None else f"; answers are remembered from step {oldest_step} on"
         super().__init__(
-            f"the session expects a chunk at step {session_step}, got one at step {first_step}",
+            f"the session expects a chunk at step {session_step}, got one at step {first_step}{remembered}",
             metadata={
                 "field": "first_step",
                 "expected": session_step,
                 "got": first_step,
                 "expected_step": session_step,
+                **({} if oldest_step is None else {"oldest_step": oldest_step}),
             },
         )
 
@@ -199,9 +202,19 @@ class StepAhead(StepMismatch):
 
 
 class StepBehind(StepMismatch):
-    """The chunk starts before the expected step."""
+    """The chunk starts before the expected step, and what was answered there is not remembered any more."""
 
     reason = "STEP_BEHIND"
+
+
+class StepConflict(StepMismatch):
+    """Another chunk than this one was applied at its step."""
+
+    reason = "STEP_CONFLICT"
+
+    def __init__(self, session_step: int, first_step: int) -> None:
+        super().__init__(session_step, first_step)
+        self.args = (f"another chunk was applied at step {first_step}; the session expects one at {session_step}",)
 
 
 class QueueFull(ServiceError):

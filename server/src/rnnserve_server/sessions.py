@@ -30,6 +30,7 @@ from rnnserve_server.errors import (
     SessionUnknown,
     step_mismatch,
 )
+from rnnserve_server.replay import NO_REPLAY, Limits, Window
 from rnnserve_server.state import Arena
 
 _REMEMBERED_ENDS = 65536
@@ -47,10 +48,13 @@ class Group:
         tail: int64 [capacity], the number of the last block queued for the session, -1 for none.
         live: sessions in it.
         ended: how many of its sessions have ended.
+        answered: int64 [capacity], chunks answered.
+        answered_bytes: int64 [capacity], bytes of the answers.
+        window: what was answered lately.
         fitting: the signatures of inputs that are known to fit.
     """
 
-    def __init__(self, model: LoadedModel, batch_size: int, options: LayerOptions) -> None:
+    def __init__(self, model: LoadedModel, batch_size: int, options: LayerOptions, replay: Limits = NO_REPLAY) -> None:
         self.model = model
         self.batch_size = batch_size
         self.options = options
@@ -61,6 +65,9 @@ class Group:
         self.tail = np.zeros(0, np.int64)
         self.live = 0
         self.ended = 0
+        self.answered = np.zeros(0, np.int64)
+        self.answered_bytes = np.zeros(0, np.int64)
+        self.window = Window(self, replay)
         self.fitting: set[Hashable] = set()
 
     def acquire(self, now: float) -> int:
@@ -72,6 +79,8 @@ class Group:
             self.generation = np.pad(self.generation, missing)
             self.last_used = np.pad(self.last_used, missing)
             self.tail = np.pad(self.tail, missing, constant_values=-1)
+            self.answered = np.pad(self.answered, missing)
+            self.answered_bytes = np.pad(self.answered_bytes, missing)
         self.step[slot] = 0
         self.last_used[slot] = now
         self.live += 1  # tail stays: chunks of the slot's last session may still have to be told that it ended
@@ -148,6 +157,7 @@ class SessionTable:
         *,
         initial_states: Mapping[str, Array] | None,
         idle_lifetime: float,
+        replay: Limits = NO_REPLAY,
         session_id: str = "",
     ) -> Session:
         """Makes a session at step 0.
@@ -158,6 +168,7 @@ class SessionTable:
             options: its options.
             initial_states: every state, [batch_size, *shape], already checked; None for the model's default.
             idle_lifetime: seconds.
+            replay: how much its replay window holds.
             session_id: the id to give it; empty for a new one.
 
         Raises:
@@ -172,8 +183,8 @@ class SessionTable:
                 "delete some, or try again when others expire",
                 retry_after=self._until_next_expiry(),
             )
-        key = _key(model, batch_size, options)
-        group = self._groups.get(key) or Group(model, batch_size, options)
+        key = _key(model, batch_size, options, replay)
+        group = self._groups.get(key) or Group(model, batch_size, options, replay)
         if self.state_bytes + group.arena.session_bytes > self._max_state_bytes:
             raise SessionsFull(
                 f"the server holds {self.state_bytes} bytes of session states and may hold {self._max_state_bytes}; "
@@ -290,6 +301,13 @@ class SessionTable:
         group.step[slots] = sessions.first_steps + np.uint64(timesteps)
         group.last_used[slots] = self._clock()
 
+    def trim_replays(self, most: int) -> None:
+        """Has the replay windows hold so many bytes at most, all together: the largest group's oldest rounds go."""
+        windows = [group.window for group in self._groups.values()]
+        while sum(window.nbytes for window in windows) > most:
+            if not max(windows, key=lambda window: window.nbytes).drop_oldest():
+                return
+
     def _gone(self, session_id: str) -> SessionError:
         return self._ended.get(session_id, SessionUnknown)(session_id)
 
@@ -298,7 +316,7 @@ class SessionTable:
         group = session.group
         group.release(session.slot)
         if not group.live:  # give its memory back; work that is still queued holds on to the group it was sent to
-            del self._groups[_key(group.model, group.batch_size, group.options)]
+            del self._groups[_key(group.model, group.batch_size, group.options, group.window.limits)]
         self.state_bytes -= group.arena.session_bytes
         self._ended[session.id] = why
         if len(self._ended) > _REMEMBERED_ENDS:
@@ -312,9 +330,9 @@ class SessionTable:
         return min(max(soonest, 0.1), 30.0)
 
 
-_Key = tuple[str, str, str, int, LayerOptions]
+_Key = tuple[str, str, str, int, LayerOptions, Limits]
 
 
-def _key(model: LoadedModel, batch_size: int, options: LayerOptions) -> _Key:
+def _key(model: LoadedModel, batch_size: int, options: LayerOptions, replay: Limits) -> _Key:
     """What the sessions of a group have in common."""
-    return model.name, model.version, model.digest, batch_size, options
+    return model.name, model.version, model.digest, batch_size, options, replay

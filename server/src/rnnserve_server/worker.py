@@ -8,7 +8,7 @@ costs more than a small run, so one that is known to be small is done where it i
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -17,9 +17,18 @@ import structlog
 from rnnserve_models.engine.base import Array, Arrays, Engine, EngineError
 from rnnserve_models.load import LoadedModel
 from rnnserve_server.blocks import Barrier, Block, Failure
-from rnnserve_server.errors import Cancelled, DeadlinePassed, EngineFailed, InternalError, ServiceError
+from rnnserve_server.errors import (
+    Cancelled,
+    DeadlinePassed,
+    EngineFailed,
+    InternalError,
+    ServiceError,
+    StepBehind,
+    StepConflict,
+)
 from rnnserve_server.intake import Frame, Intake, joined
 from rnnserve_server.layout import Signature, faults, same_lengths, to_wire
+from rnnserve_server.replay import digest
 from rnnserve_server.scheduler import Scheduler, Tick
 from rnnserve_server.sessions import SessionTable
 
@@ -236,7 +245,13 @@ class Worker:
             )
             for name, y in ys.items()
         }
-        for sink, answers in block.shares(*to_wire(outputs, states, options, len(block.tags))):
+        outputs, states = to_wire(outputs, states, options, len(block.tags))
+        if (sessions := block.sessions) is not None:
+            assert sessions.first_steps is not None
+            sessions.group.window.remember(
+                sessions.slots, sessions.generations, sessions.first_steps, block.call, outputs, states
+            )
+        for sink, answers in block.shares(outputs, states):
             try:
                 sink.result(answers)
             except Exception:  # a bug, or an answer that cannot be encoded; the other sinks have nothing to do with it
@@ -251,11 +266,38 @@ class Worker:
         )
         if kept is None:
             return block
-        block.fail(errors)
+        block.fail(self._not_replayed(block, errors))
         if not len(kept):
             self._scheduler.finish(block)
             return None
         return self._checked(self._scheduler.narrow(block, kept))
+
+    def _not_replayed(self, block: Block, errors: list[tuple[int, ServiceError]]) -> Iterator[tuple[int, ServiceError]]:
+        """Answers the chunks that were applied before as they were answered then, and leaves the other errors."""
+        sessions, chunks = block.sessions, len(block.tags)
+        assert sessions is not None
+        assert sessions.first_steps is not None or all(not isinstance(error, StepBehind) for _, error in errors)
+        behind = np.array([position for position, error in errors if isinstance(error, StepBehind)], np.int64)
+        window, found = sessions.group.window, {}
+        if len(behind) and window.limits.replies:
+            assert sessions.first_steps is not None
+            found = window.find(sessions.slots[behind], sessions.generations[behind], sessions.first_steps[behind])
+        answered = dict(zip(behind[list(found)].tolist(), found.values(), strict=True))
+        for position, error in errors:
+            if isinstance(error, StepBehind):
+                here, first_step = int(error.metadata["expected_step"]), int(error.metadata["got"])
+                if position not in answered:
+                    remembered = window.of(int(sessions.slots[position]))
+                    oldest = int(remembered[0][0].first_steps[remembered[0][1]]) if remembered else None
+                    error = StepBehind(here, first_step, oldest)
+                else:
+                    then, at = answered[position]
+                    if digest(then.call, at, len(then.slots)) == digest(block.call, position, chunks):
+                        tags = block.tags[position : position + 1]
+                        block.sink_of(position).result(then.answers(at, tags))
+                        continue
+                    error = StepConflict(here, first_step)
+            yield position, error
 
     def _drop(self, block: Block, error: ServiceError) -> None:
         try:

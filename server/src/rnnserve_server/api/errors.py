@@ -40,6 +40,7 @@ _STATUS: dict[type[ServiceError], grpc.StatusCode] = {
     errors.LaneOpen: grpc.StatusCode.ALREADY_EXISTS,
     errors.LaneRepeated: grpc.StatusCode.INVALID_ARGUMENT,
     errors.StepMismatch: grpc.StatusCode.OUT_OF_RANGE,
+    errors.StepConflict: grpc.StatusCode.ABORTED,
     errors.QueueFull: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.TooLarge: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.DeadlinePassed: grpc.StatusCode.DEADLINE_EXCEEDED,

@@ -1,0 +1,225 @@
+"""The replay window: what sessions were answered lately, so that a chunk that is asked again is answered again.
+
+A tick answers many sessions with a few arrays, and the window keeps those arrays as they are: a `Round` is a column of
+chunks of one tick. A session's window is its last rounds, as many as its group allows, and its last one in any case.
+Looking one up is a search, because it is rare; remembering one is an append, because every tick does it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from rnnserve_models.engine.base import Array, Arrays
+from rnnserve_models.masking import Compacted
+from rnnserve_server.blocks import Answers
+
+if TYPE_CHECKING:
+    from rnnserve_server.sessions import Group
+
+_SPREAD = 4  # a round is thinned out when so many times a window of them came after it
+_SLACK = 1 << 20  # bytes of thinned rounds that are not worth a second look
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How much a session's window holds.
+
+    Attributes:
+        replies: chunks at most; 0: none is remembered at all.
+        bytes: bytes of answers at most, but for the last one.
+    """
+
+    replies: int
+    bytes: int
+
+
+NO_REPLAY = Limits(0, 0)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Round:
+    """A chunk of each of N sessions, and what was answered.
+
+    Attributes:
+        slots: int64 [N], the sessions' slots.
+        generations: int64 [N], the slots' generations.
+        first_steps: uint64 [N], where the chunks began.
+        number: int64 [N], how many chunks each session had been answered before.
+        before: int64 [N], how many bytes each session had been answered before.
+        call: the inputs, in rows of N * batch.
+        outputs: as `Answers` has them.
+        states: as `Answers` has them.
+    """
+
+    slots: Array
+    generations: Array
+    first_steps: Array
+    number: Array
+    before: Array
+    call: Compacted
+    outputs: Arrays
+    states: Arrays
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of inputs and answers that it holds."""
+        arrays = (*self.call.inputs.values(), *self.outputs.values(), *self.states.values())
+        return sum([array.nbytes for array in arrays])
+
+    def answers(self, index: int, tags: Array) -> Answers:
+        """What one session was answered, for a sink that knows the chunk by another tag."""
+        one = slice(index, index + 1)
+        return Answers(
+            tags,
+            self.first_steps[one],
+            self.call.timesteps,
+            {name: y[one] for name, y in self.outputs.items()},
+            {name: state[one] for name, state in self.states.items()},
+        )
+
+    def take(self, index: Array) -> Round:
+        """A copy of some of the N."""
+        return Round(
+            self.slots[index],
+            self.generations[index],
+            self.first_steps[index],
+            self.number[index],
+            self.before[index],
+            self.call.take(index, len(self.slots)),
+            {name: y[index] for name, y in self.outputs.items()},
+            {name: state[index] for name, state in self.states.items()},
+        )
+
+
+class Window:
+    """The replay windows of a group's sessions.
+
+    Args:
+        group: the group, whose columns ``answered`` (chunks) and ``answered_bytes`` say how far each session is.
+        limits: of each session.
+    """
+
+    def __init__(self, group: Group, limits: Limits) -> None:
+        self.limits = limits
+        self.nbytes = 0
+        self._group = group
+        self._recent: deque[Round] = deque()
+        self._thinned: deque[Round] = deque()
+        self._thinned_bytes = 0
+        self._look_again = _SLACK
+
+    def remember(
+        self,
+        slots: Array,
+        generations: Array,
+        first_steps: Array,
+        call: Compacted,
+        outputs: Arrays,
+        states: Arrays,
+    ) -> None:
+        """Keeps what N sessions are about to be answered. Arguments as `Round` has them."""
+        if not self.limits.replies:
+            return
+        group = self._group
+        number, before = group.answered[slots], group.answered_bytes[slots]
+        round_ = Round(slots, generations, first_steps, number, before, call, outputs, states)
+        group.answered[slots] = number + 1
+        group.answered_bytes[slots] = before + sum([y.nbytes for y in (*outputs.values(), *states.values())]) // len(
+            slots
+        )
+        self._recent.append(round_)
+        self.nbytes += round_.nbytes
+        self._forget()
+
+    def find(self, slots: Array, generations: Array, first_steps: Array) -> dict[int, tuple[Round, int]]:
+        """Looks chunks up.
+
+        Args:
+            slots: int64 [N].
+            generations: int64 [N].
+            first_steps: uint64 [N].
+
+        Returns:
+            By position among the N, where the chunk that began at that step is: a round, and the position in it.
+        """
+        keys = zip(slots.tolist(), generations.tolist(), first_steps.tolist(), strict=True)
+        wanted = {key: position for position, key in enumerate(keys)}
+        found: dict[int, tuple[Round, int]] = {}
+        for round_ in self._rounds():
+            for index in np.flatnonzero(np.isin(round_.slots, slots) & self._live(round_)).tolist():
+                key = int(round_.slots[index]), int(round_.generations[index]), int(round_.first_steps[index])
+                if key in wanted:
+                    found.setdefault(wanted[key], (round_, index))
+        return found
+
+    def of(self, slot: int) -> list[tuple[Round, int]]:
+        """The window of the session that has a slot: rounds, oldest first, and its position in each."""
+        generation = self._group.generation[slot]
+        places = []
+        for round_ in self._rounds():
+            here = (round_.slots == slot) & (round_.generations == generation) & self._live(round_)
+            places += [(round_, index) for index in np.flatnonzero(here).tolist()]
+        return sorted(places, key=lambda place: int(place[0].number[place[1]]))
+
+    def drop_oldest(self) -> bool:
+        """Forgets the oldest round, whoever might still ask for it, to make room: whether there was one."""
+        rounds = self._thinned or self._recent
+        if not rounds:
+            return False
+        oldest = rounds.popleft()
+        self.nbytes -= oldest.nbytes
+        if rounds is self._thinned:
+            self._thinned_bytes -= oldest.nbytes
+        return True
+
+    def _rounds(self) -> Iterator[Round]:
+        yield from reversed(self._recent)
+        yield from reversed(self._thinned)
+
+    def _live(self, round_: Round) -> Array:
+        """bool [N]: which chunks of a round are in their session's window."""
+        group, slots = self._group, round_.slots
+        later = group.answered[slots] - round_.number  # [N], 1 for the last
+        within = (later <= self.limits.replies) & (group.answered_bytes[slots] - round_.before <= self.limits.bytes)
+        live: Array = (within | (later == 1)) & (group.generation[slots] == round_.generations)
+        return live
+
+    def _forget(self) -> None:
+        """Lets go of rounds that are in no window, and of what is in none in rounds that few windows hold on to."""
+        while len(self._recent) > self.limits.replies:  # before that, the oldest is in everybody's window
+            live = self._live(self._recent[0])
+            if live.any() and len(self._recent) <= _SPREAD * self.limits.replies:
+                break
+            self._thin(self._recent.popleft(), live)
+        if self._thinned_bytes > self._look_again:
+            rounds, self._thinned, self._thinned_bytes = self._thinned, deque(), 0
+            for round_ in rounds:
+                self._thin(round_, self._live(round_))
+            self._look_again = 2 * self._thinned_bytes + _SLACK
+
+    def _thin(self, round_: Round, live: Array) -> None:
+        self.nbytes -= round_.nbytes
+        if not live.any():
+            return
+        thinned = round_.take(np.flatnonzero(live))
+        self.nbytes += thinned.nbytes
+        self._thinned_bytes += thinned.nbytes
+        self._thinned.append(thinned)
+
+
+def digest(call: Compacted, position: int, chunks: int) -> bytes:
+    """What tells one of N chunks from another for the same step: 16 bytes over its inputs and its mask (BLAKE2b)."""
+    rows = slice(position * len(call.lengths) // chunks, (position + 1) * len(call.lengths) // chunks)
+    hashed = hashlib.blake2b(repr((call.timesteps, call.lengths[rows].tolist())).encode(), digest_size=16)
+    if call.mask is not None:
+        hashed.update(call.mask[:, rows].tobytes())
+    for name in sorted(call.inputs):
+        hashed.update(f"{name}:".encode())
+        hashed.update(call.inputs[name][:, rows].tobytes())
+    return hashed.digest()
