@@ -72,7 +72,8 @@ class Expiry:
                 del self._buckets[heapq.heappop(self._order)]
             most -= len(entries)
             self._held -= len(entries)
-            slots = np.unique(entries[self._second.array[entries] == second])
+            slots = np.sort(entries[self._second.array[entries] == second])
+            slots = slots[np.diff(slots, prepend=-1) > 0]  # it may have had an earlier entry in between
             self._second.array[slots] = _NEVER
             taken.append(slots)
         return np.concatenate(taken)
