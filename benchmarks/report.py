@@ -78,7 +78,7 @@ def figures(lines: Mapping[Row, Line], row: Row) -> dict[str, Any]:
     for name, ratio in measured.items():
         with suppress(KeyError):
             ratios[name] = ratio(lines, row).tolist()
-    if row.server in ("echo", "rnnserve"):  # the processes of Triton's models and client are not seen
+    if row.server != "triton":  # the processes of its models and its client are not seen
         ratios |= {"server_cpu_seconds": line.server_cpu.tolist(), "client_cpu_seconds": line.client_cpu.tolist()}
     return {
         "part": row.part,
@@ -113,7 +113,8 @@ def markdown(rows: Iterable[dict[str, Any]]) -> str:
             lines.append(f"| **{part}** | | | | | |")
         p50, p99 = (np.median(row[name]) * 1e3 for name in ("p50_seconds", "p99_seconds"))
         steps = row["lanes"] * row["steps"]
-        cpu = [f"{np.median(row[of]) * steps * 1e6:,.0f} µs" for of in _CPU if of in row]
+        of_both = _CPU if row["part"] != "engine" else _CPU[:1]  # the engine is its own client
+        cpu = [f"{np.median(row[of]) * steps * 1e6:,.0f} µs" for of in of_both if of in row]
         cells = (
             row["name"],
             _spread(row["steps_per_second"]),

@@ -7,7 +7,8 @@ import gc
 import itertools
 import queue
 import random
-from collections import defaultdict
+from collections import Counter, defaultdict
+from contextlib import suppress
 from typing import Any
 
 import grpc
@@ -17,7 +18,7 @@ from google.protobuf.duration_pb2 import Duration
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
-from house import FEATURES, AddingEngine, loaded, random_cuts
+from house import FEATURES, AddingEngine, Clock, loaded, random_cuts
 from rnnserve.codec import decode, encode, encode_named
 from rnnserve.v1 import (
     inference_pb2,
@@ -32,9 +33,11 @@ from rnnserve.v1.options_pb2 import LayerOptions
 from rnnserve_models.errors import ModelError
 from rnnserve_models.load import load_model
 from rnnserve_models.spec import OPTION_NAMES
+from rnnserve_server.api import stream as stream_module
 from rnnserve_server.api.stream import LaneStream
 from rnnserve_server.config import Settings
 from rnnserve_server.core import Core
+from rnnserve_server.errors import Draining
 from rnnserve_server.repository import Repository
 from rnnserve_server.sessions import Group
 from serving import ZOO, running_server
@@ -889,12 +892,12 @@ LANES: dict[str, tuple[dict[str, Any], int, int, str, str, dict[str, str]]] = {
         "STEP_AHEAD",
         {"expected_step": "1", "got": "9"},
     ),
-    "behind": (
-        {"frames": [frame([1], first_steps=[0])]},
+    "another chunk": (
+        {"frames": [frame([1], ones(1, 1, 1, value=2), first_steps=[0])]},
         1,
         STEP,
-        "OUT_OF_RANGE",
-        "STEP_BEHIND",
+        "ABORTED",
+        "STEP_CONFLICT",
         {"expected_step": "1", "got": "0"},
     ),
     "wrong count": (
@@ -1014,9 +1017,9 @@ def test_one_session_on_several_lanes(served):
         assert one.results[2][0][0] == 0
         assert one.results[1][0][0] == 1
         assert one.results[1][0][1].tolist() == [[2, 2]]
-        one.send(frames=[frame([1, 2], first_steps=[2, 2])])
+        one.send(frames=[frame([1, 2], np.stack([ones(1, 1), ones(1, 1, value=7)]), first_steps=[2, 2])])
         one.read(2)
-        assert details(one.error().status)[0].reason == "STEP_BEHIND"
+        assert details(one.error().status)[0].reason == "STEP_CONFLICT"
         two.send(opens=[opening(9, session_id)], frames=[frame([9], first_steps=[3])])
         two.read(2)
         assert two.results[9][0][1].tolist() == [[4, 4]]
@@ -1035,6 +1038,83 @@ def test_a_lane_is_free_after_its_close(served):
         assert stream.errors == []
         assert stream.opened[2].step == 1
         assert stream.results[2][0][1].tolist() == [[2, 2]]
+
+
+def test_opens_in_bulk(served):
+    """Of hundreds of opens in one message each is answered as it would be alone, in their order, and before the
+    message's frames are taken.
+    """
+    named = f"bulk-{random.randrange(1 << 60)}"
+    wishes = [opening(lane) for lane in range(200)]
+    wishes[20] = opening(20, model="strict", batch_size=2)
+    wishes[30] = opening(30, model="nope")
+    wishes[40] = opening(7)
+    wishes[50] = opening(300)
+    wishes[60] = inference_pb2.LaneOpen(lane=60)
+    wishes[70] = opening(70, session_id=named)
+    wishes[71] = inference_pb2.LaneOpen(lane=71, create=session_pb2.SessionConfig(model="adder", session_id=named))
+    wishes[72] = opening(72, session_id=named)
+    wishes[80] = opening(80, initial_states=named_states(9))
+    wrong = {30: "MODEL_UNKNOWN", 7: "LANE_OPEN", 300: "TOO_LARGE", 60: "INVALID_REQUEST", 70: "SESSION_UNKNOWN"}
+    lanes = [0, 80, 72, 71, 199]
+    with Stream(served) as stream:
+        stream.send(opens=wishes, frames=[frame([lane]) for lane in lanes])
+        stream.read(200 + len(lanes))
+        assert {error.lane: details(error.status)[0].reason for error in stream.errors} == wrong
+        assert {error.operation for error in stream.errors} == {OPEN}
+        assert list(stream.opened) == [lane for lane in range(200) if lane not in (30, 40, 50, 60, 70)]
+        assert len({session.session_id for session in stream.opened.values()}) == 200 - len(wrong) - 1
+        assert stream.opened[71].session_id == stream.opened[72].session_id == named
+        assert (stream.opened[20].model, stream.opened[20].batch_size) == ("strict", 2)
+        for lane in (0, 80, 199):
+            opened = stream.opened[lane]
+            assert (opened.step, opened.options.stateful, opened.idle_lifetime.seconds) == (0, True, 3600)
+            assert served.get(opened.session_id).create_time == opened.create_time
+        firsts = [stream.results[lane][0][1][0, 0] for lane in lanes]
+        assert firsts == [1, 10, 1, 2, 1] or firsts == [1, 10, 2, 1, 1]
+
+
+def named_states(fill: float) -> list[Any]:
+    return encode_named({"sum": np.full((1, FEATURES), fill, np.float32)})
+
+
+def test_a_bulk_of_opens_that_does_not_fit():
+    """Where a server is full in the middle of a message, the sessions before are open and the others are told so."""
+    with running_server(repository(), max_sessions=100) as server, grpc.insecure_channel(server.address) as channel:
+        small = Served(server, channel)
+        with Stream(small) as stream:
+            stream.send(opens=[opening(lane) for lane in range(150)], frames=[frame([99])])
+            stream.read(151)
+            assert list(stream.opened) == list(range(100))
+            assert [error.lane for error in stream.errors] == list(range(100, 150))
+            assert {details(error.status)[0].reason for error in stream.errors} == {"SESSIONS_FULL"}
+            assert len(stream.results[99]) == 1
+
+
+def test_closes_in_bulk(served, held):
+    """Of hundreds of closes in one message each waits for its own lane's chunks and no other's; closing twice, what is
+    not open and what has ended are told; sessions that were not to be deleted live on.
+    """
+    with Stream(served) as stream:
+        stream.send(opens=[opening(lane, version="1") for lane in range(200)])
+        stream.read(200)
+        stream.send(opens=[opening(200, stream.opened[9].session_id)], frames=[frame([5, 150])])
+        stream.read(1)
+        assert held.running.wait(30)
+        served.sessions.DeleteSession(session_pb2.DeleteSessionRequest(session_id=stream.opened[180].session_id))
+        closes = [inference_pb2.LaneClose(lane=lane, delete_session=lane != 3) for lane in (*range(200), 8, 250, 200)]
+        stream.send(closes=closes)
+        stream.read(201)
+        assert sorted(stream.closed) == [lane for lane in range(200) if lane not in (5, 150, 180)]
+        reasons = {error.lane: details(error.status)[0].reason for error in stream.errors}
+        assert reasons == {8: "LANE_UNKNOWN", 250: "LANE_UNKNOWN", 180: "SESSION_CLOSED", 200: "SESSION_CLOSED"}
+        held.gate.set()
+        stream.read(4)
+        assert stream.timeline[-4:-2] == [("result", 5), ("result", 150)]
+        assert sorted(stream.closed[-2:]) == [5, 150]
+        assert served.get(stream.opened[3].session_id).step == 0
+        for lane in (0, 5, 150, 199):
+            assert_fails(lambda lane=lane: served.get(stream.opened[lane].session_id), "NOT_FOUND", "SESSION_CLOSED")
 
 
 def test_sessions_outlive_their_stream(served):
@@ -1190,6 +1270,76 @@ async def test_a_client_that_does_not_read_is_not_read(name):
     )
     assert answers == 4 + 4 * messages
     assert (stream._unanswered, stream._unsent) == (0, 0)
+    await core.close()
+
+
+async def test_a_bulk_leaves_the_event_loop_to_others(monkeypatch):
+    """A message of thousands of opens, and one of as many closes, is worked at a little in each turn of the loop."""
+    core = Core(Settings(), repository())
+    turns, worked = 0, []
+    for name in ("_open", "_close"):
+        whole = getattr(LaneStream, name)
+        monkeypatch.setattr(
+            LaneStream, name, lambda self, part, whole=whole: (worked.append((turns, len(part))), whole(self, part))[1]
+        )
+    context = Context(
+        [
+            inference_pb2.StreamRequest(opens=[opening(lane) for lane in range(2000)]),
+            inference_pb2.StreamRequest(
+                closes=[inference_pb2.LaneClose(lane=lane, delete_session=True) for lane in range(2000)]
+            ),
+        ]
+    )
+    context.reading.set()
+    running = asyncio.create_task(LaneStream(core, context).run())
+    while not running.done():
+        turns += 1
+        await asyncio.sleep(0)
+    await running
+    assert sum(count for _, count in worked) == 4000
+    each = Counter()
+    for turn, count in worked:
+        each[turn] += count
+    assert max(each.values()) <= 2 * 64  # the end of one message and the beginning of the next
+    assert len(core.sessions) == 0
+    await core.close()
+
+
+async def test_a_message_that_was_begun_is_finished(monkeypatch):
+    """A server that drains while it takes a long message answers all of it before it ends the stream."""
+    monkeypatch.setattr(stream_module, "_QUIET_SECONDS", 0.0)
+    core = Core(Settings(), repository())
+    opens = [opening(lane) for lane in range(2000)]
+    context = Context([inference_pb2.StreamRequest(opens=opens, frames=[frame([0])])])
+    context.reading.set()
+    running = asyncio.create_task(LaneStream(core, context).run())
+    for _ in range(10):
+        await asyncio.sleep(0)
+    core.draining.set()
+    with suppress(Draining):  # or the client had ended
+        await asyncio.wait_for(running, 30)
+    opened = sum(len(response.opened) for response in context.written)
+    refused = [error for response in context.written for error in response.errors]
+    assert 0 < opened < 2000
+    assert opened + len(refused) == 2000
+    assert {details(error.status)[0].reason for error in refused} == {"DRAINING"}
+    assert sum(len(response.frames) for response in context.written) == 1
+    await core.close()
+
+
+async def test_a_sweep_ends_sessions_a_few_at_a_time():
+    """A mass expiry is spread over many turns of the event loop, and all of it is done by one sweep."""
+    clock = Clock()
+    core = Core(Settings(), repository(), clock=clock)
+    core.create_sessions("adder", "", 1, {}, 20_000, idle_lifetime=10.0)
+    clock.now += 11
+    sweeping, left = asyncio.create_task(core.sweep()), [len(core.sessions)]
+    while not sweeping.done():
+        await asyncio.sleep(0)
+        left.append(len(core.sessions))
+    assert sweeping.result() == 20_000
+    assert left[-1] == 0
+    assert max(before - after for before, after in itertools.pairwise(left)) <= 1024
     await core.close()
 
 

@@ -40,14 +40,14 @@ def test_a_session_begins_at_step_0_and_lives_until_deleted():
     session, other = opened(sessions, MODEL), opened(sessions, MODEL)
     assert session.id != other.id
     assert re.fullmatch(r"[A-Za-z0-9._:-]{1,128}", session.id)
-    assert sessions.get(session.id) is session
+    assert sessions.get(session.id) == session
     assert (session.step, session.busy, session.create_time) == (0, False, 1.7e9)
     sessions.delete(session.id)
     for gone in (sessions.get, sessions.delete):
         with pytest.raises(SessionClosed, match="was deleted") as caught:
             gone(session.id)
         assert caught.value.metadata == {"session_id": session.id}
-    assert sessions.get(other.id) is other
+    assert sessions.get(other.id) == other
 
 
 def test_unknown_closed_and_expired_are_told_apart():
@@ -58,7 +58,7 @@ def test_unknown_closed_and_expired_are_told_apart():
     opened(sessions, MODEL, session_id="bye")
     sessions.delete("bye")
     clock.now += 6
-    assert [session.id for session in sessions.expire()] == ["old"]
+    assert sessions.expire() == ["old"]
     for session_id, error in (("old", SessionExpired), ("bye", SessionClosed), ("never", SessionUnknown)):
         with pytest.raises(error):
             sessions.get(session_id)
@@ -86,8 +86,8 @@ def test_an_id_is_free_again_after_the_end():
     assert len(sessions) == 1
     sessions.delete("mine")
     second = opened(sessions, MODEL, session_id="mine")
-    assert sessions.get("mine") is second
-    assert second is not first
+    assert sessions.get("mine") == second
+    assert second != first
     sessions.delete("mine")
     with pytest.raises(SessionClosed):
         sessions.get("mine")
@@ -173,7 +173,7 @@ def test_commit_moves_sessions_on():
     assert [session.step for session in two] == [0, 3]
     np.testing.assert_array_equal(sums(two[1]), [[4, 4]])
     clock.now += 4
-    assert sessions.expire() == [two[0]]
+    assert sessions.expire() == [two[0].id]
 
 
 def test_use_postpones_expiry():
@@ -188,9 +188,9 @@ def test_use_postpones_expiry():
     clock.now += 9.5
     assert sessions.expire() == []
     clock.now += 1
-    assert sessions.expire() == [short]
+    assert sessions.expire() == [short.id]
     clock.now += 45
-    assert sessions.expire() == [long]
+    assert sessions.expire() == [long.id]
     assert len(sessions) == 0
 
 
@@ -204,22 +204,40 @@ def test_a_busy_session_does_not_expire():
     assert sessions.expire() == []
     session.group.tail[session.slot] = -1
     clock.now += 11
-    assert sessions.expire() == [session]
+    assert sessions.expire() == [session.id]
 
 
 def test_expiry_looks_at_due_sessions_only(monkeypatch):
     """A pass over 500 sessions of which 3 are due looks at those 3; a second pass at none."""
     clock = Clock()
     sessions = table(clock)
-    for index in range(500):
-        opened(sessions, MODEL, idle_lifetime=10 if index < 3 else 1000 + index)
+    made = [opened(sessions, MODEL, idle_lifetime=10 if index < 3 else 1000 + index) for index in range(500)]
     looked = []
-    monkeypatch.setattr(module.Session, "busy", property(lambda self: looked.append(self.id)))
+    used = made[0].group.arena.used
+    monkeypatch.setattr(made[0].group.arena, "used", lambda slots: looked.extend(slots.tolist()) or used(slots))
     clock.now += 20
-    assert len(sessions.expire()) == 3
-    assert len(looked) == 3
+    assert sessions.overdue()
+    assert sorted(sessions.expire()) == sorted(session.id for session in made[:3])
+    assert sorted(looked) == [0, 1, 2]
+    assert not sessions.overdue()
     assert sessions.expire() == []
     assert len(looked) == 3
+
+
+def test_a_mass_expiry_is_done_in_pieces():
+    """However many are due at once, a call of `expire` ends as many as it was asked to, and more are overdue."""
+    clock = Clock()
+    sessions = table(clock)
+    for batch_size in (1, 2):
+        for _ in range(50):
+            opened(sessions, MODEL, batch_size=batch_size, idle_lifetime=10)
+    clock.now += 11
+    ends = []
+    while sessions.overdue():
+        ends.append(sessions.expire(30))
+    assert [len(ended) for ended in ends] == [30, 30, 30, 10]
+    assert len({session_id for ended in ends for session_id in ended}) == 100
+    assert len(sessions) == 0
 
 
 def test_an_old_entry_does_not_end_a_new_session_of_the_same_id():
@@ -238,11 +256,88 @@ def test_sessions_that_come_and_go_leave_nothing(monkeypatch):
     monkeypatch.setattr(module, "_REMEMBERED_ENDS", 10)
     sessions = table()
     lasting = opened(sessions, MODEL)
-    for _ in range(5000):
-        sessions.delete(opened(sessions, MODEL).id)
-    assert len(sessions._due) < 2000
-    assert lasting.number in {number for _, number, _ in sessions._due}
+    for number in range(5000):
+        sessions.delete(opened(sessions, MODEL, idle_lifetime=10_000 - number).id)
+    assert lasting.group.expiry._held < 20
+    assert sum(map(len, sessions._known)) == 11
     assert lasting.group.arena.capacity == 8
+
+
+def test_an_end_that_is_forgotten_takes_no_later_one_along(monkeypatch):
+    """Of an id that was used again, the last end is remembered, or its life, whatever became of the earlier ones."""
+    monkeypatch.setattr(module, "_REMEMBERED_ENDS", 2)
+    sessions = table()
+    for session_id in ("twice", "other", "twice"):
+        opened(sessions, MODEL, session_id=session_id)
+        sessions.delete(session_id)
+    with pytest.raises(SessionClosed):
+        sessions.get("twice")
+    live = opened(sessions, MODEL, session_id="other")
+    for _ in range(2):
+        sessions.delete(opened(sessions, MODEL).id)
+    assert sessions.get("other") == live
+    with pytest.raises(SessionUnknown):
+        sessions.get("twice")
+
+
+def many(sessions, count, **arguments):
+    wish = {"initial_states": None, "idle_lifetime": 60.0, **arguments}
+    return sessions.create_many(MODEL, 1, LayerOptions(stateful=True), count, **wish)
+
+
+def test_sessions_made_together_are_like_those_made_alone():
+    """Each of many has an id of its own, step 0, the states that were given, and a place behind those before it."""
+    sessions = table()
+    first = opened(sessions, MODEL)
+    group, slots, full = many(sessions, 20, initial_states={"sum": np.full((1, 2), 3, np.float32)}, idle_lifetime=9.0)
+    assert full is None
+    assert group is first.group
+    made = [sessions.at(group, slot) for slot in slots.tolist()]
+    assert len({session.id for session in made} | {first.id}) == len(sessions) == 21
+    assert [sessions.get(session.id) for session in made] == made
+    assert list(sessions.after(0)) == [first, *made]
+    assert {(session.step, session.busy, session.create_time, session.idle_lifetime) for session in made} == {
+        (0, False, 1.7e9, 9.0)
+    }
+    assert (group.arena.gather(slots)["sum"] == 3).all()
+    assert not sums(first).any()
+    sessions.delete_many(group, slots[:5])
+    assert list(sessions.after(0)) == [first, *made[5:]]
+    with pytest.raises(SessionClosed):
+        sessions.get(made[0].id)
+
+
+@pytest.mark.parametrize("limits", [{"max_sessions": 7}, {"max_state_bytes": 7 * 8 + 7}])
+def test_of_many_as_many_are_made_as_there_is_room_for(limits):
+    """The first of many are made, and the others are told what one that comes later is told."""
+    sessions = table(**limits)
+    opened(sessions, MODEL)
+    group, slots, full = many(sessions, 10)
+    assert (len(slots), len(sessions), group.live) == (6, 7, 7)
+    with pytest.raises(SessionsFull) as caught:
+        opened(sessions, MODEL)
+    assert str(full) == str(caught.value)
+    _, none, full = many(sessions, 3)
+    assert len(none) == 0
+    assert str(full) == str(caught.value)
+
+
+def test_columns_grow_with_the_sessions():
+    """At any number of sessions each has a row of every column, a tail of none, and keeps what it had."""
+    sessions = table(max_sessions=50_000)
+    group, slots, _ = many(sessions, 5)
+    group.step[slots] = 7
+    group.tail[slots] = 3
+    group.generation[slots] += 1
+    kept = group.step
+    for _ in range(40):
+        many(sessions, 1000)
+    assert group.step[slots].tolist() == [7] * 5
+    assert group.tail[slots].tolist() == [3] * 5
+    assert group.generation[slots].tolist() == [1] * 5
+    assert not group.step[5:].any()
+    assert (group.tail[5:] == -1).all()
+    assert kept[:5].tolist() == [7] * 5
 
 
 def test_at_most_max_sessions():
@@ -362,7 +457,7 @@ class Life(RuleBasedStateMachine):
     def wait(self, seconds):
         self.clock.now += seconds
         due = {key for key, (_, _, used, lifetime) in self.live.items() if used + lifetime <= self.clock.now}
-        assert {session.id for session in self.sessions.expire()} == due
+        assert set(self.sessions.expire()) == due
         for session_id in due:
             del self.live[session_id]
             self.ended[session_id] = SessionExpired

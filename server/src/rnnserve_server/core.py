@@ -25,6 +25,7 @@ from rnnserve_server.errors import (
     QueueFull,
     ServiceError,
     SessionClosed,
+    SessionsFull,
     TooLarge,
     step_mismatch,
 )
@@ -33,7 +34,7 @@ from rnnserve_server.layout import check_call, check_states, faults, signature, 
 from rnnserve_server.replay import Limits
 from rnnserve_server.repository import Repository
 from rnnserve_server.scheduler import Scheduler
-from rnnserve_server.sessions import Session, SessionTable
+from rnnserve_server.sessions import Group, Session, SessionTable
 from rnnserve_server.worker import Worker
 
 _SESSION_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
@@ -68,22 +69,24 @@ class Core:
 
     # Sessions
 
-    def create_session(
+    def create_sessions(
         self,
         model: str,
         version: str,
         batch_size: int,
         options: Mapping[str, bool],
+        count: int = 1,
         *,
         initial_states: Arrays | None = None,
         idle_lifetime: float | None = None,
         replay: Limits | None = None,
         session_id: str = "",
-    ) -> Session:
-        """Makes a session; see SessionConfig for the rules.
+    ) -> tuple[Group, Array, SessionsFull | None]:
+        """Makes sessions that are alike; see SessionConfig for the rules, and `SessionTable.create_many` for what is
+        returned. Only a single one can be given an id.
 
         Raises:
-            ServiceError: as CreateSession says.
+            ServiceError: as CreateSession says. None was made.
         """
         if self.draining.is_set():
             raise Draining("the server is shutting down; open the session elsewhere", retry_after=1.0)
@@ -100,10 +103,11 @@ class Core:
         if initial_states:
             check_states(loaded.engine.states, initial_states, batch_size, "initial_states")
         lifetime = self.settings.idle_lifetime if idle_lifetime is None else idle_lifetime
-        return self.sessions.create(
+        return self.sessions.create_many(
             loaded,
             batch_size,
             resolved,
+            count,
             initial_states=initial_states or None,
             idle_lifetime=min(lifetime, self.settings.max_idle_lifetime),
             replay=replay or Limits(self.settings.replay_chunks, self.settings.replay_bytes),
@@ -121,7 +125,7 @@ class Core:
             if done.cancelled():
                 return
             try:
-                if self.sessions.get(session_id) is not session:  # ended meanwhile, and the id was used again
+                if self.sessions.get(session_id) != session:  # ended meanwhile, and the id was used again
                     raise SessionClosed(session_id)
                 if step is not None and step != session.step:
                     raise step_mismatch(session.step, step)
@@ -130,13 +134,13 @@ class Core:
             except ServiceError as error:
                 done.set_exception(error)
 
-        self.when_idle(session, reset)
+        self.when_idle(session.group, session.slot, reset)
         await done
         return session
 
-    def when_idle(self, session: Session, action: Callable[[], None]) -> None:
+    def when_idle(self, group: Group, slot: int, action: Callable[[], None]) -> None:
         """Does something once the chunks queued for a session so far are done: now, if there are none."""
-        self.worker(session.group.model).submit(Barrier(session.group, session.slot, action))
+        self.worker(group.model).submit(Barrier(group, slot, action))
 
     # Work
 
@@ -233,13 +237,20 @@ class Core:
             self._room.clear()
             await self._room.wait()
 
-    def sweep(self) -> int:
-        """Ends the sessions whose lifetime has run out, and the workers that nothing needs any more.
+    async def sweep(self) -> int:
+        """Ends the sessions whose lifetime has run out, gives back memory that none needs, and ends the workers that
+        nothing needs any more: a little at a time, so that no step waits for it.
 
         Returns:
             The number of sessions ended.
         """
-        expired = len(self.sessions.expire())
+        for worker in self._workers.values():
+            worker.line_up()  # a session for which a chunk has come is in use
+        expired, more = 0, True
+        while more:
+            expired += len(self.sessions.expire())
+            more = self.sessions.overdue() or self.sessions.trim()
+            await asyncio.sleep(0)
         self.sessions.trim_replays(self.settings.max_replay_bytes)
         for key, worker in list(self._workers.items()):
             if worker.idle and worker.model not in self.repository and not self.sessions.uses(worker.model):

@@ -98,17 +98,16 @@ class Round:
 
 
 class Window:
-    """The replay windows of a group's sessions.
+    """The replay windows of a group's sessions. The group's columns say how much each of them was answered.
 
-    Args:
-        group: the group, whose columns ``answered`` (chunks) and ``answered_bytes`` say how far each session is.
+    Attributes:
         limits: of each session.
+        nbytes: bytes that all of them hold.
     """
 
-    def __init__(self, group: Group, limits: Limits) -> None:
+    def __init__(self, limits: Limits) -> None:
         self.limits = limits
         self.nbytes = 0
-        self._group = group
         self._recent: deque[Round] = deque()
         self._thinned: deque[Round] = deque()
         self._thinned_bytes = 0
@@ -116,6 +115,7 @@ class Window:
 
     def remember(
         self,
+        group: Group,
         slots: Array,
         generations: Array,
         first_steps: Array,
@@ -126,7 +126,6 @@ class Window:
         """Keeps what N sessions are about to be answered. Arguments as `Round` has them."""
         if not self.limits.replies:
             return
-        group = self._group
         number, before = group.answered[slots], group.answered_bytes[slots]
         round_ = Round(slots, generations, first_steps, number, before, call, outputs, states)
         group.answered[slots] = number + 1
@@ -135,12 +134,13 @@ class Window:
         )
         self._recent.append(round_)
         self.nbytes += round_.nbytes
-        self._forget()
+        self._forget(group)
 
-    def find(self, slots: Array, generations: Array, first_steps: Array) -> dict[int, tuple[Round, int]]:
+    def find(self, group: Group, slots: Array, generations: Array, first_steps: Array) -> dict[int, tuple[Round, int]]:
         """Looks chunks up.
 
         Args:
+            group: the sessions' group.
             slots: int64 [N].
             generations: int64 [N].
             first_steps: uint64 [N].
@@ -152,18 +152,18 @@ class Window:
         wanted = {key: position for position, key in enumerate(keys)}
         found: dict[int, tuple[Round, int]] = {}
         for round_ in self._rounds():
-            for index in np.flatnonzero(np.isin(round_.slots, slots) & self._live(round_)).tolist():
+            for index in np.flatnonzero(np.isin(round_.slots, slots) & self._live(group, round_)).tolist():
                 key = int(round_.slots[index]), int(round_.generations[index]), int(round_.first_steps[index])
                 if key in wanted:
                     found.setdefault(wanted[key], (round_, index))
         return found
 
-    def of(self, slot: int) -> list[tuple[Round, int]]:
+    def of(self, group: Group, slot: int) -> list[tuple[Round, int]]:
         """The window of the session that has a slot: rounds, oldest first, and its position in each."""
-        generation = self._group.generation[slot]
+        generation = group.generation[slot]
         places = []
         for round_ in self._rounds():
-            here = (round_.slots == slot) & (round_.generations == generation) & self._live(round_)
+            here = (round_.slots == slot) & (round_.generations == generation) & self._live(group, round_)
             places += [(round_, index) for index in np.flatnonzero(here).tolist()]
         return sorted(places, key=lambda place: int(place[0].number[place[1]]))
 
@@ -182,25 +182,25 @@ class Window:
         yield from reversed(self._recent)
         yield from reversed(self._thinned)
 
-    def _live(self, round_: Round) -> Array:
+    def _live(self, group: Group, round_: Round) -> Array:
         """bool [N]: which chunks of a round are in their session's window."""
-        group, slots = self._group, round_.slots
+        slots = round_.slots
         later = group.answered[slots] - round_.number  # [N], 1 for the last
         within = (later <= self.limits.replies) & (group.answered_bytes[slots] - round_.before <= self.limits.bytes)
         live: Array = (within | (later == 1)) & (group.generation[slots] == round_.generations)
         return live
 
-    def _forget(self) -> None:
+    def _forget(self, group: Group) -> None:
         """Lets go of rounds that are in no window, and of what is in none in rounds that few windows hold on to."""
         while len(self._recent) > self.limits.replies:  # before that, the oldest is in everybody's window
-            live = self._live(self._recent[0])
+            live = self._live(group, self._recent[0])
             if live.any() and len(self._recent) <= _SPREAD * self.limits.replies:
                 break
             self._thin(self._recent.popleft(), live)
         if self._thinned_bytes > self._look_again:
             rounds, self._thinned, self._thinned_bytes = self._thinned, deque(), 0
             for round_ in rounds:
-                self._thin(round_, self._live(round_))
+                self._thin(round_, self._live(group, round_))
             self._look_again = 2 * self._thinned_bytes + _SLACK
 
     def _thin(self, round_: Round, live: Array) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import signal
 from typing import Any
 
@@ -98,7 +99,7 @@ class Server:
     async def _sweep(self) -> None:
         while True:
             await asyncio.sleep(_SWEEP_SECONDS)
-            if expired := self.core.sweep():
+            if expired := await self.core.sweep():
                 log.info("sessions expired", count=expired)
 
 
@@ -110,6 +111,8 @@ async def serve(settings: Settings) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     await server.start()
+    gc.collect()
+    gc.freeze()  # modules and models stay: to look at them in every full collection takes more than ten milliseconds
     await stop.wait()
     await server.stop()
 

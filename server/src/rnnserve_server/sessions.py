@@ -8,10 +8,9 @@ session that has the slot next.
 
 from __future__ import annotations
 
-import heapq
-import secrets
-from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Mapping
+import os
+from collections import deque
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +19,7 @@ from rnnserve_models.engine.base import Array, Arrays
 from rnnserve_models.load import LoadedModel
 from rnnserve_models.options import LayerOptions
 from rnnserve_server import blocks
+from rnnserve_server.column import Column
 from rnnserve_server.errors import (
     ServiceError,
     SessionClosed,
@@ -30,22 +30,44 @@ from rnnserve_server.errors import (
     SessionUnknown,
     step_mismatch,
 )
+from rnnserve_server.expiry import Expiry
 from rnnserve_server.replay import NO_REPLAY, Limits, Window
 from rnnserve_server.state import Arena
 
 _REMEMBERED_ENDS = 65536
-_IDLE_ENTRIES = 1024  # so many entries of ended sessions are not worth a walk through the heap
+_PARTS = 256  # one large dictionary would now and then take tens of milliseconds to grow
+_WHYS: tuple[type[SessionError], ...] = (SessionClosed, SessionExpired)
+_LOOKED_AT = 1024  # sessions that a pass of expiry looks at, and may end, in about a millisecond
+
+
+_COLUMNS = {
+    "step": np.uint64,
+    "generation": np.int64,
+    "last_used": np.float64,
+    "tail": np.int64,
+    "number": np.int64,
+    "create_time": np.float64,
+    "idle_lifetime": np.float64,
+    "answered": np.int64,
+    "answered_bytes": np.int64,
+}
 
 
 class Group:
     """The sessions of one model version, batch size and set of options, as columns over slots.
 
     Attributes:
+        index: its number in its table, never given again.
         arena: their states.
+        expiry: when which must be looked at.
         step: uint64 [capacity], time steps consumed.
         generation: int64 [capacity], changes when a slot's session ends.
         last_used: float64 [capacity], when the session was last stepped or reset, by the monotonic clock.
         tail: int64 [capacity], the number of the last block queued for the session, -1 for none.
+        number: int64 [capacity], the session's number in its table, in the order in which they were made.
+        create_time: float64 [capacity], when the session was made, in seconds since the epoch.
+        idle_lifetime: float64 [capacity], seconds without use after which the session expires.
+        ids: [capacity], the sessions' ids.
         live: sessions in it.
         ended: how many of its sessions have ended.
         answered: int64 [capacity], chunks answered.
@@ -54,49 +76,76 @@ class Group:
         fitting: the signatures of inputs that are known to fit.
     """
 
-    def __init__(self, model: LoadedModel, batch_size: int, options: LayerOptions, replay: Limits = NO_REPLAY) -> None:
+    step: Array
+    generation: Array
+    last_used: Array
+    tail: Array
+    number: Array
+    create_time: Array
+    idle_lifetime: Array
+    answered: Array
+    answered_bytes: Array
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        batch_size: int,
+        options: LayerOptions,
+        replay: Limits = NO_REPLAY,
+        index: int = 0,
+    ) -> None:
         self.model = model
         self.batch_size = batch_size
         self.options = options
+        self.index = index
         self.arena = Arena(model.engine.states, batch_size)
-        self.step = np.zeros(0, np.uint64)
-        self.generation = np.zeros(0, np.int64)
-        self.last_used = np.zeros(0, np.float64)
-        self.tail = np.zeros(0, np.int64)
+        self.expiry = Expiry()
+        self.ids: list[str] = []
         self.live = 0
         self.ended = 0
-        self.answered = np.zeros(0, np.int64)
-        self.answered_bytes = np.zeros(0, np.int64)
-        self.window = Window(self, replay)
+        self.window = Window(replay)
         self.fitting: set[Hashable] = set()
+        self._columns = {name: Column((), dtype) for name, dtype in _COLUMNS.items()}
+        self._show()
 
-    def acquire(self, now: float) -> int:
-        """Gives a session a slot, at step 0."""
-        slot = self.arena.acquire()
-        if self.arena.capacity > len(self.step):
-            missing = (0, self.arena.capacity - len(self.step))
-            self.step = np.pad(self.step, missing)
-            self.generation = np.pad(self.generation, missing)
-            self.last_used = np.pad(self.last_used, missing)
-            self.tail = np.pad(self.tail, missing, constant_values=-1)
-            self.answered = np.pad(self.answered, missing)
-            self.answered_bytes = np.pad(self.answered_bytes, missing)
-        self.step[slot] = 0
-        self.last_used[slot] = now
-        self.live += 1  # tail stays: chunks of the slot's last session may still have to be told that it ended
-        return slot
+    def acquire(self, count: int, now: float) -> Array:
+        """Gives sessions slots, at step 0: int64 [count]."""
+        slots = self.arena.acquire(count)
+        if self.arena.capacity > len(self.ids):
+            self._grow(self.arena.capacity)
+        self.step[slots] = 0
+        self.last_used[slots] = now
+        self.live += count  # tail stays: chunks of a slot's last session may still have to be told that it ended
+        return slots
 
-    def release(self, slot: int) -> None:
-        """Takes a slot back. Work that is queued for it will find another generation."""
-        self.generation[slot] += 1
-        self.live -= 1
-        self.ended += 1
-        self.arena.release(slot)
+    def release(self, slots: Array) -> None:
+        """Takes N distinct slots back. Work that is queued for them will find another generation."""
+        self.generation[slots] += 1
+        self.live -= len(slots)
+        self.ended += len(slots)
+        self.arena.release(slots)
+
+    def _grow(self, capacity: int) -> None:
+        before = len(self.ids)
+        for name, column in self._columns.items():
+            setattr(self, name, None)  # a column that somebody holds on to is copied
+            column.grow(capacity)
+        self._show()
+        self.tail[before:] = -1
+        self.expiry.grow(capacity)
+        self.ids += [""] * (capacity - before)
+
+    def _show(self) -> None:
+        for name, column in self._columns.items():
+            setattr(self, name, column.array)
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, frozen=True)
 class Session:
-    """A stateful layer on the server."""
+    """A stateful layer on the server. Two are equal if they are the same layer.
+
+    It is made when somebody asks: what is kept of a session that rests is a row of its group's columns.
+    """
 
     id: str
     number: int
@@ -139,15 +188,20 @@ class SessionTable:
         self._max_state_bytes = max_state_bytes
         self._clock = clock
         self._wall_clock = wall_clock
-        self._live: dict[str, Session] = {}
+        # By id. Of a live session: the index of its group, and in the low 32 bits its slot. Of an ended one: less than
+        # 0, the number of the end and why, so that no more is kept of it than of a live one.
+        self._known = [dict[str, int]() for _ in range(_PARTS)]
         self._groups: dict[_Key, Group] = {}
-        self._ended: OrderedDict[str, type[SessionError]] = OrderedDict()
-        self._due: list[tuple[float, int, str]] = []  # a heap of when each session may have expired
+        self._by_index: dict[int, Group] = {}
+        self._ended: deque[str] = deque()  # the last ends, oldest first
+        self._ends = 0
+        self._live = 0
         self._number = 0
+        self._index = 0
         self.state_bytes = 0
 
     def __len__(self) -> int:
-        return len(self._live)
+        return self._live
 
     def create(
         self,
@@ -160,52 +214,85 @@ class SessionTable:
         replay: Limits = NO_REPLAY,
         session_id: str = "",
     ) -> Session:
-        """Makes a session at step 0.
-
-        Args:
-            model: its model, for life.
-            batch_size: rows of every call.
-            options: its options.
-            initial_states: every state, [batch_size, *shape], already checked; None for the model's default.
-            idle_lifetime: seconds.
-            replay: how much its replay window holds.
-            session_id: the id to give it; empty for a new one.
+        """Makes a session at step 0. Arguments as `create_many`.
 
         Raises:
             SessionExists: a live session has that id.
             SessionsFull: the server holds as many as it may.
         """
-        if session_id in self._live:
-            raise SessionExists(session_id)
-        if len(self._live) >= self._max_sessions:
-            raise SessionsFull(
-                f"the server holds {len(self._live)} sessions, as many as it may; "
-                "delete some, or try again when others expire",
-                retry_after=self._until_next_expiry(),
-            )
-        key = _key(model, batch_size, options, replay)
-        group = self._groups.get(key) or Group(model, batch_size, options, replay)
-        if self.state_bytes + group.arena.session_bytes > self._max_state_bytes:
-            raise SessionsFull(
-                f"the server holds {self.state_bytes} bytes of session states and may hold {self._max_state_bytes}; "
-                f"a session of {group.arena.session_bytes} bytes does not fit",
-                retry_after=self._until_next_expiry(),
-            )
-        self._groups[key] = group
-        session_id = session_id or secrets.token_hex(16)
-        now = self._clock()
-        slot = group.acquire(now)
-        if initial_states:
-            group.arena.reset(slot, initial_states)
-        self._number += 1
-        session = Session(
-            session_id, self._number, group, slot, int(group.generation[slot]), self._wall_clock(), idle_lifetime
+        group, slots, full = self.create_many(
+            model,
+            batch_size,
+            options,
+            1,
+            initial_states=initial_states,
+            idle_lifetime=idle_lifetime,
+            replay=replay,
+            session_id=session_id,
         )
-        self._live[session_id] = session
-        self._ended.pop(session_id, None)
-        self.state_bytes += group.arena.session_bytes
-        heapq.heappush(self._due, (now + idle_lifetime, session.number, session_id))
-        return session
+        if full is not None:
+            raise full
+        return self.at(group, int(slots[0]))
+
+    def create_many(
+        self,
+        model: LoadedModel,
+        batch_size: int,
+        options: LayerOptions,
+        count: int,
+        *,
+        initial_states: Mapping[str, Array] | None,
+        idle_lifetime: float,
+        replay: Limits = NO_REPLAY,
+        session_id: str = "",
+    ) -> tuple[Group, Array, SessionsFull | None]:
+        """Makes N sessions at step 0 that are alike, or as many as there is room for.
+
+        Args:
+            model: their model, for life.
+            batch_size: rows of every call.
+            options: their options.
+            count: N, at least 1.
+            initial_states: every state, [batch_size, *shape], already checked; None for the model's default.
+            idle_lifetime: seconds.
+            replay: how much their replay windows hold.
+            session_id: the id to give to the only one; empty for new ones.
+
+        Returns:
+            Their group; the slots of those that were made, int64 [<= N]; and why the others were not, or None if all
+            were.
+
+        Raises:
+            SessionExists: a live session has that id.
+        """
+        if self._part(session_id).get(session_id, -1) >= 0:
+            raise SessionExists(session_id)
+        key = _key(model, batch_size, options, replay)
+        group = self._groups.get(key) or Group(model, batch_size, options, replay, self._index + 1)
+        room = min(
+            self._max_sessions - self._live,
+            (self._max_state_bytes - self.state_bytes) // max(1, group.arena.session_bytes),
+        )
+        if room <= 0:
+            return group, np.zeros(0, np.int64), self._full(group)
+        if key not in self._groups:
+            self._index = group.index
+            self._groups[key] = self._by_index[group.index] = group
+        ids = [session_id] if session_id else _new_ids(min(count, room))
+        slots = self._make(group, ids, initial_states, idle_lifetime)
+        return group, slots, self._full(group) if room < count else None
+
+    def at(self, group: Group, slot: int) -> Session:
+        """The live session of a slot."""
+        return Session(
+            group.ids[slot],
+            int(group.number[slot]),
+            group,
+            slot,
+            int(group.generation[slot]),
+            float(group.create_time[slot]),
+            float(group.idle_lifetime[slot]),
+        )
 
     def get(self, session_id: str) -> Session:
         """Finds a live session.
@@ -213,10 +300,10 @@ class SessionTable:
         Raises:
             SessionUnknown, SessionClosed, SessionExpired: there is none, and why.
         """
-        session = self._live.get(session_id)
-        if session is None:
+        place = self._part(session_id).get(session_id, -1)
+        if place < 0:
             raise self._gone(session_id)
-        return session
+        return self.at(self._by_index[place >> 32], place & 0xFFFFFFFF)
 
     def delete(self, session_id: str) -> None:
         """Ends a session and forgets its state.
@@ -224,7 +311,12 @@ class SessionTable:
         Raises:
             SessionUnknown, SessionClosed, SessionExpired: there is none, and why.
         """
-        self._end(self.get(session_id), SessionClosed)
+        session = self.get(session_id)
+        self.delete_many(session.group, np.array([session.slot]))
+
+    def delete_many(self, group: Group, slots: Array) -> None:
+        """Ends the live sessions in N distinct slots of a group, and forgets their states."""
+        self._end(group, slots, SessionClosed)
 
     def reset(self, session: Session, states: Mapping[str, Array] | None) -> None:
         """Sets a session's states to given ones, or to the model's default. Its step stays."""
@@ -233,34 +325,56 @@ class SessionTable:
 
     def after(self, number: int, model: str = "") -> Iterator[Session]:
         """Live sessions made after the ``number``-th, oldest first."""
-        for session in self._live.values():
-            if session.number > number and model in ("", session.group.model.name):
-                yield session
+        groups = [group for group in self._groups.values() if model in ("", group.model.name)]
+        slots = [group.arena.all_used() for group in groups]
+        slots = [found[group.number[found] > number] for group, found in zip(groups, slots, strict=True)]
+        if not groups:
+            return
+        numbers = np.concatenate([group.number[found] for group, found in zip(groups, slots, strict=True)])  # [N]
+        which = np.repeat(np.arange(len(groups)), [len(found) for found in slots])  # [N], the group of each
+        together = np.concatenate(slots)  # [N]
+        for position in np.argsort(numbers, kind="stable"):
+            yield self.at(groups[which[position]], int(together[position]))
 
     def uses(self, model: LoadedModel) -> bool:
         """Whether a live session has this very model."""
         return any(group.model is model for group in self._groups.values())
 
-    def expire(self) -> list[Session]:
-        """Ends the sessions whose idle lifetime has run out, and returns them.
+    def overdue(self) -> bool:
+        """Whether `expire` has sessions to look at."""
+        now = self._clock()
+        return any((soonest := group.expiry.soonest) is not None and soonest <= now for group in self._groups.values())
 
-        Looks only at sessions that may be due: each is looked at once per idle lifetime.
+    def expire(self, most: int = _LOOKED_AT) -> list[str]:
+        """Ends sessions whose idle lifetime has run out, not more than a second late, and returns their ids.
+
+        Looks only at sessions that may be due: each is looked at about once per idle lifetime.
+
+        Args:
+            most: sessions looked at, at most; while there are more, `overdue` says so.
         """
-        now, ended = self._clock(), []
-        while self._due and self._due[0][0] <= now:
-            _, number, session_id = heapq.heappop(self._due)
-            session = self._live.get(session_id)
-            if session is None or session.number != number:
+        now, ended = self._clock(), list[str]()
+        for group in list(self._groups.values()):
+            slots = group.expiry.take(now, most)
+            most -= len(slots)
+            slots = slots[group.arena.used(slots)]
+            if not len(slots):
                 continue
-            due = float(session.group.last_used[session.slot]) + session.idle_lifetime
-            if session.busy:
-                due = now + session.idle_lifetime
-            if due > now:
-                heapq.heappush(self._due, (due, number, session_id))
-            else:
-                self._end(session, SessionExpired)
-                ended.append(session)
+            idle_since = np.where(group.tail[slots] >= 0, now, group.last_used[slots])  # [N]
+            due = idle_since + group.idle_lifetime[slots]
+            group.expiry.put(slots[due > now], due[due > now])
+            if len(slots := slots[due <= now]):
+                ended += [group.ids[slot] for slot in slots.tolist()]
+                self._end(group, slots, SessionExpired)
         return ended
+
+    def trim(self) -> bool:
+        """Gives memory of ended sessions' states back to the system, a bounded amount at a time.
+
+        Returns:
+            Whether there may be more of it.
+        """
+        return any(group.arena.trim() for group in self._groups.values())
 
     def check(
         self, sessions: blocks.Sessions, session_id: Callable[[int], str]
@@ -309,25 +423,76 @@ class SessionTable:
                 return
 
     def _gone(self, session_id: str) -> SessionError:
-        return self._ended.get(session_id, SessionUnknown)(session_id)
+        end = -self._part(session_id).get(session_id, 0)
+        return (_WHYS[end % len(_WHYS)] if end > 0 else SessionUnknown)(session_id)
 
-    def _end(self, session: Session, why: type[SessionError]) -> None:
-        del self._live[session.id]
-        group = session.group
-        group.release(session.slot)
+    def _part(self, session_id: str) -> dict[str, int]:
+        return self._known[hash(session_id) % _PARTS]
+
+    def _make(
+        self, group: Group, ids: Sequence[str], initial_states: Mapping[str, Array] | None, idle_lifetime: float
+    ) -> Array:
+        """Makes N sessions, for which there is room: their slots, int64 [N]."""
+        now, count = self._clock(), len(ids)
+        slots = group.acquire(count, now)
+        if initial_states:
+            group.arena.reset(slots, initial_states)
+        group.number[slots] = np.arange(self._number + 1, self._number + 1 + count)
+        group.create_time[slots] = self._wall_clock()
+        group.idle_lifetime[slots] = idle_lifetime
+        group.expiry.put(slots, np.full(count, now + idle_lifetime))
+        for slot, session_id in zip(slots.tolist(), ids, strict=True):
+            group.ids[slot] = session_id
+            self._part(session_id)[session_id] = group.index << 32 | slot
+        self._live += count
+        self._number += count
+        self.state_bytes += count * group.arena.session_bytes
+        return slots
+
+    def _end(self, group: Group, slots: Array, why: type[SessionError]) -> None:
+        """Ends the sessions in N distinct slots of a group."""
+        for slot in slots.tolist():
+            session_id = group.ids[slot]
+            group.ids[slot] = ""
+            self._ends += 1
+            self._part(session_id)[session_id] = -(self._ends * len(_WHYS) + _WHYS.index(why))
+            self._ended.append(session_id)
+        while len(self._ended) > _REMEMBERED_ENDS:
+            oldest, number = self._ended.popleft(), self._ends - len(self._ended)
+            part = self._part(oldest)
+            if -part.get(oldest, 0) // len(_WHYS) == number:  # and no later session had the id
+                del part[oldest]
+        self._live -= len(slots)
+        group.release(slots)
+        self.state_bytes -= len(slots) * group.arena.session_bytes
         if not group.live:  # give its memory back; work that is still queued holds on to the group it was sent to
-            del self._groups[_key(group.model, group.batch_size, group.options, group.window.limits)]
-        self.state_bytes -= group.arena.session_bytes
-        self._ended[session.id] = why
-        if len(self._ended) > _REMEMBERED_ENDS:
-            self._ended.popitem(last=False)
-        if len(self._due) > 2 * len(self._live) + _IDLE_ENTRIES:  # forget when sessions long gone would have expired
-            self._due = [due for due in self._due if (s := self._live.get(due[2])) and s.number == due[1]]
-            heapq.heapify(self._due)
+            key = _key(group.model, group.batch_size, group.options, group.window.limits)
+            del self._groups[key], self._by_index[group.index]
+
+    def _full(self, group: Group) -> SessionsFull:
+        """Why there is no room for one more."""
+        if self._live >= self._max_sessions:
+            return SessionsFull(
+                f"the server holds {self._live} sessions, as many as it may; "
+                "delete some, or try again when others expire",
+                retry_after=self._until_next_expiry(),
+            )
+        return SessionsFull(
+            f"the server holds {self.state_bytes} bytes of session states and may hold {self._max_state_bytes}; "
+            f"a session of {group.arena.session_bytes} bytes does not fit",
+            retry_after=self._until_next_expiry(),
+        )
 
     def _until_next_expiry(self) -> float:
-        soonest = self._due[0][0] - self._clock() if self._due else 1.0
+        times = [soonest for group in self._groups.values() if (soonest := group.expiry.soonest) is not None]
+        soonest = min(times) - self._clock() if times else 1.0
         return min(max(soonest, 0.1), 30.0)
+
+
+def _new_ids(count: int) -> list[str]:
+    """Ids of 128 random bits each, so that nobody can guess them."""
+    digits = os.urandom(16 * count).hex()
+    return [digits[start : start + 32] for start in range(0, len(digits), 32)]
 
 
 _Key = tuple[str, str, str, int, LayerOptions, Limits]

@@ -93,7 +93,7 @@ class Worker:
 
     def submit(self, work: Block | Barrier) -> None:
         """Queues work behind what was queued before. Called on the event loop's thread."""
-        self._empty_intake()
+        self.line_up()
         self._scheduler.submit(work)
         self._wake()
 
@@ -131,10 +131,11 @@ class Worker:
             self._task = None
 
     def _next_tick(self) -> Tick | None:
-        self._empty_intake()
+        self.line_up()
         return self._scheduler.next_tick()
 
-    def _empty_intake(self) -> None:
+    def line_up(self) -> None:
+        """Puts the frames that were taken in into the queue, where their sessions show as busy."""
         for frames in self._intake.empty():
             block = joined(frames)
             if wrong := faults(self._engine.inputs, block.call, block.batch_size):
@@ -249,7 +250,7 @@ class Worker:
         if (sessions := block.sessions) is not None:
             assert sessions.first_steps is not None
             sessions.group.window.remember(
-                sessions.slots, sessions.generations, sessions.first_steps, block.call, outputs, states
+                sessions.group, sessions.slots, sessions.generations, sessions.first_steps, block.call, outputs, states
             )
         for sink, answers in block.shares(outputs, states):
             try:
@@ -281,13 +282,14 @@ class Worker:
         window, found = sessions.group.window, {}
         if len(behind) and window.limits.replies:
             assert sessions.first_steps is not None
-            found = window.find(sessions.slots[behind], sessions.generations[behind], sessions.first_steps[behind])
+            columns = sessions.slots[behind], sessions.generations[behind], sessions.first_steps[behind]
+            found = window.find(sessions.group, *columns)
         answered = dict(zip(behind[list(found)].tolist(), found.values(), strict=True))
         for position, error in errors:
             if isinstance(error, StepBehind):
                 here, first_step = int(error.metadata["expected_step"]), int(error.metadata["got"])
                 if position not in answered:
-                    remembered = window.of(int(sessions.slots[position]))
+                    remembered = window.of(sessions.group, int(sessions.slots[position]))
                     oldest = int(remembered[0][0].first_steps[remembered[0][1]]) if remembered else None
                     error = StepBehind(here, first_step, oldest)
                 else:

@@ -10,11 +10,12 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from rnnserve.codec import data_type, decode_named
 from rnnserve.v1 import model_pb2, options_pb2, session_pb2
+from rnnserve_models.engine.base import Array
 from rnnserve_models.load import LoadedModel
 from rnnserve_models.spec import TensorSpec
 from rnnserve_server.core import Core
-from rnnserve_server.errors import InvalidRequest
-from rnnserve_server.sessions import Session
+from rnnserve_server.errors import InvalidRequest, SessionsFull
+from rnnserve_server.sessions import Group, Session
 
 Item = TypeVar("Item")
 
@@ -70,22 +71,37 @@ def session_message(session: Session) -> session_pb2.Session:
     )
 
 
+def create_sessions(
+    core: Core, config: session_pb2.SessionConfig, count: int = 1
+) -> tuple[Group, Array, SessionsFull | None]:
+    """Makes the sessions that a client asks for, all alike: see `Core.create_sessions`.
+
+    Raises:
+        ServiceError, TensorError: as CreateSession says.
+    """
+    lifetime = config.idle_lifetime.ToNanoseconds() / 1e9 if config.HasField("idle_lifetime") else None
+    return core.create_sessions(
+        config.model,
+        config.version,
+        config.batch_size,
+        asked_options(config.options),
+        count,
+        initial_states=decode_named(config.initial_states, "initial_states"),
+        idle_lifetime=lifetime,
+        session_id=config.session_id,
+    )
+
+
 def create_session(core: Core, config: session_pb2.SessionConfig) -> Session:
     """Makes the session that a client asks for.
 
     Raises:
         ServiceError, TensorError: as CreateSession says.
     """
-    lifetime = config.idle_lifetime.ToNanoseconds() / 1e9 if config.HasField("idle_lifetime") else None
-    return core.create_session(
-        config.model,
-        config.version,
-        config.batch_size,
-        asked_options(config.options),
-        initial_states=decode_named(config.initial_states, "initial_states"),
-        idle_lifetime=lifetime,
-        session_id=config.session_id,
-    )
+    group, slots, full = create_sessions(core, config)
+    if full is not None:
+        raise full
+    return core.sessions.at(group, int(slots[0]))
 
 
 def page(items: Iterable[Item], size: int, default: int, token_of: Callable[[Item], str]) -> tuple[Sequence[Item], str]:

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from itertools import count
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 import numpy as np
 
 from rnnserve.codec import TensorError, decode, decode_named, encode_into
 from rnnserve.v1 import inference_pb2 as pb
+from rnnserve.v1 import session_pb2
 from rnnserve_models.engine.base import Array
 from rnnserve_server.api.errors import service_error, status
-from rnnserve_server.api.messages import create_session, session_message
+from rnnserve_server.api.messages import create_sessions, session_message
 from rnnserve_server.blocks import Answers, Failure, Sessions
 from rnnserve_server.core import Core
 from rnnserve_server.eager import Eager
@@ -30,12 +31,16 @@ from rnnserve_server.errors import (
     TooLarge,
 )
 from rnnserve_server.intake import Frame
-from rnnserve_server.sessions import Group, Session
+from rnnserve_server.sessions import Group
 
 _RESPONSE_BYTES = 1 << 20  # a response is sent once it is so large, although more is ready
+_TAKEN_AT_ONCE = 64  # opens or closes of a stream that are done in one turn of the event loop
 _FOUND_LANES = 65536  # of frames whose sessions are remembered
 _NONE = np.zeros(0, np.int64)
 _QUIET_SECONDS = 0.1  # a stream that says nothing for so long while the server drains has said all
+
+
+Item = TypeVar("Item")
 
 
 class LaneStream:
@@ -50,12 +55,12 @@ class LaneStream:
         self._core = core
         self._context = context
         self._loop = asyncio.get_running_loop()
-        self._lanes: dict[int, Session] = {}
         self._groups: dict[int, Group] = {}
         self._group_lanes: Counter[int] = Counter()  # lanes in each of _groups
         self._group = np.full(64, -1)  # [capacity], the index of the lane's group in _groups; -1: not open
         self._slot = np.zeros(64, np.int64)
         self._generation = np.zeros(64, np.int64)
+        self._ids = [""] * 64  # [capacity]
         self._found: dict[tuple[int, ...], list[_Part]] = {}  # what `_find` found, by a frame's lanes
         self._found_lanes = 0
         self._responses: list[pb.StreamResponse] = []
@@ -63,6 +68,7 @@ class LaneStream:
         self._unsent = 0  # answers that wait to be sent: of chunks, opens and closes
         self._unanswered = 0  # chunks and closes that were accepted and not answered
         self._received = 0
+        self._partway = False  # a message was taken in part
         self._writing = False
         self._lost: Exception | None = None  # why nothing can be sent any more
         self._sent = asyncio.Event()
@@ -96,7 +102,7 @@ class LaneStream:
     async def _read(self) -> None:
         while (request := await self._context.read()) is not grpc.aio.EOF:
             self._received += 1
-            self._receive(request)
+            await self._receive(request)
             if not self._core.has_room:
                 await self._core.wait_for_room()
             while self._unanswered + self._unsent > self._core.settings.stream_queue_chunks:
@@ -107,80 +113,156 @@ class LaneStream:
         """Once the server drains: lets the client say what it was saying, then stops listening."""
         await self._core.draining.wait()
         heard = -1
-        while heard != self._received:
+        while heard != self._received or self._partway:
             heard = self._received
             await asyncio.sleep(_QUIET_SECONDS)
         reader.cancel()
 
-    def _receive(self, request: pb.StreamRequest) -> None:
-        for opening in request.opens:
-            try:
-                self._open(opening)
-            except (ServiceError, TensorError) as error:
-                self._fail(opening.lane, pb.LANE_OPERATION_OPEN, service_error(error))
+    async def _receive(self, request: pb.StreamRequest) -> None:
+        if request.opens:
+            async for openings in self._turns(request.opens):
+                for alike in _alike(openings):
+                    self._open(alike)
         for frame in request.frames:
             self._frame(frame)
-        for closing in request.closes:
-            self._close(closing)
+        if request.closes:
+            async for closings in self._turns(request.closes):
+                self._close(closings)
 
-    def _open(self, opening: pb.LaneOpen) -> None:
-        lane = opening.lane
-        if lane >= self._core.settings.max_lanes:
-            raise TooLarge("lane", self._core.settings.max_lanes - 1, lane)
-        if lane in self._lanes:
-            raise LaneOpen(lane)
-        if opening.WhichOneof("target") is None:
-            raise InvalidRequest("target", "create or session_id", "neither")
-        if opening.HasField("create"):
-            session = create_session(self._core, opening.create)
-        else:
-            session = self._core.sessions.get(opening.session_id)
-        number = next((number for number, group in self._groups.items() if group is session.group), None)
+    async def _turns(self, items: Sequence[Item]) -> AsyncIterator[Sequence[Item]]:
+        """A few of a message's items at a time; between them other streams have their turns."""
+        for start in range(0, len(items), _TAKEN_AT_ONCE):
+            if start:
+                self._partway = True
+                await asyncio.sleep(0)
+                self._partway = False
+            yield items[start : start + _TAKEN_AT_ONCE]
+
+    def _open(self, alike: Sequence[pb.LaneOpen]) -> None:
+        """Opens lanes that want the same: new sessions of one config, or there is only one."""
+        lanes = []
+        for opening in alike:
+            lane = opening.lane
+            if lane >= self._core.settings.max_lanes:
+                self._fail_opens([lane], TooLarge("lane", self._core.settings.max_lanes - 1, lane))
+            elif self._is_open(lane):
+                self._fail_opens([lane], LaneOpen(lane))
+            else:
+                lanes.append(lane)
+        if not lanes:
+            return
+        opening, full = alike[0], None
+        try:
+            if opening.WhichOneof("target") is None:
+                raise InvalidRequest("target", "create or session_id", "neither")
+            if opening.HasField("create"):
+                group, slots, full = create_sessions(self._core, opening.create, len(lanes))
+            else:
+                session = self._core.sessions.get(opening.session_id)
+                group, slots = session.group, np.array([session.slot])
+        except (ServiceError, TensorError) as error:
+            self._fail_opens(lanes, service_error(error))
+            return
+        if len(slots):
+            self._opened(lanes[: len(slots)], group, slots)
+        if full is not None:
+            self._fail_opens(lanes[len(slots) :], full)
+
+    def _opened(self, lanes: Sequence[int], group: Group, slots: Array) -> None:
+        """Puts N sessions that differ by their ids alone on N lanes, and says so."""
+        number = next((number for number, other in self._groups.items() if other is group), None)
         if number is None:
             number = next(number for number in count() if number not in self._groups)
-            self._groups[number] = session.group
-        self._group_lanes[number] += 1
+            self._groups[number] = group
+        self._group_lanes[number] += len(lanes)
+        self._forget()
+        self._make_room(max(lanes))
+        self._group[lanes] = number
+        self._slot[lanes] = slots
+        self._generation[lanes] = group.generation[slots]
+        opened = pb.LaneOpened(session=session_message(self._core.sessions.at(group, int(slots[0]))))
+        session, response = opened.session, self._response(len(lanes), len(lanes) * opened.ByteSize())
+        for lane, slot in zip(lanes, slots.tolist(), strict=True):
+            opened.lane = lane
+            session.session_id = self._ids[lane] = group.ids[slot]
+            response.opened.append(opened)  # a copy
+
+    def _make_room(self, lane: int) -> None:
+        """Makes the columns of lanes reach to a lane."""
         while lane >= len(self._group):
             missing = (0, len(self._group))
             self._group = np.pad(self._group, missing, constant_values=-1)
             self._slot = np.pad(self._slot, missing)
             self._generation = np.pad(self._generation, missing)
-        self._forget()
-        self._lanes[lane] = session
-        self._group[lane] = number
-        self._slot[lane] = session.slot
-        self._generation[lane] = session.generation
-        opened = pb.LaneOpened(lane=lane, session=session_message(session))
-        self._response(1, opened.ByteSize()).opened.append(opened)
+            self._ids += [""] * missing[1]
 
-    def _close(self, closing: pb.LaneClose) -> None:
-        lane, session = closing.lane, self._lanes.get(closing.lane)
-        if session is None:
+    def _is_open(self, lane: int) -> bool:
+        return lane < len(self._group) and bool(self._group[lane] >= 0)
+
+    def _session(self, lane: int) -> tuple[str, int, int]:
+        """What tells the session on a lane from others that were there, or will be."""
+        return self._ids[lane], int(self._slot[lane]), int(self._generation[lane])
+
+    def _close(self, closings: Sequence[pb.LaneClose]) -> None:
+        lanes = [closing.lane for closing in closings]
+        if (slots := self._idle(lanes)) is not None and all(closing.delete_session for closing in closings):
+            group = self._groups[int(self._group[lanes[0]])]
+            self._vacate(lanes)
+            self._core.sessions.delete_many(group, slots)
+            closed = self._response(len(lanes)).closed
+            for lane in lanes:
+                closed.add(lane=lane)
+            return
+        for closing in closings:
+            self._close_one(closing.lane, closing.delete_session)
+
+    def _idle(self, lanes: list[int]) -> Array | None:
+        """The slots of N lanes' sessions, if these are different live ones of one group for which nothing is queued."""
+        if (
+            max(lanes) >= len(self._group)
+            or self._group[lanes[0]] < 0
+            or (self._group[lanes] != self._group[lanes[0]]).any()
+        ):
+            return None
+        group, slots = self._groups[int(self._group[lanes[0]])], self._slot[lanes]  # [N]
+        self._core.worker(group.model).line_up()
+        live = (group.generation[slots] == self._generation[lanes]) & (group.tail[slots] < 0)
+        return slots if live.all() and len(set(slots.tolist())) == len(slots) else None
+
+    def _close_one(self, lane: int, delete: bool) -> None:
+        if not self._is_open(lane):
             self._fail(lane, pb.LANE_OPERATION_CLOSE, LaneUnknown(lane))
             return
+        group, slot = self._groups[int(self._group[lane])], int(self._slot[lane])
+        session = self._session(lane)
 
         def close() -> None:
             self._unanswered -= 1
-            if self._lanes.get(lane) is not session:  # closed twice
+            if self._session(lane) != session:  # closed twice
                 self._fail(lane, pb.LANE_OPERATION_CLOSE, LaneUnknown(lane))
                 return
-            self._forget()
-            del self._lanes[lane]
-            number = int(self._group[lane])
-            self._group[lane] = -1
-            self._group_lanes[number] -= 1
-            if not self._group_lanes[number]:  # its memory is given back although the stream goes on
-                del self._groups[number], self._group_lanes[number]
+            self._vacate([lane])
             try:
-                if closing.delete_session:
-                    self._core.sessions.delete(session.id)
+                if delete:
+                    self._core.sessions.delete(session[0])
             except ServiceError as error:
                 self._fail(lane, pb.LANE_OPERATION_CLOSE, error)
             else:
                 self._response(1).closed.add(lane=lane)
 
         self._unanswered += 1
-        self._core.when_idle(session, close)
+        self._core.when_idle(group, slot, close)
+
+    def _vacate(self, lanes: list[int]) -> None:
+        """Takes the sessions, all of one group, off N lanes."""
+        self._forget()
+        number = int(self._group[lanes[0]])
+        self._group[lanes] = -1
+        for lane in lanes:
+            self._ids[lane] = ""
+        self._group_lanes[number] -= len(lanes)
+        if not self._group_lanes[number]:  # its memory is given back although the stream goes on
+            del self._groups[number], self._group_lanes[number]
 
     def _frame(self, frame: pb.StepFrame) -> None:
         lanes = tuple(frame.lanes[:])
@@ -263,8 +345,7 @@ class LaneStream:
 
     def session_id(self, tag: int) -> str:
         """See `Sink.session_id`."""
-        session = self._lanes.get(tag)
-        return session.id if session else ""
+        return self._ids[tag] if tag < len(self._ids) else ""
 
     def result(self, answers: Answers) -> None:
         """See `Sink.result`."""
@@ -303,6 +384,14 @@ class LaneStream:
     ) -> None:
         failure = pb.LaneError(lane=lane, operation=operation, first_step=first_step, status=status(error))
         self._response(1, failure.ByteSize()).errors.append(failure)
+
+    def _fail_opens(self, lanes: Sequence[int], error: ServiceError) -> None:
+        """The same error for N lanes."""
+        failure = pb.LaneError(operation=pb.LANE_OPERATION_OPEN, status=status(error))
+        response = self._response(len(lanes), len(lanes) * failure.ByteSize())
+        for lane in lanes:
+            failure.lane = lane
+            response.errors.append(failure)  # a copy
 
     def _response(self, answers: int, nbytes: int = 0) -> pb.StreamResponse:
         """The response that so many answers, and bytes, go into."""
@@ -373,6 +462,24 @@ class _Part:
         if self._ended != self.group.ended and (self.group.generation[self.slots] == self.generations).all():
             self._ended = self.group.ended
         return self._ended
+
+
+def _alike(openings: Sequence[pb.LaneOpen]) -> Iterator[list[pb.LaneOpen]]:
+    """Cuts openings, in their order, into runs of new sessions that differ by their lanes alone."""
+    run: list[pb.LaneOpen] = []
+    lanes: set[int] = set()
+    config: session_pb2.SessionConfig | None = None
+    for opening in openings:
+        create = opening.create if opening.HasField("create") else None
+        if run and (create is None or create != config or opening.lane in lanes):
+            yield run
+            run, lanes = [], set()
+        if not run:
+            config = None if create is None or create.session_id else create
+        run.append(opening)
+        lanes.add(opening.lane)
+    if run:
+        yield run
 
 
 def _check_first_axis(field: str, array: Array, chunks: int) -> None:
