@@ -1280,7 +1280,9 @@ async def test_a_bulk_leaves_the_event_loop_to_others(monkeypatch):
     for name in ("_open", "_close"):
         whole = getattr(LaneStream, name)
         monkeypatch.setattr(
-            LaneStream, name, lambda self, part, whole=whole: (worked.append((turns, len(part))), whole(self, part))[1]
+            LaneStream,
+            name,
+            lambda self, part, *rest, whole=whole: (worked.append((turns, len(part))), whole(self, part, *rest))[1],
         )
     context = Context(
         [

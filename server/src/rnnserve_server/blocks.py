@@ -257,10 +257,20 @@ class Block:
 
 @dataclass(slots=True, eq=False)
 class Barrier:
-    """Something to do to one session when the chunks that came before it are done."""
+    """Something to do to one session when the chunks that came before it are done.
+
+    Attributes:
+        group: the session's group.
+        slot: its slot.
+        action: what to do.
+        held: what comes after it waits until `Scheduler.finish` is called, not only until the action returns.
+        number: its own, given when it is queued.
+        followers: what must wait for it.
+    """
 
     group: Group
     slot: int
     action: Callable[[], None]
+    held: bool = False
     number: int = -1
     followers: list[Block | Barrier] = field(default_factory=list)

@@ -16,6 +16,7 @@ from pydantic_settings import (
 
 Positive = Annotated[int, Field(gt=0)]
 Seconds = Annotated[float, Field(gt=0)]
+Durability = Literal["none", "interval", "step"]
 
 
 class ConfigError(ValueError):
@@ -44,6 +45,15 @@ class Settings(BaseSettings):
     max_state_bytes: Positive = Field(4 << 30, description="bytes of session states at most")
     idle_lifetime: Seconds = Field(3600.0, description="seconds without use after which a session expires")
     max_idle_lifetime: Seconds = Field(86400.0, description="the longest idle lifetime that a client may ask for")
+
+    store: str = Field(
+        "", description="where sessions are kept: sqlite:///path or redis://host:port/db; empty: in memory only"
+    )
+    durability: Durability = Field(
+        "step", description="when: with every step, at an interval, or when a session rests and at shutdown (none)"
+    )
+    store_interval: Seconds = Field(1.0, description="seconds between writes, with durability interval")
+    rest_seconds: Seconds = Field(300.0, description="seconds without use after which a stored session leaves memory")
 
     replay_chunks: Annotated[int, Field(ge=0)] = Field(
         16, description="a session's last answers that are given again when a chunk is sent again; 0 for none"

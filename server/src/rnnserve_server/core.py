@@ -8,7 +8,8 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
 
 import numpy as np
 
@@ -24,17 +25,22 @@ from rnnserve_server.errors import (
     OptionUnsupported,
     QueueFull,
     ServiceError,
+    SessionAway,
     SessionClosed,
     SessionsFull,
+    StoreDown,
     TooLarge,
     step_mismatch,
 )
 from rnnserve_server.intake import Frame
+from rnnserve_server.keeper import Keeper
 from rnnserve_server.layout import check_call, check_states, faults, signature, to_call
 from rnnserve_server.replay import Limits
 from rnnserve_server.repository import Repository
 from rnnserve_server.scheduler import Scheduler
 from rnnserve_server.sessions import Group, Session, SessionTable
+from rnnserve_server.store import open_store
+from rnnserve_server.store.base import Head
 from rnnserve_server.worker import Worker
 
 _SESSION_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
@@ -62,6 +68,8 @@ class Core:
             wall_clock=wall_clock,
         )
         self.clock = clock
+        self.wall_clock = wall_clock
+        self.keeper: Keeper | None = None
         self.draining = asyncio.Event()
         self.deployer = Deployer(settings, repository)
         self._workers: dict[tuple[str, str, str], Worker] = {}
@@ -80,19 +88,20 @@ class Core:
         initial_states: Arrays | None = None,
         idle_lifetime: float | None = None,
         replay: Limits | None = None,
-        session_id: str = "",
+        session_ids: Sequence[str] = (),
     ) -> tuple[Group, Array, SessionsFull | None]:
         """Makes sessions that are alike; see SessionConfig for the rules, and `SessionTable.create_many` for what is
-        returned. Only a single one can be given an id.
+        returned.
 
         Raises:
             ServiceError: as CreateSession says. None was made.
         """
         if self.draining.is_set():
             raise Draining("the server is shutting down; open the session elsewhere", retry_after=1.0)
-        if session_id and not _SESSION_ID.fullmatch(session_id):
-            expected = "1 to 128 characters from A-Z a-z 0-9 . _ : -"
-            raise InvalidRequest("session_id", expected, repr(session_id[:200]))
+        for session_id in session_ids:
+            if not _SESSION_ID.fullmatch(session_id):
+                expected = "1 to 128 characters from A-Z a-z 0-9 . _ : -"
+                raise InvalidRequest("session_id", expected, repr(session_id[:200]))
         if idle_lifetime is not None and idle_lifetime <= 0:
             raise InvalidRequest("idle_lifetime", "a positive duration", f"{idle_lifetime} s")
         batch_size = batch_size or 1
@@ -111,32 +120,132 @@ class Core:
             initial_states=initial_states or None,
             idle_lifetime=min(lifetime, self.settings.max_idle_lifetime),
             replay=replay or Limits(self.settings.replay_chunks, self.settings.replay_bytes),
-            session_id=session_id,
+            session_ids=session_ids,
         )
+
+    async def open_store(self) -> None:
+        """Has sessions kept in the store that the settings name, if they name one.
+
+        Raises:
+            StoreError: it cannot be opened.
+        """
+        if self.settings.store:
+            store = await open_store(self.settings.store)
+            self.keeper = Keeper(
+                store,
+                self.settings.durability,
+                self.sessions,
+                self.repository,
+                clock=self.clock,
+                wall_clock=self.wall_clock,
+            )
+
+    async def keep(self, group: Group, slots: Array) -> Array:
+        """Has new sessions kept in the store, if there is one: bool [N], whose ids were free.
+
+        Raises:
+            StoreDown: the store cannot be reached. The sessions are gone.
+        """
+        if self.keeper is None or not len(slots):
+            return np.ones(len(slots), np.bool_)
+        try:
+            made = np.array(await self.keeper.create(group, slots))
+        except StoreDown:
+            self.sessions.forget(group, slots)
+            raise
+        if len(taken := slots[~made]):
+            self.sessions.forget(group, taken)
+        return made
+
+    async def attach(self, ids: Sequence[str]) -> dict[str, ServiceError]:
+        """Brings sessions into memory that are in the store, if there is one, and takes them over.
+
+        Returns:
+            Why it could not, by id.
+
+        Raises:
+            StoreDown: the store cannot be reached.
+            Draining: the server is shutting down.
+        """
+        if self.keeper is None or all(each in self.sessions for each in ids):
+            return {}
+        if self.draining.is_set():
+            raise Draining("the server is shutting down; open the session elsewhere", retry_after=1.0)
+        return await self.keeper.attach(ids)
+
+    async def session(self, session_id: str) -> Session:
+        """Finds a session, in memory or in the store.
+
+        Raises:
+            ServiceError: there is none, or it cannot be had; and why.
+        """
+        if error := (await self.attach([session_id])).get(session_id):
+            raise error
+        return self.sessions.get(session_id)
+
+    async def show(self, session_id: str) -> Session | Head:
+        """Looks at a session, in memory or in the store, without using it.
+
+        Raises:
+            ServiceError: there is none, and why.
+        """
+        if self.keeper is None or session_id in self.sessions:
+            return self.sessions.get(session_id)
+        return await self.keeper.peek(session_id)
+
+    async def delete_session(self, session_id: str) -> None:
+        """Ends a session; see DeleteSession for the rules."""
+        await self.session(session_id)
+        self.sessions.delete(session_id)
+        await self.settle()
+
+    async def settle(self) -> None:
+        """Has the store know which sessions have ended here.
+
+        Raises:
+            StoreDown: the store cannot be reached; it is told later.
+        """
+        if self.keeper is not None:
+            await self.keeper.settle()
 
     async def reset_session(self, session_id: str, states: Arrays | None, step: int | None) -> Session:
         """Resets a session's states when its turn has come; see ResetSession for the rules."""
-        session = self.sessions.get(session_id)
+        session = await self.session(session_id)
         if states:
             check_states(session.group.model.engine.states, states, session.group.batch_size, "states")
-        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-
-        def reset() -> None:
-            if done.cancelled():
-                return
-            try:
-                if self.sessions.get(session_id) != session:  # ended meanwhile, and the id was used again
-                    raise SessionClosed(session_id)
-                if step is not None and step != session.step:
-                    raise step_mismatch(session.step, step)
-                self.sessions.reset(session, states or None)
-                done.set_result(None)
-            except ServiceError as error:
-                done.set_exception(error)
-
-        self.when_idle(session.group, session.slot, reset)
-        await done
+        async with self.turn(session):
+            if step is not None and step != session.step:
+                raise step_mismatch(session.step, step)
+            self.sessions.reset(session, states or None)
+            await self._save(session)
         return session
+
+    @asynccontextmanager
+    async def turn(self, session: Session) -> AsyncIterator[None]:
+        """Waits for the chunks of a session that came before, and has those that come later wait.
+
+        Raises:
+            SessionError: it has ended meanwhile.
+        """
+        async with self.worker(session.group.model).turn(session.group, session.slot):
+            if self.sessions.get(session.id) != session:  # ended meanwhile, and the id was used again
+                raise SessionClosed(session.id)
+            yield
+
+    async def _save(self, session: Session) -> None:
+        """Has the store keep what a session's turn has changed.
+
+        Raises:
+            StoreDown: the store cannot be reached. The session is as it is stored.
+        """
+        if self.keeper is None or self.keeper.durability != "step":
+            return
+        slots = np.array([session.slot])
+        try:
+            await self.keeper.save(session.group, slots)
+        except StoreDown:
+            self.sessions.lose(session.group, slots, SessionAway)
+            raise
 
     def when_idle(self, group: Group, slot: int, action: Callable[[], None]) -> None:
         """Does something once the chunks queued for a session so far are done: now, if there are none."""
@@ -208,6 +317,7 @@ class Core:
                 clock=self.clock,
                 on_progress=self._room.set,
                 inline_seconds=self.settings.inline_seconds,
+                keeper=self.keeper,
             )
         return self._workers[key]
 
@@ -252,6 +362,9 @@ class Core:
             more = self.sessions.overdue() or self.sessions.trim()
             await asyncio.sleep(0)
         self.sessions.trim_replays(self.settings.max_replay_bytes)
+        if self.keeper is not None:
+            await self.keeper.sweep()
+            await self.keeper.rest(self.settings.rest_seconds, lambda group: self.worker(group.model).line_up())
         for key, worker in list(self._workers.items()):
             if worker.idle and worker.model not in self.repository and not self.sessions.uses(worker.model):
                 del self._workers[key]
@@ -262,6 +375,8 @@ class Core:
         """Finishes what is queued and ends the workers."""
         for worker in self._workers.values():
             await worker.close()
+        if self.keeper is not None:
+            await self.keeper.close()
 
 
 def resolve_options(model: LoadedModel, asked: Mapping[str, bool], *, stateful: bool) -> LayerOptions:

@@ -134,11 +134,47 @@ class SessionExpired(SessionError):
     ended = "was idle for longer than its lifetime and expired"
 
 
+class SessionTakenOver(SessionError):
+    """Another server has taken the session over."""
+
+    reason = "SESSION_TAKEN_OVER"
+    ended = "was taken over by another server; open it again to take it back"
+
+
+class SessionAway(SessionError):
+    """The session is stored, but not in memory, because the store did not answer."""
+
+    reason = "STORE_DOWN"
+    ended = "has to be fetched from the store again, which did not answer; send the chunk again"
+
+    def __init__(self, session_id: str) -> None:
+        super().__init__(session_id)
+        self.retry_after = 0.5
+
+
 class SessionExists(SessionError):
     """A live session has that id."""
 
     reason = "SESSION_EXISTS"
     ended = "is live already; take it by its id, or choose another id"
+
+
+class ModelChanged(ServiceError):
+    """A stored session's model is not served any more."""
+
+    reason = "MODEL_CHANGED"
+
+
+class StoreDown(ServiceError):
+    """The store of sessions cannot be reached."""
+
+    reason = "STORE_DOWN"
+
+    def __init__(self, cause: Exception) -> None:
+        super().__init__(
+            f"the store of sessions does not answer ({cause}); a chunk may have been applied or not: send it again",
+            retry_after=0.5,
+        )
 
 
 class SessionsFull(ServiceError):

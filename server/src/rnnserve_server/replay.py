@@ -50,9 +50,11 @@ class Round:
         slots: int64 [N], the sessions' slots.
         generations: int64 [N], the slots' generations.
         first_steps: uint64 [N], where the chunks began.
+        timesteps: time steps of each chunk.
         number: int64 [N], how many chunks each session had been answered before.
         before: int64 [N], how many bytes each session had been answered before.
-        call: the inputs, in rows of N * batch.
+        asked: the inputs, in rows of N * batch; or the chunk's digest, where the inputs are not known any more and N
+            is 1.
         outputs: as `Answers` has them.
         states: as `Answers` has them.
     """
@@ -60,28 +62,32 @@ class Round:
     slots: Array
     generations: Array
     first_steps: Array
+    timesteps: int
     number: Array
     before: Array
-    call: Compacted
+    asked: Compacted | bytes
     outputs: Arrays
     states: Arrays
 
     @property
     def nbytes(self) -> int:
         """Bytes of inputs and answers that it holds."""
-        arrays = (*self.call.inputs.values(), *self.outputs.values(), *self.states.values())
-        return sum([array.nbytes for array in arrays])
+        inputs = () if isinstance(self.asked, bytes) else self.asked.inputs.values()
+        return sum([array.nbytes for array in (*inputs, *self.outputs.values(), *self.states.values())])
+
+    def digest(self, index: int) -> bytes:
+        """What tells one session's chunk from another for the same step."""
+        return self.asked if isinstance(self.asked, bytes) else digest(self.asked, index, len(self.slots))
+
+    def shown(self, index: int) -> tuple[Arrays, Arrays]:
+        """The outputs and states that one session was answered, each [1, ...]."""
+        one = slice(index, index + 1)
+        outputs = {name: y[one] for name, y in self.outputs.items()}
+        return outputs, {name: state[one] for name, state in self.states.items()}
 
     def answers(self, index: int, tags: Array) -> Answers:
         """What one session was answered, for a sink that knows the chunk by another tag."""
-        one = slice(index, index + 1)
-        return Answers(
-            tags,
-            self.first_steps[one],
-            self.call.timesteps,
-            {name: y[one] for name, y in self.outputs.items()},
-            {name: state[one] for name, state in self.states.items()},
-        )
+        return Answers(tags, self.first_steps[index : index + 1], self.timesteps, *self.shown(index))
 
     def take(self, index: Array) -> Round:
         """A copy of some of the N."""
@@ -89,9 +95,10 @@ class Round:
             self.slots[index],
             self.generations[index],
             self.first_steps[index],
+            self.timesteps,
             self.number[index],
             self.before[index],
-            self.call.take(index, len(self.slots)),
+            self.asked if isinstance(self.asked, bytes) else self.asked.take(index, len(self.slots)),
             {name: y[index] for name, y in self.outputs.items()},
             {name: state[index] for name, state in self.states.items()},
         )
@@ -124,17 +131,50 @@ class Window:
         states: Arrays,
     ) -> None:
         """Keeps what N sessions are about to be answered. Arguments as `Round` has them."""
+        self._keep(group, slots, generations, first_steps, call.timesteps, call, outputs, states)
+
+    def restore(
+        self,
+        group: Group,
+        slots: Array,
+        first_steps: Array,
+        timesteps: int,
+        asked: bytes,
+        outputs: Arrays,
+        states: Arrays,
+    ) -> None:
+        """Keeps what one session was answered elsewhere, and of which nothing younger is known here."""
+        self._keep(group, slots, group.generation[slots], first_steps, timesteps, asked, outputs, states)
+
+    def _keep(
+        self,
+        group: Group,
+        slots: Array,
+        generations: Array,
+        first_steps: Array,
+        timesteps: int,
+        asked: Compacted | bytes,
+        outputs: Arrays,
+        states: Arrays,
+    ) -> None:
         if not self.limits.replies:
             return
         number, before = group.answered[slots], group.answered_bytes[slots]
-        round_ = Round(slots, generations, first_steps, number, before, call, outputs, states)
+        round_ = Round(slots, generations, first_steps, timesteps, number, before, asked, outputs, states)
         group.answered[slots] = number + 1
-        group.answered_bytes[slots] = before + sum([y.nbytes for y in (*outputs.values(), *states.values())]) // len(
-            slots
-        )
+        answered = sum([array.nbytes for array in (*outputs.values(), *states.values())])
+        group.answered_bytes[slots] = before + answered // len(slots)
         self._recent.append(round_)
         self.nbytes += round_.nbytes
         self._forget(group)
+
+    def oldest(self, group: Group, slots: Array) -> Array:
+        """Where the windows of N sessions begin: uint64 [N]; their steps, if they are empty."""
+        first = group.step.copy()  # [capacity]
+        for round_ in self._rounds():
+            live = self._live(group, round_)
+            first[round_.slots[live]] = np.minimum(first[round_.slots[live]], round_.first_steps[live])
+        return first[slots]
 
     def find(self, group: Group, slots: Array, generations: Array, first_steps: Array) -> dict[int, tuple[Round, int]]:
         """Looks chunks up.

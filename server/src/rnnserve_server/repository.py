@@ -10,7 +10,7 @@ import structlog
 
 from rnnserve_models.errors import ModelError
 from rnnserve_models.load import EngineChoice, LoadedModel, load_model
-from rnnserve_server.errors import ModelUnavailable, ModelUnknown, VersionUnknown
+from rnnserve_server.errors import ModelChanged, ModelUnavailable, ModelUnknown, VersionUnknown
 
 log = structlog.get_logger(__name__)
 
@@ -92,6 +92,22 @@ class Repository:
             if isinstance(model, LoadedModel):
                 return model
         raise ModelUnavailable(f"model {name!r} could not be loaded: {candidates[0]}", metadata={"field": "model"})
+
+    def with_digest(self, name: str, version: str, digest: str) -> LoadedModel:
+        """Finds the very model that a stored session had.
+
+        Raises:
+            ModelChanged: it is not served any more.
+        """
+        model = self._models.get(name, {}).get(version)
+        if isinstance(model, LoadedModel) and model.digest == digest:
+            return model
+        got = model.digest if isinstance(model, LoadedModel) else "none"
+        raise ModelChanged(
+            f"the session's model is {name!r} version {version!r} with digest {digest}, which is not served any more "
+            f"(here: {got}); its states mean nothing to other weights: serve that model again, or make a new session",
+            metadata={"field": "digest", "expected": digest, "got": got},
+        )
 
     def __iter__(self) -> Iterator[LoadedModel]:
         """The loaded models, by name, newest version first."""

@@ -231,7 +231,8 @@ class Scheduler:
             work = released.popleft()
             if isinstance(work, Barrier):
                 work.action()
-                released.extend(self._forget(work))
+                if not work.held:
+                    released.extend(self._forget(work))
             else:
                 self.requeue(work)
 

@@ -65,6 +65,7 @@ class Server:
         Raises:
             OSError: the address cannot be listened on.
         """
+        await self.core.open_store()
         server = grpc.aio.server(options=_options(self.settings))
         model_pb2_grpc.add_ModelServiceServicer_to_server(ModelServicer(self.core), server)
         session_pb2_grpc.add_SessionServiceServicer_to_server(SessionServicer(self.core), server)

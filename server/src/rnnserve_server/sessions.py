@@ -22,11 +22,13 @@ from rnnserve_server import blocks
 from rnnserve_server.column import Column
 from rnnserve_server.errors import (
     ServiceError,
+    SessionAway,
     SessionClosed,
     SessionError,
     SessionExists,
     SessionExpired,
     SessionsFull,
+    SessionTakenOver,
     SessionUnknown,
     step_mismatch,
 )
@@ -36,7 +38,7 @@ from rnnserve_server.state import Arena
 
 _REMEMBERED_ENDS = 65536
 _PARTS = 256  # one large dictionary would now and then take tens of milliseconds to grow
-_WHYS: tuple[type[SessionError], ...] = (SessionClosed, SessionExpired)
+_WHYS: tuple[type[SessionError], ...] = (SessionClosed, SessionExpired, SessionTakenOver, SessionAway)
 _LOOKED_AT = 1024  # sessions that a pass of expiry looks at, and may end, in about a millisecond
 
 
@@ -50,6 +52,9 @@ _COLUMNS = {
     "idle_lifetime": np.float64,
     "answered": np.int64,
     "answered_bytes": np.int64,
+    "epoch": np.int64,
+    "revision": np.int64,
+    "dirty": np.bool_,
 }
 
 
@@ -72,6 +77,9 @@ class Group:
         ended: how many of its sessions have ended.
         answered: int64 [capacity], chunks answered.
         answered_bytes: int64 [capacity], bytes of the answers.
+        epoch: int64 [capacity], the owner's, where sessions are stored.
+        revision: int64 [capacity], the number of the last write, where sessions are stored.
+        dirty: bool [capacity], what is in memory is not what is stored.
         window: what was answered lately.
         fitting: the signatures of inputs that are known to fit.
     """
@@ -85,6 +93,9 @@ class Group:
     idle_lifetime: Array
     answered: Array
     answered_bytes: Array
+    epoch: Array
+    revision: Array
+    dirty: Array
 
     def __init__(
         self,
@@ -114,6 +125,7 @@ class Group:
         if self.arena.capacity > len(self.ids):
             self._grow(self.arena.capacity)
         self.step[slots] = 0
+        self.dirty[slots] = False
         self.last_used[slots] = now
         self.live += count  # tail stays: chunks of a slot's last session may still have to be told that it ended
         return slots
@@ -174,6 +186,10 @@ class SessionTable:
         max_state_bytes: bytes of their states at most.
         clock: monotonic seconds.
         wall_clock: seconds since the epoch, for people.
+
+    Attributes:
+        state_bytes: bytes of the states of all sessions.
+        on_end: told of sessions in N slots of a group that are about to end, and why.
     """
 
     def __init__(
@@ -199,6 +215,10 @@ class SessionTable:
         self._number = 0
         self._index = 0
         self.state_bytes = 0
+        self.on_end: Callable[[Group, Array, type[SessionError]], None] | None = None
+
+    def __contains__(self, session_id: str) -> bool:
+        return self._part(session_id).get(session_id, -1) >= 0
 
     def __len__(self) -> int:
         return self._live
@@ -228,7 +248,7 @@ class SessionTable:
             initial_states=initial_states,
             idle_lifetime=idle_lifetime,
             replay=replay,
-            session_id=session_id,
+            session_ids=[session_id] if session_id else (),
         )
         if full is not None:
             raise full
@@ -244,7 +264,7 @@ class SessionTable:
         initial_states: Mapping[str, Array] | None,
         idle_lifetime: float,
         replay: Limits = NO_REPLAY,
-        session_id: str = "",
+        session_ids: Sequence[str] = (),
     ) -> tuple[Group, Array, SessionsFull | None]:
         """Makes N sessions at step 0 that are alike, or as many as there is room for.
 
@@ -256,7 +276,7 @@ class SessionTable:
             initial_states: every state, [batch_size, *shape], already checked; None for the model's default.
             idle_lifetime: seconds.
             replay: how much their replay windows hold.
-            session_id: the id to give to the only one; empty for new ones.
+            session_ids: the N distinct ids to give them; empty for new ones.
 
         Returns:
             Their group; the slots of those that were made, int64 [<= N]; and why the others were not, or None if all
@@ -265,8 +285,9 @@ class SessionTable:
         Raises:
             SessionExists: a live session has that id.
         """
-        if self._part(session_id).get(session_id, -1) >= 0:
-            raise SessionExists(session_id)
+        for session_id in session_ids:
+            if session_id in self:
+                raise SessionExists(session_id)
         key = _key(model, batch_size, options, replay)
         group = self._groups.get(key) or Group(model, batch_size, options, replay, self._index + 1)
         room = min(
@@ -278,7 +299,7 @@ class SessionTable:
         if key not in self._groups:
             self._index = group.index
             self._groups[key] = self._by_index[group.index] = group
-        ids = [session_id] if session_id else _new_ids(min(count, room))
+        ids = session_ids[:room] or _new_ids(min(count, room))
         slots = self._make(group, ids, initial_states, idle_lifetime)
         return group, slots, self._full(group) if room < count else None
 
@@ -305,6 +326,10 @@ class SessionTable:
             raise self._gone(session_id)
         return self.at(self._by_index[place >> 32], place & 0xFFFFFFFF)
 
+    def was_taken(self, session_id: str) -> bool:
+        """Whether another server has taken a session over, which was here."""
+        return isinstance(self._gone(session_id), SessionTakenOver)
+
     def delete(self, session_id: str) -> None:
         """Ends a session and forgets its state.
 
@@ -322,6 +347,7 @@ class SessionTable:
         """Sets a session's states to given ones, or to the model's default. Its step stays."""
         session.group.arena.reset(session.slot, states)
         session.group.last_used[session.slot] = self._clock()
+        session.group.dirty[session.slot] = True
 
     def after(self, number: int, model: str = "") -> Iterator[Session]:
         """Live sessions made after the ``number``-th, oldest first."""
@@ -407,13 +433,42 @@ class SessionTable:
         ]
         return np.flatnonzero(fine), errors
 
-    def commit(self, sessions: blocks.Sessions, states: Arrays, timesteps: int) -> None:
-        """Writes the states of finished chunks, which `check` found to fit, and moves their sessions on."""
+    def commit(self, sessions: blocks.Sessions, states: Arrays, timesteps: int, *, stored: bool = False) -> None:
+        """Writes the states of finished chunks, which `check` found to fit, and moves their sessions on.
+
+        Args:
+            sessions: the chunks' columns.
+            states: every state, [N * batch_size, *shape].
+            timesteps: of each chunk.
+            stored: whether a store has them already.
+        """
         group, slots = sessions.group, sessions.slots
         assert sessions.first_steps is not None
         group.arena.scatter(slots, states)
         group.step[slots] = sessions.first_steps + np.uint64(timesteps)
+        group.dirty[slots] = not stored
         group.last_used[slots] = self._clock()
+
+    def groups(self) -> list[Group]:
+        """All groups."""
+        return list(self._groups.values())
+
+    def resting(self, group: Group, idle_seconds: float) -> Array:
+        """The slots of a group's sessions that were not used for so long and for which nothing is queued: int64 [N]."""
+        slots = group.arena.all_used()
+        return slots[(group.last_used[slots] <= self._clock() - idle_seconds) & (group.tail[slots] < 0)]
+
+    def forget(self, group: Group, slots: Array) -> None:
+        """Lets sessions in N slots leave memory, which live on in a store."""
+        for slot in slots.tolist():
+            del self._part(group.ids[slot])[group.ids[slot]]
+            group.ids[slot] = ""
+        self._release(group, slots)
+
+    def lose(self, group: Group, slots: Array, why: type[SessionError]) -> None:
+        """Ends sessions in N slots here, which have ended in the store or belong to somebody else."""
+        self._remember(group, slots, why)
+        self._release(group, slots)
 
     def trim_replays(self, most: int) -> None:
         """Has the replay windows hold so many bytes at most, all together: the largest group's oldest rounds go."""
@@ -451,6 +506,13 @@ class SessionTable:
 
     def _end(self, group: Group, slots: Array, why: type[SessionError]) -> None:
         """Ends the sessions in N distinct slots of a group."""
+        if self.on_end is not None:
+            self.on_end(group, slots, why)
+        self._remember(group, slots, why)
+        self._release(group, slots)
+
+    def _remember(self, group: Group, slots: Array, why: type[SessionError]) -> None:
+        """Keeps in mind why the sessions in N slots ended."""
         for slot in slots.tolist():
             session_id = group.ids[slot]
             group.ids[slot] = ""
@@ -462,6 +524,10 @@ class SessionTable:
             part = self._part(oldest)
             if -part.get(oldest, 0) // len(_WHYS) == number:  # and no later session had the id
                 del part[oldest]
+
+    def _release(self, group: Group, slots: Array) -> None:
+        if not len(slots):
+            return
         self._live -= len(slots)
         group.release(slots)
         self.state_bytes -= len(slots) * group.arena.session_bytes

@@ -8,8 +8,9 @@ costs more than a small run, so one that is known to be small is done where it i
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 
 import numpy as np
 import structlog
@@ -23,14 +24,18 @@ from rnnserve_server.errors import (
     EngineFailed,
     InternalError,
     ServiceError,
+    SessionAway,
     StepBehind,
     StepConflict,
+    StoreDown,
 )
 from rnnserve_server.intake import Frame, Intake, joined
+from rnnserve_server.keeper import Keeper
 from rnnserve_server.layout import Signature, faults, same_lengths, to_wire
 from rnnserve_server.replay import digest
 from rnnserve_server.scheduler import Scheduler, Tick
-from rnnserve_server.sessions import SessionTable
+from rnnserve_server.sessions import Group, SessionTable
+from rnnserve_server.store.base import StoreError
 
 log = structlog.get_logger(__name__)
 
@@ -48,6 +53,7 @@ class Worker:
         clock: monotonic seconds.
         on_progress: called when queued work got less.
         inline_seconds: a run that is expected to take less is not handed over to the model's thread.
+        keeper: what keeps the sessions in a store, if there is one.
     """
 
     def __init__(
@@ -59,6 +65,7 @@ class Worker:
         clock: Callable[[], float],
         on_progress: Callable[[], None],
         inline_seconds: float = 0.0,
+        keeper: Keeper | None = None,
     ) -> None:
         self.model = model
         self._engine = model.engine
@@ -68,6 +75,7 @@ class Worker:
         self._clock = clock
         self._on_progress = on_progress
         self._inline_seconds = inline_seconds
+        self._keeper = keeper
         self._expected: dict[tuple[int, int], float] = {}  # seconds of a run, by the magnitudes of its rows and steps
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
         self._task: asyncio.Task[None] | None = None
@@ -96,6 +104,27 @@ class Worker:
         self.line_up()
         self._scheduler.submit(work)
         self._wake()
+
+    @asynccontextmanager
+    async def turn(self, group: Group, slot: int) -> AsyncIterator[None]:
+        """Waits for a session's chunks that were queued before, and has those that come later wait."""
+        begun: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+        def begin() -> None:
+            if not begun.cancelled():
+                begun.set_result(None)
+
+        barrier = Barrier(group, slot, begin, held=True)
+        self.submit(barrier)
+        try:
+            await begun
+            yield
+        finally:
+            if begun.done() and not begun.cancelled():
+                self._scheduler.finish(barrier)
+                self._wake()
+            else:  # nobody waits for its turn any more
+                barrier.held = False
 
     def _wake(self) -> None:
         if self._task is None:
@@ -159,11 +188,50 @@ class Worker:
                 self._engine_failed(tick.blocks, error)
                 return
             _advance(tick, outputs, states)
+        finished = []
         for block in tick.blocks:
             if block.done < block.steps:
                 self._scheduler.requeue(block)
-            else:
-                self._commit(block)
+            elif alive := self._alive(block):  # a session may have ended while its chunk was run
+                finished.append(alive)
+        stored = self._keeper is not None and self._keeper.durability == "step"
+        if self._keeper is not None and stored:
+            finished = await self._stored(finished, self._keeper)
+        for block in finished:
+            self._commit(block, stored=stored)
+
+    async def _stored(self, blocks: list[Block], keeper: Keeper) -> list[Block]:
+        """Has a store keep what blocks of sessions change: the parts of them that it keeps. The others are told."""
+        sessions = [block for block in blocks if block.sessions is not None]
+        if not sessions:
+            return blocks
+        writes = []
+        for block in sessions:
+            shown = [(each, *self._shown(each, ys, block)) for each, ys in self._rounds(block)]
+            writes += keeper.writes(block, shown)
+        try:
+            applied = iter(await keeper.store.commit(writes))
+        except StoreError as error:
+            log.warning("the store does not answer", error=str(error))
+            for block in sessions:  # whether they were written is not known: what is stored is what counts
+                assert block.sessions is not None
+                alive = self._alive(block)
+                if alive is not None and alive.sessions is not None:
+                    self._sessions.lose(alive.sessions.group, alive.sessions.slots, SessionAway)
+                    self._drop(alive, StoreDown(error))
+            return [block for block in blocks if block.sessions is None]
+        kept = [block for block in blocks if block.sessions is None]
+        for block in sessions:
+            assert block.sessions is not None
+            group, slots = block.sessions.group, block.sessions.slots
+            good = np.array([next(applied) for _ in range(len(slots))])
+            alive_slots = group.generation[slots] == block.sessions.generations
+            group.revision[slots[good & alive_slots]] += 1
+            if lost := np.flatnonzero(~good & alive_slots).tolist():
+                await keeper.lose(group, slots[lost])
+            if (alive := self._alive(block)) is not None:
+                kept.append(alive)
+        return kept
 
     async def _run(self, batch: Batch, steps: int) -> tuple[Arrays, Arrays]:
         magnitude = (len(batch[1]).bit_length(), steps.bit_length())
@@ -221,24 +289,26 @@ class Worker:
             start += count
         return gone
 
-    def _commit(self, block: Block) -> None:
+    def _commit(self, block: Block, *, stored: bool) -> None:
         """Moves the sessions of a block on, and answers."""
-        alive = self._alive(block)  # a session may have ended while its chunk was run
-        if alive is None:
-            return
-        block = alive
-        ys = _joined(block, self._engine)
         if block.sessions is not None:
-            self._sessions.commit(block.sessions, block.states, block.call.timesteps)
-        start = 0
-        for each in block.rounds or [block]:
-            stop = start + each.steps
-            self._answer(each, {name: y[start:stop] for name, y in ys.items()} if block.rounds else ys, block.states)
-            start = stop
+            self._sessions.commit(block.sessions, block.states, block.call.timesteps, stored=stored)
+        for each, ys in self._rounds(block):
+            self._answer(each, *self._shown(each, ys, block))
         self._scheduler.finish(block)  # after the answer, so that a lane is never closed before its chunks are answered
 
-    def _answer(self, block: Block, ys: Arrays, states: Arrays) -> None:
-        """Tells the sinks the results of a block, whose engine gave ``ys``, each [T', R, *shape], of its steps."""
+    def _rounds(self, block: Block) -> Iterator[tuple[Block, Arrays]]:
+        """The blocks that a finished block was made of, and what the engine gave for each: [T', R, *shape]."""
+        ys = _joined(block, self._engine)
+        if not block.rounds:
+            yield block, ys
+        start = 0
+        for each in block.rounds:
+            yield each, {name: y[start : start + each.steps] for name, y in ys.items()}
+            start += each.steps
+
+    def _shown(self, block: Block, ys: Arrays, whole: Block) -> tuple[Arrays, Arrays]:
+        """The outputs and states of a block, as `Answers` has them; the states are those of the whole."""
         options = block.options
         outputs = {
             name: block.call.expand(
@@ -246,7 +316,10 @@ class Worker:
             )
             for name, y in ys.items()
         }
-        outputs, states = to_wire(outputs, states, options, len(block.tags))
+        return to_wire(outputs, whole.states, options, len(block.tags))
+
+    def _answer(self, block: Block, outputs: Arrays, states: Arrays) -> None:
+        """Remembers the answers of a block, and gives them."""
         if (sessions := block.sessions) is not None:
             assert sessions.first_steps is not None
             sessions.group.window.remember(
@@ -294,7 +367,7 @@ class Worker:
                     error = StepBehind(here, first_step, oldest)
                 else:
                     then, at = answered[position]
-                    if digest(then.call, at, len(then.slots)) == digest(block.call, position, chunks):
+                    if then.digest(at) == digest(block.call, position, chunks):
                         tags = block.tags[position : position + 1]
                         block.sink_of(position).result(then.answers(at, tags))
                         continue

@@ -26,7 +26,8 @@ Every error has a google.rpc.ErrorInfo whose domain is "rnnserve" and whose reas
   LANE_OPEN              ALREADY_EXISTS       the lane is open on this stream already
   LANE_REPEATED          INVALID_ARGUMENT     a frame names a lane twice
   STEP_AHEAD             OUT_OF_RANGE         the chunk starts after the step that the session expects
-  STEP_BEHIND            OUT_OF_RANGE         the chunk starts before it
+  STEP_BEHIND            OUT_OF_RANGE         the chunk starts before it, and before the session's replay window
+  STEP_CONFLICT          ABORTED              another chunk than this one was applied at its step
   QUEUE_FULL             RESOURCE_EXHAUSTED   more work is waiting than the server accepts
   TOO_LARGE              RESOURCE_EXHAUSTED   the message, chunk or batch is larger than the server accepts
   DEADLINE_PASSED        DEADLINE_EXCEEDED    the deadline passed before the work was run; the state is untouched
@@ -35,8 +36,8 @@ Every error has a google.rpc.ErrorInfo whose domain is "rnnserve" and whose reas
   ENGINE_FAILED          INTERNAL             the engine refused the batch; the state is untouched
   INTERNAL               INTERNAL             a fault of the server's own; its log has the cause
 
-ErrorInfo.metadata holds, where they apply: field, expected, got, session_id, expected_step. INVALID_ARGUMENT
-carries a google.rpc.BadRequest too, and RESOURCE_EXHAUSTED and UNAVAILABLE a google.rpc.RetryInfo where waiting
+ErrorInfo.metadata holds, where they apply: field, expected, got, session_id, expected_step, oldest_step (the first in
+the replay window). INVALID_ARGUMENT carries a google.rpc.BadRequest too, and RESOURCE_EXHAUSTED and UNAVAILABLE a google.rpc.RetryInfo where waiting
 can help. A message larger than the server's limit is refused by gRPC itself, with RESOURCE_EXHAUSTED and no details.
 
 The messages below have the fields of the google.rpc messages of the same names, so that a client can read them

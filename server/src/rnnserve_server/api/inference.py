@@ -66,7 +66,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             for field in ("model", "version", "options", "initial_states"):
                 if getattr(request, field) and (field != "options" or request.HasField("options")):
                     raise InvalidRequest(field, "nothing", "a value", "a session has its own")
-            session = core.sessions.get(request.session_id)
+            session = await core.session(request.session_id)
             version = session.group.model.version
             core.submit_frame(
                 Frame(

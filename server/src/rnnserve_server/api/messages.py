@@ -14,8 +14,9 @@ from rnnserve_models.engine.base import Array
 from rnnserve_models.load import LoadedModel
 from rnnserve_models.spec import TensorSpec
 from rnnserve_server.core import Core
-from rnnserve_server.errors import InvalidRequest, SessionsFull
+from rnnserve_server.errors import InvalidRequest, SessionExists, SessionsFull
 from rnnserve_server.sessions import Group, Session
+from rnnserve_server.store.base import Head
 
 Item = TypeVar("Item")
 
@@ -52,8 +53,10 @@ def model_message(model: LoadedModel) -> model_pb2.Model:
     )
 
 
-def session_message(session: Session) -> session_pb2.Session:
-    """A session as it is."""
+def session_message(session: Session | Head) -> session_pb2.Session:
+    """A session as it is, or as it is stored."""
+    if isinstance(session, Head):
+        return _head_message(session)
     group = session.group
     create_time, idle_lifetime = Timestamp(), Duration()
     create_time.FromNanoseconds(int(session.create_time * 1e9))
@@ -71,10 +74,33 @@ def session_message(session: Session) -> session_pb2.Session:
     )
 
 
+def _head_message(head: Head) -> session_pb2.Session:
+    meta = head.meta
+    create_time, idle_lifetime = Timestamp(), Duration()
+    create_time.FromNanoseconds(int(meta.create_time * 1e9))
+    idle_lifetime.FromNanoseconds(int(meta.idle_lifetime * 1e9))
+    return session_pb2.Session(
+        session_id=head.id,
+        model=meta.model,
+        version=meta.version,
+        digest=meta.digest,
+        batch_size=meta.batch_size,
+        options=options_pb2.LayerOptions(**meta.options),
+        step=head.step,
+        create_time=create_time,
+        idle_lifetime=idle_lifetime,
+    )
+
+
 def create_sessions(
-    core: Core, config: session_pb2.SessionConfig, count: int = 1
+    core: Core, config: session_pb2.SessionConfig, session_ids: Sequence[str]
 ) -> tuple[Group, Array, SessionsFull | None]:
-    """Makes the sessions that a client asks for, all alike: see `Core.create_sessions`.
+    """Makes the sessions that a client asks for, alike but for their ids: see `Core.create_sessions`.
+
+    Args:
+        core: where.
+        config: what they are; its id does not count.
+        session_ids: the id of each, either all of them empty or none.
 
     Raises:
         ServiceError, TensorError: as CreateSession says.
@@ -85,22 +111,24 @@ def create_sessions(
         config.version,
         config.batch_size,
         asked_options(config.options),
-        count,
+        len(session_ids),
         initial_states=decode_named(config.initial_states, "initial_states"),
         idle_lifetime=lifetime,
-        session_id=config.session_id,
+        session_ids=session_ids if session_ids[0] else (),
     )
 
 
-def create_session(core: Core, config: session_pb2.SessionConfig) -> Session:
+async def create_session(core: Core, config: session_pb2.SessionConfig) -> Session:
     """Makes the session that a client asks for.
 
     Raises:
         ServiceError, TensorError: as CreateSession says.
     """
-    group, slots, full = create_sessions(core, config)
+    group, slots, full = create_sessions(core, config, [config.session_id])
     if full is not None:
         raise full
+    if not (await core.keep(group, slots)).all():
+        raise SessionExists(config.session_id)
     return core.sessions.at(group, int(slots[0]))
 
 

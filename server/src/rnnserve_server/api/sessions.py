@@ -27,17 +27,24 @@ class SessionServicer(session_pb2_grpc.SessionServiceServicer):
     @told
     async def CreateSession(self, request: pb.CreateSessionRequest, context: Context) -> pb.CreateSessionResponse:
         """See SessionService.CreateSession."""
-        return pb.CreateSessionResponse(session=session_message(create_session(self._core, request.config)))
+        return pb.CreateSessionResponse(session=session_message(await create_session(self._core, request.config)))
 
     @told
     async def GetSession(self, request: pb.GetSessionRequest, context: Context) -> pb.GetSessionResponse:
         """See SessionService.GetSession."""
-        return pb.GetSessionResponse(session=session_message(self._core.sessions.get(request.session_id)))
+        return pb.GetSessionResponse(session=session_message(await self._core.show(request.session_id)))
 
     @told
     async def ListSessions(self, request: pb.ListSessionsRequest, context: Context) -> pb.ListSessionsResponse:
         """See SessionService.ListSessions."""
-        after = self._core.sessions.after(page_number(request.page_token), request.model)
+        core = self._core
+        if core.keeper is not None:
+            most = min(max(request.page_size, 0) or _PAGE, _PAGE)
+            heads = await core.keeper.page(request.page_token, most + 1, request.model)
+            stored, token = page(heads, request.page_size, _PAGE, lambda head: head.cursor)
+            shown = [core.sessions.get(each.id) if each.id in core.sessions else each for each in stored]
+            return pb.ListSessionsResponse(sessions=map(session_message, shown), next_page_token=token)
+        after = core.sessions.after(page_number(request.page_token), request.model)
         sessions, token = page(after, request.page_size, _PAGE, lambda session: str(session.number))
         return pb.ListSessionsResponse(sessions=map(session_message, sessions), next_page_token=token)
 
@@ -54,5 +61,5 @@ class SessionServicer(session_pb2_grpc.SessionServiceServicer):
     @told
     async def DeleteSession(self, request: pb.DeleteSessionRequest, context: Context) -> pb.DeleteSessionResponse:
         """See SessionService.DeleteSession."""
-        self._core.sessions.delete(request.session_id)
+        await self._core.delete_session(request.session_id)
         return pb.DeleteSessionResponse()

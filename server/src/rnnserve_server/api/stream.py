@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from itertools import count
 from typing import Any, TypeVar
 
@@ -28,6 +29,8 @@ from rnnserve_server.errors import (
     LaneRepeated,
     LaneUnknown,
     ServiceError,
+    SessionExists,
+    StoreDown,
     TooLarge,
 )
 from rnnserve_server.intake import Frame
@@ -121,13 +124,50 @@ class LaneStream:
     async def _receive(self, request: pb.StreamRequest) -> None:
         if request.opens:
             async for openings in self._turns(request.opens):
+                errors = await self._attach([each.session_id for each in openings if each.HasField("session_id")])
                 for alike in _alike(openings):
-                    self._open(alike)
+                    await self._open(alike, errors)
         for frame in request.frames:
-            self._frame(frame)
+            away = await self._bring_back(frame.lanes[:]) if self._core.keeper is not None else {}
+            self._frame(frame, away)
         if request.closes:
             async for closings in self._turns(request.closes):
+                if self._core.keeper is not None:
+                    await self._bring_back([closing.lane for closing in closings if closing.delete_session])
                 self._close(closings)
+            with suppress(StoreDown):  # it is told later
+                await self._core.settle()
+
+    async def _attach(self, ids: Sequence[str]) -> Mapping[str, ServiceError]:
+        """Brings sessions into memory: why it could not, by id."""
+        if not ids:
+            return {}
+        try:
+            return await self._core.attach(ids)
+        except ServiceError as error:
+            return dict.fromkeys(ids, error)
+
+    async def _bring_back(self, lanes: Sequence[int]) -> dict[int, ServiceError]:
+        """Puts the sessions of lanes that have left memory back where they were, from the store.
+
+        Returns:
+            Why it could not, by lane.
+        """
+        away = [lane for lane in lanes if self._is_open(lane) and not self._is_here(lane)]
+        ids = [each for each in {self._ids[lane] for lane in away} if not self._core.sessions.was_taken(each)]
+        if not ids:
+            return {}
+        errors = await self._attach(ids)
+        for lane in away:
+            if (session_id := self._ids[lane]) in self._core.sessions:
+                session = self._core.sessions.get(session_id)
+                self._vacate([lane])
+                self._put([lane], session.group, np.array([session.slot]))
+        return {lane: error for lane in away if (error := errors.get(self._ids[lane]))}
+
+    def _is_here(self, lane: int) -> bool:
+        group = self._groups[int(self._group[lane])]
+        return bool(group.generation[self._slot[lane]] == self._generation[lane])
 
     async def _turns(self, items: Sequence[Item]) -> AsyncIterator[Sequence[Item]]:
         """A few of a message's items at a time; between them other streams have their turns."""
@@ -138,38 +178,57 @@ class LaneStream:
                 self._partway = False
             yield items[start : start + _TAKEN_AT_ONCE]
 
-    def _open(self, alike: Sequence[pb.LaneOpen]) -> None:
-        """Opens lanes that want the same: new sessions of one config, or there is only one."""
-        lanes = []
+    async def _open(self, alike: Sequence[pb.LaneOpen], errors: Mapping[str, ServiceError]) -> None:
+        """Opens lanes that want the same: new sessions that differ by their ids, or there is only one."""
+        lanes, ids = [], []
         for opening in alike:
             lane = opening.lane
             if lane >= self._core.settings.max_lanes:
                 self._fail_opens([lane], TooLarge("lane", self._core.settings.max_lanes - 1, lane))
             elif self._is_open(lane):
                 self._fail_opens([lane], LaneOpen(lane))
+            elif (session_id := opening.create.session_id) in self._core.sessions:
+                self._fail_opens([lane], SessionExists(session_id))
             else:
                 lanes.append(lane)
+                ids.append(session_id)
         if not lanes:
             return
-        opening, full = alike[0], None
+        opening = alike[0]
         try:
             if opening.WhichOneof("target") is None:
                 raise InvalidRequest("target", "create or session_id", "neither")
             if opening.HasField("create"):
-                group, slots, full = create_sessions(self._core, opening.create, len(lanes))
+                group, slots, full = create_sessions(self._core, opening.create, ids)
+                made = await self._core.keep(group, slots)
+                for position in np.flatnonzero(~made).tolist():
+                    self._fail_opens([lanes[position]], SessionExists(ids[position]))
+                if full is not None:
+                    self._fail_opens(lanes[len(slots) :], full)
+                lanes, slots = [lane for lane, stored in zip(lanes, made, strict=False) if stored], slots[made]
             else:
+                if error := errors.get(opening.session_id):
+                    raise error
                 session = self._core.sessions.get(opening.session_id)
                 group, slots = session.group, np.array([session.slot])
         except (ServiceError, TensorError) as error:
             self._fail_opens(lanes, service_error(error))
             return
         if len(slots):
-            self._opened(lanes[: len(slots)], group, slots)
-        if full is not None:
-            self._fail_opens(lanes[len(slots) :], full)
+            self._opened(lanes, group, slots)
 
     def _opened(self, lanes: Sequence[int], group: Group, slots: Array) -> None:
         """Puts N sessions that differ by their ids alone on N lanes, and says so."""
+        self._put(lanes, group, slots)
+        opened = pb.LaneOpened(session=session_message(self._core.sessions.at(group, int(slots[0]))))
+        session, response = opened.session, self._response(len(lanes), len(lanes) * opened.ByteSize())
+        for lane in lanes:
+            opened.lane = lane
+            session.session_id = self._ids[lane]
+            response.opened.append(opened)  # a copy
+
+    def _put(self, lanes: Sequence[int], group: Group, slots: Array) -> None:
+        """Puts N sessions of a group on N lanes."""
         number = next((number for number, other in self._groups.items() if other is group), None)
         if number is None:
             number = next(number for number in count() if number not in self._groups)
@@ -180,12 +239,8 @@ class LaneStream:
         self._group[lanes] = number
         self._slot[lanes] = slots
         self._generation[lanes] = group.generation[slots]
-        opened = pb.LaneOpened(session=session_message(self._core.sessions.at(group, int(slots[0]))))
-        session, response = opened.session, self._response(len(lanes), len(lanes) * opened.ByteSize())
         for lane, slot in zip(lanes, slots.tolist(), strict=True):
-            opened.lane = lane
-            session.session_id = self._ids[lane] = group.ids[slot]
-            response.opened.append(opened)  # a copy
+            self._ids[lane] = group.ids[slot]
 
     def _make_room(self, lane: int) -> None:
         """Makes the columns of lanes reach to a lane."""
@@ -264,7 +319,7 @@ class LaneStream:
         if not self._group_lanes[number]:  # its memory is given back although the stream goes on
             del self._groups[number], self._group_lanes[number]
 
-    def _frame(self, frame: pb.StepFrame) -> None:
+    def _frame(self, frame: pb.StepFrame, away: Mapping[int, ServiceError]) -> None:
         lanes = tuple(frame.lanes[:])
         chunks = len(lanes)
         if not chunks:
@@ -275,7 +330,7 @@ class LaneStream:
                 raise InvalidRequest(
                     "frames.first_steps", f"{chunks}, as many as lanes, or none", str(len(first_steps))
                 )
-            found = self._found.get(lanes) or self._find(lanes)
+            found = self._found.get(lanes) or self._find(lanes, away)
             inputs = decode_named(frame.inputs, "inputs")
             mask = decode(frame.mask, "mask") if frame.HasField("mask") else None
             for field, array in inputs.items():
@@ -289,7 +344,8 @@ class LaneStream:
             index = part.index
             if part.group is None:
                 for position in range(chunks) if index is None else index.tolist():
-                    self._fail_chunks(lanes, [position], first_steps, LaneUnknown(lanes[position]))
+                    lane = lanes[position]
+                    self._fail_chunks(lanes, [position], first_steps, away.get(lane) or LaneUnknown(lane))
                 continue
             steps = first_steps if first_steps is None or index is None else first_steps[index]
             self._unanswered += len(part.tags)
@@ -309,7 +365,7 @@ class LaneStream:
                     lanes, range(chunks) if index is None else index.tolist(), first_steps, service_error(error)
                 )
 
-    def _find(self, lanes: tuple[int, ...]) -> list[_Part]:
+    def _find(self, lanes: tuple[int, ...], away: Collection[int]) -> list[_Part]:
         """The sessions of a frame's lanes, group by group. A stream says the same lanes again and again.
 
         Raises:
@@ -321,6 +377,8 @@ class LaneStream:
             raise LaneRepeated(int(twice[0]))
         inside = np.minimum(tags, len(self._group) - 1)
         groups = np.where(inside == tags, self._group[inside], -1)  # [N]
+        if away:
+            groups[np.isin(tags, list(away))] = -1
         numbers = np.unique(groups).tolist()
         found = []
         for number in numbers:
@@ -330,6 +388,8 @@ class LaneStream:
                 found.append(_Part(index, chosen))
             else:
                 found.append(_Part(index, chosen, self._groups[number], self._slot[chosen], self._generation[chosen]))
+        if away:
+            return found
         if self._found_lanes + len(lanes) > _FOUND_LANES:
             self._forget()
         self._found[lanes] = found
@@ -465,19 +525,30 @@ class _Part:
 
 
 def _alike(openings: Sequence[pb.LaneOpen]) -> Iterator[list[pb.LaneOpen]]:
-    """Cuts openings, in their order, into runs of new sessions that differ by their lanes alone."""
+    """Cuts openings, in their order, into runs of new sessions that differ by their lanes and their ids alone. Either
+    all sessions of a run have ids, or none.
+    """
     run: list[pb.LaneOpen] = []
     lanes: set[int] = set()
+    ids: set[str] = set()
     config: session_pb2.SessionConfig | None = None
     for opening in openings:
-        create = opening.create if opening.HasField("create") else None
-        if run and (create is None or create != config or opening.lane in lanes):
+        create, session_id = None, ""
+        if opening.HasField("create"):
+            create, session_id = opening.create, opening.create.session_id
+            if session_id:
+                create = session_pb2.SessionConfig()
+                create.CopyFrom(opening.create)
+                create.session_id = "?"
+        if run and (create is None or create != config or opening.lane in lanes or session_id in ids):
             yield run
-            run, lanes = [], set()
+            run, lanes, ids = [], set(), set()
         if not run:
-            config = None if create is None or create.session_id else create
+            config = create
         run.append(opening)
         lanes.add(opening.lane)
+        if session_id:
+            ids.add(session_id)
     if run:
         yield run
 

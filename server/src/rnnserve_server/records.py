@@ -1,0 +1,105 @@
+"""Sessions as a store keeps them: bytes of states, of answers, and what tells chunks apart."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from rnnserve_models.engine.base import Array, Arrays
+from rnnserve_models.options import LayerOptions
+from rnnserve_models.spec import StateSpec
+from rnnserve_server.replay import Limits
+from rnnserve_server.sessions import Group, Session
+from rnnserve_server.store.base import Meta, StoreCorrupt
+
+_LENGTH_BYTES = 4
+
+
+def meta_of(session: Session, lifetime: float | None = None) -> Meta:
+    """What never changes in a session's life."""
+    group = session.group
+    return Meta(
+        model=group.model.name,
+        version=group.model.version,
+        digest=group.model.digest,
+        batch_size=group.batch_size,
+        options=dict(vars(group.options)),
+        create_time=session.create_time,
+        idle_lifetime=session.idle_lifetime,
+        lifetime=lifetime,
+        window_replies=group.window.limits.replies,
+        window_bytes=group.window.limits.bytes,
+    )
+
+
+def options_of(meta: Meta) -> LayerOptions:
+    """The options of a stored session."""
+    return LayerOptions(**{name: bool(value) for name, value in meta.options.items()})
+
+
+def limits_of(meta: Meta) -> Limits:
+    """The limits of a stored session's replay window."""
+    return Limits(meta.window_replies, meta.window_bytes)
+
+
+def pack_states(group: Group, states: Mapping[str, Array], count: int) -> list[bytes]:
+    """The states of N sessions, each [N * batch_size, *shape], as bytes of each session: one state after the other."""
+    rows = _rows([states[spec.name] for spec in group.model.engine.states], count)
+    return [row.tobytes() for row in rows]
+
+
+def unpack_states(specs: Sequence[StateSpec], batch_size: int, blob: bytes) -> Arrays:
+    """The states of one session, each [batch_size, *shape].
+
+    Raises:
+        StoreCorrupt: the bytes are not those of such states.
+    """
+    states: Arrays = {}
+    start = 0
+    for spec in specs:
+        shape = (batch_size, *spec.shape)
+        stop = start + int(np.prod(shape)) * spec.dtype.itemsize
+        if stop > len(blob):
+            break
+        states[spec.name] = np.frombuffer(blob[start:stop], spec.dtype).reshape(shape)
+        start = stop
+    if len(states) != len(specs) or start != len(blob):
+        raise StoreCorrupt(f"{len(blob)} bytes are stored as the states of a session, which its model has not")
+    return states
+
+
+def pack_answers(outputs: Mapping[str, Array], states: Mapping[str, Array], count: int) -> list[bytes]:
+    """What N sessions are answered, as `Answers` has it, as bytes of each session that say what they hold."""
+    arrays = [(kind, name, array) for kind, of in enumerate((outputs, states)) for name, array in of.items()]
+    what = json.dumps([[kind, name, array.dtype.str, array.shape[1:]] for kind, name, array in arrays]).encode()
+    head = len(what).to_bytes(_LENGTH_BYTES, "little") + what
+    return [head + row.tobytes() for row in _rows([array for _, _, array in arrays], count)]
+
+
+def unpack_answers(payload: bytes) -> tuple[Arrays, Arrays]:
+    """Outputs and states of one session, each [1, ...]: what `pack_answers` wrote.
+
+    Raises:
+        StoreCorrupt: it wrote something else.
+    """
+    found: tuple[Arrays, Arrays] = ({}, {})
+    try:
+        start = _LENGTH_BYTES + int.from_bytes(payload[:_LENGTH_BYTES], "little")
+        for kind, name, dtype, shape in json.loads(payload[_LENGTH_BYTES:start]):
+            stop = start + int(np.prod(shape)) * np.dtype(dtype).itemsize
+            found[kind][name] = np.frombuffer(payload[start:stop], dtype).reshape(1, *shape)
+            start = stop
+    except (ValueError, TypeError, IndexError) as error:
+        raise StoreCorrupt(f"a stored answer of {len(payload)} bytes cannot be read: {error}") from error
+    return found
+
+
+def _rows(arrays: Sequence[Array], count: int) -> Array:
+    """Arrays of N equal parts as bytes: uint8 [N, bytes of a part]."""
+    return np.concatenate(
+        [np.ascontiguousarray(array).reshape(count, -1).view(np.uint8).reshape(count, -1) for array in arrays]
+        or [np.zeros((count, 0), np.uint8)],
+        axis=1,
+    )
