@@ -193,6 +193,15 @@ class Core:
             return self.sessions.get(session_id)
         return await self.keeper.peek(session_id)
 
+    async def save(self) -> None:
+        """Has the store keep what is in memory and not stored, if there is one.
+
+        Raises:
+            StoreDown: the store cannot be reached.
+        """
+        if self.keeper is not None:
+            await self.keeper.save_all()
+
     async def delete_session(self, session_id: str) -> None:
         """Ends a session; see DeleteSession for the rules."""
         await self.session(session_id)
