@@ -33,7 +33,7 @@ from rnnserve_server.errors import (
     step_mismatch,
 )
 from rnnserve_server.intake import Frame
-from rnnserve_server.keeper import Keeper
+from rnnserve_server.keeper import Keeper, session_bytes
 from rnnserve_server.layout import check_call, check_states, faults, signature, to_call
 from rnnserve_server.replay import Limits
 from rnnserve_server.repository import Repository
@@ -77,7 +77,7 @@ class Core:
 
     # Sessions
 
-    def create_sessions(
+    async def create_sessions(
         self,
         model: str,
         version: str,
@@ -111,6 +111,8 @@ class Core:
         resolved = resolve_options(loaded, options, stateful=True)
         if initial_states:
             check_states(loaded.engine.states, initial_states, batch_size, "initial_states")
+        if self.keeper is not None:
+            await self.keeper.make_room(count, session_bytes(loaded, batch_size), self._line_up)
         lifetime = self.settings.idle_lifetime if idle_lifetime is None else idle_lifetime
         return self.sessions.create_many(
             loaded,
@@ -167,11 +169,11 @@ class Core:
             StoreDown: the store cannot be reached.
             Draining: the server is shutting down.
         """
-        if self.keeper is None or all(each in self.sessions for each in ids):
+        if self.keeper is None or all(self.sessions.is_stored(each) for each in ids):
             return {}
         if self.draining.is_set():
             raise Draining("the server is shutting down; open the session elsewhere", retry_after=1.0)
-        return await self.keeper.attach(ids)
+        return await self.keeper.attach(ids, self._line_up)
 
     async def session(self, session_id: str) -> Session:
         """Finds a session, in memory or in the store.
@@ -330,6 +332,10 @@ class Core:
             )
         return self._workers[key]
 
+    def _line_up(self, group: Group) -> None:
+        """Has sessions for which work has come show as busy."""
+        self.worker(group.model).line_up()
+
     # Flow
 
     @property
@@ -373,7 +379,7 @@ class Core:
         self.sessions.trim_replays(self.settings.max_replay_bytes)
         if self.keeper is not None:
             await self.keeper.sweep()
-            await self.keeper.rest(self.settings.rest_seconds, lambda group: self.worker(group.model).line_up())
+            await self.keeper.rest(self.settings.rest_seconds, self._line_up)
         for key, worker in list(self._workers.items()):
             if worker.idle and worker.model not in self.repository and not self.sessions.uses(worker.model):
                 del self._workers[key]

@@ -99,23 +99,27 @@ class Keeper:
         Raises:
             StoreDown: the store cannot be reached; whether any is stored is not known.
         """
-        group.epoch[slots] = [first_epoch() for _ in range(len(slots))]
-        group.revision[slots] = 0
+        epochs = [first_epoch() for _ in range(len(slots))]
         blobs = pack_states(group, group.arena.gather(slots), len(slots))
         records = []
-        for slot, blob in zip(slots.tolist(), blobs, strict=True):
+        for slot, epoch, blob in zip(slots.tolist(), epochs, blobs, strict=True):
             session = self._sessions.at(group, slot)
-            epoch = int(group.epoch[slot])
             records.append(
                 Record(session.id, meta_of(session), epoch, 0, 0, last_used=session.create_time, states=blob)
             )
-        try:
-            return await self.store.create(records)
-        except StoreError as error:
-            raise StoreDown(error) from error
+        generations = group.generation[slots]
+        async with self._attaching:
+            try:
+                made = await self.store.create(records)
+            except StoreError as error:
+                raise StoreDown(error) from error
+            alive = group.generation[slots] == generations
+            group.epoch[slots[alive]] = np.array(epochs)[alive]
+            group.revision[slots[alive]] = 0
+        return made
 
-    async def attach(self, ids: Sequence[str]) -> dict[str, ServiceError]:
-        """Brings sessions into memory, and takes them over from whoever owned them.
+    async def attach(self, ids: Sequence[str], line_up: Callable[[Group], None]) -> dict[str, ServiceError]:
+        """Brings sessions into memory, and takes them over from whoever owned them. Arguments as `rest`.
 
         Returns:
             Why it could not, by id.
@@ -124,19 +128,20 @@ class Keeper:
             StoreDown: the store cannot be reached.
         """
         async with self._attaching:  # or two streams that ask for one session would take it from each other
-            missing = [each for each in dict.fromkeys(ids) if each not in self._sessions]
+            missing = [each for each in dict.fromkeys(ids) if not self._sessions.is_stored(each)]
             if not missing:
                 return {}
             try:
-                return await self._attach(missing)
+                return await self._attach(missing, line_up)
             except StoreError as error:
                 raise StoreDown(error) from error
 
-    async def _attach(self, ids: list[str]) -> dict[str, ServiceError]:
+    async def _attach(self, ids: list[str], line_up: Callable[[Group], None]) -> dict[str, ServiceError]:
         failed: dict[str, ServiceError] = {}
         models: dict[str, LoadedModel] = {}
         await self._settle()  # what ended here has to be so in the store
-        for session_id, head in zip(ids, await self.store.peek(ids), strict=True):
+        heads = await self.store.peek(ids)
+        for session_id, head in zip(ids, heads, strict=True):
             if head is None:
                 continue
             try:
@@ -145,6 +150,11 @@ class Keeper:
                 failed[session_id] = error
         now = self._wall_clock()
         wanted = [each for each in ids if each in models]
+        if wanted:
+            largest = max(
+                session_bytes(models[head.id], head.meta.batch_size) for head in heads if head and head.id in models
+            )
+            await self.make_room(len(wanted), largest, line_up)
         for session_id, record in zip(wanted, await self.store.take(wanted, now), strict=True):
             if record is None:
                 continue
@@ -216,26 +226,53 @@ class Keeper:
         except StoreError as error:
             raise StoreDown(error) from error
 
-    async def rest(self, idle_seconds: float, busy: Callable[[Group], None]) -> int:
+    async def rest(self, idle_seconds: float, line_up: Callable[[Group], None]) -> int:
         """Lets sessions that were not used for so long leave memory: how many have.
 
         Args:
             idle_seconds: how long.
-            busy: makes a group's sessions for which work has come show as busy.
+            line_up: has a group's sessions for which work has come show as busy.
 
         Raises:
             StoreDown: the store cannot be reached; they stay.
         """
         resting = 0
         for group in self._sessions.groups():
-            busy(group)
-            for slots in _pieces(self._sessions.resting(group, idle_seconds)):
-                generations = group.generation[slots]
-                await self.save(group, slots)
-                busy(group)
-                idle = (group.generation[slots] == generations) & (group.tail[slots] < 0) & ~group.dirty[slots]
-                self._sessions.forget(group, slots[idle])
-                resting += int(idle.sum())
+            line_up(group)
+            resting += await self._rest(group, self._sessions.resting(group, idle_seconds), line_up)
+        return resting
+
+    async def make_room(self, count: int, session_bytes: int, line_up: Callable[[Group], None]) -> None:
+        """Has the sessions that were not used for longest leave memory, if N more of so many bytes would not fit.
+
+        Raises:
+            StoreDown: the store cannot be reached; they stay.
+        """
+        lacking = self._sessions.lacking(count, session_bytes)
+        if lacking <= 0:
+            return
+        groups = self._sessions.groups()
+        for group in groups:
+            line_up(group)
+        idle = [self._sessions.resting(group, 0.0) for group in groups]
+        which = np.repeat(np.arange(len(groups)), [len(slots) for slots in idle])  # [N], the group of each
+        slots = np.concatenate([*idle, np.zeros(0, np.int64)])  # [N]
+        used = np.concatenate(
+            [*(group.last_used[found] for group, found in zip(groups, idle, strict=True)), np.zeros(0)]
+        )
+        oldest = np.argsort(used, kind="stable")[: max(lacking, _AT_ONCE)]
+        for number in np.unique(which[oldest]).tolist():
+            await self._rest(groups[number], slots[oldest[which[oldest] == number]], line_up)
+
+    async def _rest(self, group: Group, slots: Array, line_up: Callable[[Group], None]) -> int:
+        resting = 0
+        for piece in _pieces(slots):
+            generations = group.generation[piece]
+            await self.save(group, piece)
+            line_up(group)
+            idle = (group.generation[piece] == generations) & (group.tail[piece] < 0) & ~group.dirty[piece]
+            self._sessions.forget(group, piece[idle])
+            resting += int(idle.sum())
         return resting
 
     # Writing
@@ -380,6 +417,11 @@ class Keeper:
             await self.settle()
         finally:
             await self.store.close()
+
+
+def session_bytes(model: LoadedModel, batch_size: int) -> int:
+    """The bytes of a session's states."""
+    return sum(batch_size * spec.dtype.itemsize * int(np.prod(spec.shape)) for spec in model.engine.states)
 
 
 def _pieces(slots: Array) -> list[Array]:

@@ -92,7 +92,7 @@ def _head_message(head: Head) -> session_pb2.Session:
     )
 
 
-def create_sessions(
+async def create_sessions(
     core: Core, config: session_pb2.SessionConfig, session_ids: Sequence[str]
 ) -> tuple[Group, Array, SessionsFull | None]:
     """Makes the sessions that a client asks for, alike but for their ids: see `Core.create_sessions`.
@@ -106,7 +106,7 @@ def create_sessions(
         ServiceError, TensorError: as CreateSession says.
     """
     lifetime = config.idle_lifetime.ToNanoseconds() / 1e9 if config.HasField("idle_lifetime") else None
-    return core.create_sessions(
+    return await core.create_sessions(
         config.model,
         config.version,
         config.batch_size,
@@ -124,7 +124,7 @@ async def create_session(core: Core, config: session_pb2.SessionConfig) -> Sessi
     Raises:
         ServiceError, TensorError: as CreateSession says.
     """
-    group, slots, full = create_sessions(core, config, [config.session_id])
+    group, slots, full = await create_sessions(core, config, [config.session_id])
     if full is not None:
         raise full
     if not (await core.keep(group, slots)).all():

@@ -199,7 +199,7 @@ class LaneStream:
             if opening.WhichOneof("target") is None:
                 raise InvalidRequest("target", "create or session_id", "neither")
             if opening.HasField("create"):
-                group, slots, full = create_sessions(self._core, opening.create, ids)
+                group, slots, full = await create_sessions(self._core, opening.create, ids)
                 made = await self._core.keep(group, slots)
                 for position in np.flatnonzero(~made).tolist():
                     self._fail_opens([lanes[position]], SessionExists(ids[position]))
