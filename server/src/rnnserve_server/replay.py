@@ -39,6 +39,7 @@ class Limits:
     bytes: int
 
 
+_NONE = np.zeros(0, np.int64)
 NO_REPLAY = Limits(0, 0)
 
 
@@ -52,7 +53,7 @@ class Round:
         first_steps: uint64 [N], where the chunks began.
         timesteps: time steps of each chunk.
         number: int64 [N], how many chunks each session had been answered before.
-        before: int64 [N], how many bytes each session had been answered before.
+        before: int64 [N], how many bytes each session had been answered before; [0], if that is not counted.
         asked: the inputs, in rows of N * batch; or the chunk's digest, where the inputs are not known any more and N
             is 1.
         outputs: as `Answers` has them.
@@ -97,7 +98,7 @@ class Round:
             self.first_steps[index],
             self.timesteps,
             self.number[index],
-            self.before[index],
+            self.before[index] if len(self.before) else self.before,
             self.asked if isinstance(self.asked, bytes) else self.asked.take(index, len(self.slots)),
             {name: y[index] for name, y in self.outputs.items()},
             {name: state[index] for name, state in self.states.items()},
@@ -118,6 +119,7 @@ class Window:
         self._recent: deque[Round] = deque()
         self._thinned: deque[Round] = deque()
         self._thinned_bytes = 0
+        self._bytes_count = False  # all answers so far are so small that only their number is limited
         self._look_again = _SLACK
 
     def remember(
@@ -159,11 +161,14 @@ class Window:
     ) -> None:
         if not self.limits.replies:
             return
-        number, before = group.answered[slots], group.answered_bytes[slots]
-        round_ = Round(slots, generations, first_steps, timesteps, number, before, asked, outputs, states)
+        number, before = group.answered[slots], _NONE
         group.answered[slots] = number + 1
-        answered = sum([array.nbytes for array in (*outputs.values(), *states.values())])
-        group.answered_bytes[slots] = before + answered // len(slots)
+        nbytes = sum([array.nbytes for array in (*outputs.values(), *states.values())]) // len(slots)
+        if self._bytes_count or nbytes * self.limits.replies > self.limits.bytes:
+            self._bytes_count = True
+            before = group.answered_bytes[slots]
+            group.answered_bytes[slots] = before + nbytes
+        round_ = Round(slots, generations, first_steps, timesteps, number, before, asked, outputs, states)
         self._recent.append(round_)
         self.nbytes += round_.nbytes
         self._forget(group)
@@ -226,13 +231,19 @@ class Window:
         """bool [N]: which chunks of a round are in their session's window."""
         slots = round_.slots
         later = group.answered[slots] - round_.number  # [N], 1 for the last
-        within = (later <= self.limits.replies) & (group.answered_bytes[slots] - round_.before <= self.limits.bytes)
-        live: Array = (within | (later == 1)) & (group.generation[slots] == round_.generations)
+        within = later <= self.limits.replies
+        if self._bytes_count:
+            since = group.answered_bytes[slots] - (round_.before if len(round_.before) else 0)
+            within = (within & (since <= self.limits.bytes)) | (later == 1)
+        live: Array = within & (group.generation[slots] == round_.generations)
         return live
 
     def _forget(self, group: Group) -> None:
         """Lets go of rounds that are in no window, and of what is in none in rounds that few windows hold on to."""
         while len(self._recent) > self.limits.replies:  # before that, the oldest is in everybody's window
+            if sum([each.slots is self._recent[0].slots for each in self._recent]) > self.limits.replies:
+                self.nbytes -= self._recent.popleft().nbytes  # the same frame came again often enough
+                continue
             live = self._live(group, self._recent[0])
             if live.any() and len(self._recent) <= _SPREAD * self.limits.replies:
                 break
