@@ -41,9 +41,7 @@ def failure(
     if retry_after is not None:
         hint = error_pb2.RetryInfo()
         hint.retry_delay.FromNanoseconds(round(retry_after * 1e9))
-        details.append(
-            AnyMessage(type_url="type.googleapis.com/google.rpc.RetryInfo", value=hint.SerializeToString())
-        )
+        details.append(AnyMessage(type_url="type.googleapis.com/google.rpc.RetryInfo", value=hint.SerializeToString()))
     return error_pb2.Status(code=code.value[0], message=f"told to fail: {reason}", details=details)
 
 

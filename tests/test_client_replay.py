@@ -379,7 +379,7 @@ def test_a_session_that_went_back():
 
 def test_behind_the_window():
     """A chunk that was applied so long ago that its reply is gone is told as an error, never applied again."""
-    lanes, lane, wire, server = lost_with(*[chunk(ticket, ticket) for ticket in range(1, 5)], window=2)
+    _, _, wire, server = lost_with(*[chunk(ticket, ticket) for ticket in range(1, 5)], window=2)
     wire.settle()
     answers = told(wire.answers)
     assert [answers[ticket].error is None for ticket in range(1, 5)] == [False, False, True, True]
