@@ -114,7 +114,7 @@ class FakeServer(InferenceServiceServicer, SessionServiceServicer, ModelServiceS
     failures: deque[error_pb2.Status] = field(default_factory=deque)
     broken: dict[str, error_pb2.Status] = field(default_factory=dict)  # model: what every chunk of it fails with
     streams: int = 0
-    window: int = 1000  # chunks of a session whose replies are kept
+    window: int = 16  # chunks of a session whose replies are kept
     applied: list[tuple[str, int]] = field(default_factory=list)  # (session, first step) of every chunk that was
 
     def __post_init__(self) -> None:

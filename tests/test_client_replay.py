@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from fake_server import failure
 from rnnserve import codec
+from rnnserve._chunks import REPLAY_CHUNKS, REPLAY_WINDOW
 from rnnserve._lanes import Lanes
 from rnnserve.errors import GroupError, InvalidInput, RequestError, SessionExists, SessionNotFound, StepMismatch
 from rnnserve.v1 import inference_pb2 as pb
@@ -23,13 +24,16 @@ UNKNOWN = failure("SESSION_UNKNOWN", grpc.StatusCode.NOT_FOUND)
 AWAY = failure("DRAINING", grpc.StatusCode.UNAVAILABLE, retry_after=0.5)
 
 
+SHARE = REPLAY_WINDOW // REPLAY_CHUNKS
+
+
 class Oracle:
     """A server that applies each chunk once: it takes one at the session's step, and repeats what it said of others.
 
     A chunk of a negative value is refused, always.
     """
 
-    def __init__(self, window=1000):
+    def __init__(self, window=REPLAY_CHUNKS):
         self.window = window
         self.steps, self.replies, self.applied = {}, {}, {}
 
@@ -157,8 +161,10 @@ def test_each_chunk_is_applied_once_and_answered_once(seed, count, chunks, losse
     """Whatever is wished and wherever streams are lost: each ticket is answered once, on each lane in order; a session
     has taken what was answered, in the order of the wishes, nothing twice, and nothing that was refused."""
     rng = random.Random(seed)
-    server = Oracle()
-    lanes = Lanes(message_bytes=rng.choice([60, 300, 1 << 20]), rows_in_flight=rng.choice([3, 100]))
+    window = rng.choice([1, 2, 16])
+    server = Oracle(window)
+    budget, rows = rng.choice([60, 300, 1 << 20]), rng.choice([3, 100])
+    lanes = Lanes(budget, rows, window * SHARE)
     wire = Wire(lanes, server, rng)
     made = [
         lanes.open(session_pb2.SessionConfig(model="m", session_id=f"s{number}"), f"open{number}")
@@ -256,7 +262,7 @@ def test_opens_and_closes_are_done_once(seed, count, delete):
     assert lanes.open("s", None).number == 0
 
 
-def lost_with(*wishes, window=1000):
+def lost_with(*wishes, window=REPLAY_CHUNKS):
     """Lanes of one session that has lost its stream with these chunks applied but not answered."""
     server, lanes = Oracle(window), Lanes()
     wire = Wire(lanes, server, random.Random(0))
@@ -269,6 +275,35 @@ def lost_with(*wishes, window=1000):
     wire.answers += lanes.lost()
     wire.begin()
     return lanes, lane, wire, server
+
+
+def test_no_more_is_asked_than_the_server_remembers():
+    """Of one session so many chunks are on their way as their answers fit into what the server remembers of it, at
+    least one; the others follow as answers come, in order."""
+    lanes = Lanes()
+    wire = Wire(lanes, Oracle(), random.Random(0))
+    made = [lanes.open(session_pb2.SessionConfig(model="m", session_id=f"s{n}"), f"open{n}") for n in range(2)]
+    wire.settle()
+
+    def wish(ticket, share):
+        made_of = chunk(ticket, ticket)
+        made_of.weight = int(REPLAY_WINDOW * share)
+        return made_of
+
+    for ticket, share in enumerate([0.4, 0.4, 0.4, 0.1, 5.0, 0.1]):
+        lanes.step(made[0], wish(ticket, share))
+    lanes.step_all(made, chunk("group", 1, rows=2))
+    lanes.step(made[1], chunk("behind", 1))
+    asked = []
+    while (request := lanes.flush()) is not None:
+        asked.append([list(frame.first_steps) for frame in request.frames])
+        wire.answers += lanes.receive(wire.take(request))
+    assert asked == [[[0], [1]], [[2], [3]], [[4]], [[5], [6, 0], [1]]]
+    assert all(answer.error is None for answer in wire.answers)
+    assert lanes.held == 0
+    for number in range(40):
+        lanes.step(made[1], chunk(number, 1))
+    assert sum(len(frame.lanes) for frame in lanes.flush().frames) == REPLAY_CHUNKS
 
 
 def test_resending_is_bulk():
@@ -379,12 +414,16 @@ def test_a_session_that_went_back():
 
 def test_behind_the_window():
     """A chunk that was applied so long ago that its reply is gone is told as an error, never applied again."""
-    _, _, wire, server = lost_with(*[chunk(ticket, ticket) for ticket in range(1, 5)], window=2)
+    lanes, lane, wire, server = lost_with(*[chunk(ticket, ticket) for ticket in range(1, 5)], window=2)
+    wire.settle()
+    lanes.step(lane, chunk("next", 5))
     wire.settle()
     answers = told(wire.answers)
+    assert answers["next"].error is None
     assert [answers[ticket].error is None for ticket in range(1, 5)] == [False, False, True, True]
     assert answers[1].error.reason == "STEP_BEHIND"
-    assert server.applied["s"] == [1, 2, 3, 4]
+    assert server.applied["s"] == [1, 2, 3, 4, 5]
+    assert lane.next_step == 5
 
 
 @pytest.mark.parametrize("step", [0, 3])

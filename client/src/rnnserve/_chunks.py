@@ -34,6 +34,12 @@ class Answer(NamedTuple):
     error: RequestError | None = None
 
 
+#: What a server remembers of a session, unless told otherwise: so many answers, and bytes of them, but at least one.
+#: No more may be asked of it at once, or an answer that is lost may be forgotten when it is asked for again.
+REPLAY_CHUNKS = 16
+REPLAY_WINDOW = 1 << 20
+
+
 class Lane:
     """A session and its lane. It outlives the stream: after a loss the session is opened again on the same number.
 
@@ -41,6 +47,8 @@ class Lane:
         next_step: the step at which the next chunk wished on it will start.
         known: whether that is so; if not, the server tells when the lane is opened.
         pending: what is wished on it and not answered, in order.
+        active: how much of the server's memory the answers to what is on its way take, in bytes.
+        backlog: chunks of it alone that wait until that is less, or None.
         request: how to open it; once it was, by the session's id.
         fresh: it was never open.
         tries: how often its open was sent.
@@ -51,6 +59,8 @@ class Lane:
     """
 
     __slots__ = (
+        "active",
+        "backlog",
         "claim",
         "close_ticket",
         "closing",
@@ -80,7 +90,8 @@ class Lane:
         self.pending: deque[Pending] = deque()
         self.known = self.open = self.opening = self.ready = self.closing = self.delete_session = False
         self.fresh = True
-        self.tries = 0
+        self.tries = self.active = 0
+        self.backlog: deque[Chunk] | None = None
         self.claim: tuple[session_pb2.SessionConfig, RequestError] | None = None
 
 
@@ -88,7 +99,8 @@ class Chunk:
     """A chunk for one lane or for several, a row of each input for each lane.
 
     `inputs` are [N, batch, time, ...] and `mask` is bool [N, batch, time], in C order, little-endian; the leading axis
-    may be left out when N is 1. `key` is equal for chunks that may share a frame. `ticket` comes back in the answer.
+    may be left out when N is 1. `key` is equal for chunks that may share a frame. `ticket` comes back in the answer,
+    which has `reply_bytes` for each lane.
     """
 
     __slots__ = (
@@ -103,6 +115,7 @@ class Chunk:
         "shapes",
         "ticket",
         "timesteps",
+        "weight",
     )
 
     def __init__(
@@ -114,6 +127,7 @@ class Chunk:
         timesteps: int,
         key: Hashable,
         ticket: Any = None,
+        reply_bytes: int = 0,
     ) -> None:
         self.names = names
         self.inputs = inputs
@@ -126,6 +140,7 @@ class Chunk:
         self.lanes: list[Lane] = []
         self.first_steps: list[int] = []
         self.number = 0  # counts the wishes of a connection
+        self.weight = max(reply_bytes, REPLAY_WINDOW // REPLAY_CHUNKS)  # of REPLAY_WINDOW
 
     def own(self) -> Chunk:
         """Copies the arrays, for a caller who may write to them before the chunk has left."""
@@ -140,7 +155,7 @@ class Chunk:
             chosen = [row for row, _, _ in rows]
             inputs = [array[chosen] for array in self.inputs]
             mask = None if self.mask is None else self.mask[chosen]
-            part = Chunk(self.names, inputs, mask, self.shapes, self.timesteps, self.key, self.ticket)
+            part = Chunk(self.names, inputs, mask, self.shapes, self.timesteps, self.key, self.ticket, self.weight)
             part.number = self.number
         part.lanes, part.first_steps = lanes, first_steps
         return part

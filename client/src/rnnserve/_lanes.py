@@ -21,7 +21,18 @@ from typing import Any
 
 import grpc
 
-from rnnserve._chunks import OVERHEAD, Answer, Chunk, Columns, Gather, Lane, Pending, left_over, write_frame
+from rnnserve._chunks import (
+    OVERHEAD,
+    REPLAY_WINDOW,
+    Answer,
+    Chunk,
+    Columns,
+    Gather,
+    Lane,
+    Pending,
+    left_over,
+    write_frame,
+)
 from rnnserve.codec import decode_named
 from rnnserve.errors import RequestError, SessionExists, StepMismatch, from_status
 from rnnserve.v1 import inference_pb2, session_pb2
@@ -46,6 +57,8 @@ class ProtocolViolation(Exception):
 class Lanes:
     """The lanes of one connection.
 
+    No more of a session's chunks are on their way than their answers fit into `window`, where a chunk's weight is the
+    bytes of its answer, or a share of what the server remembers: it must still have all of them if the stream is lost.
     With `resume` False nothing is asked again for the server's sake: UNAVAILABLE on a lane is an answer like others.
 
     Attributes:
@@ -56,16 +69,23 @@ class Lanes:
     """
 
     def __init__(
-        self, message_bytes: int = MESSAGE_BYTES, rows_in_flight: int = ROWS_IN_FLIGHT, *, resume: bool = True
+        self,
+        message_bytes: int = MESSAGE_BYTES,
+        rows_in_flight: int = ROWS_IN_FLIGHT,
+        window: int = REPLAY_WINDOW,
+        *,
+        resume: bool = True,
     ) -> None:
         self._message_bytes = message_bytes
         self._rows_allowed = rows_in_flight
+        self._window = window
         self._resume = resume
         self._lanes: dict[int, Lane] = {}
         self._free: list[int] = []
         self._opens: deque[Lane] = deque()
         self._chunks: deque[Chunk] = deque()
         self._parked: list[Chunk] = []  # in order; on lanes that are not open, or behind such a chunk
+        self._crowded = False  # a parked chunk waits for the answers to others
         self._stale = False  # rows of parked chunks were answered or have another first step
         self._closes: list[Lane] = []
         self._answers: list[Answer] = []
@@ -101,7 +121,12 @@ class Lanes:
         self.held += chunk.nbytes + OVERHEAD
         lane.pending.append(Pending(first, lane.generation, chunk, 0, None, chunk.ticket))
         if lane.ready:
-            self._chunks.append(chunk)
+            active = lane.active + chunk.weight
+            if (active <= self._window or not lane.active) and lane.backlog is None:
+                lane.active = active
+                self._chunks.append(chunk)
+            else:
+                self._queue(lane, chunk)
         else:
             self._park(chunk)
 
@@ -115,10 +140,12 @@ class Lanes:
         for row, lane in enumerate(lanes):
             lane.pending.append(Pending(lane.next_step, lane.generation, chunk, row, gather, chunk.ticket))
             lane.next_step += chunk.timesteps
-        if all(lane.ready for lane in lanes):
-            self._chunks.append(chunk)
+        room = self._window - chunk.weight
+        if all(lane.ready and lane.backlog is None and (lane.active <= room or not lane.active) for lane in lanes):
+            self._send(chunk)
         else:
             self._park(chunk)
+            self._crowded = True
 
     def barrier(self, lane: Lane, ticket: Any) -> bool:
         """Wishes to know when every chunk wished on the lane so far is answered. False: all are, no answer comes."""
@@ -230,7 +257,7 @@ class Lanes:
             self._receive_error(error)
         for closed in response.closed:
             self._receive_closed(self._lane(closed.lane), None)
-        if self._parked and (response.opened or response.errors):
+        if self._parked and (self._crowded or response.opened or response.errors):
             self._unpark()
         return answers
 
@@ -245,6 +272,7 @@ class Lanes:
         self._closes.clear()
         for lane in list(self._lanes.values()):
             lane.open = lane.opening = lane.ready = False
+            lane.active, lane.backlog = 0, None
             self._fail_doomed(lane)
             if lane.closing:
                 if lane.pending or lane.delete_session:
@@ -367,6 +395,24 @@ class Lanes:
 
     # Chunks
 
+    def _send(self, chunk: Chunk) -> None:
+        for lane in chunk.lanes:
+            lane.active += chunk.weight
+        self._chunks.append(chunk)
+
+    def _queue(self, lane: Lane, chunk: Chunk) -> None:
+        """Puts a chunk of one lane behind those that are on their way. (A chunk of several is parked.)"""
+        if lane.backlog is None:
+            lane.backlog = deque()
+        lane.backlog.append(chunk)
+
+    def _next(self, lane: Lane, backlog: deque[Chunk]) -> None:
+        """Lets go what waits on a lane for answers to others, as far as there is room."""
+        while backlog and (not lane.active or lane.active + backlog[0].weight <= self._window):
+            self._send(backlog.popleft())
+        if not backlog:
+            lane.backlog = None
+
     def _park(self, chunk: Chunk) -> None:
         self._parked.append(chunk)
         for lane in chunk.lanes:
@@ -383,13 +429,20 @@ class Lanes:
             self._stale = False
             self._parked = left_over(self._lanes.values(), {chunk.number for chunk in self._parked})
         parked, self._parked = self._parked, []
+        self._crowded = False
         behind: set[Lane] = set()
         for chunk in parked:
-            if all(lane.open for lane in chunk.lanes) and behind.isdisjoint(chunk.lanes):
-                self._chunks.append(chunk)
-            else:
-                self._parked.append(chunk)
-                behind.update(chunk.lanes)
+            lanes, room = chunk.lanes, self._window - chunk.weight
+            if behind.isdisjoint(lanes) and all(lane.open for lane in lanes):
+                if all(lane.backlog is None and (lane.active <= room or not lane.active) for lane in lanes):
+                    self._send(chunk)
+                    continue
+                if len(lanes) == 1:
+                    self._queue(lanes[0], chunk)
+                    continue
+                self._crowded = True
+            self._parked.append(chunk)
+            behind.update(lanes)
         for chunk in parked:
             for lane in chunk.lanes:
                 lane.ready = lane.open and lane not in behind
@@ -438,11 +491,15 @@ class Lanes:
             self.broken = cause
         else:
             first_step = error.first_step if error.HasField("first_step") else None
-            pending = self._take(lane, first_step, failed=True)
-            if pending.generation == lane.generation:
+            past = isinstance(cause, StepMismatch) and cause.past
+            pending = self._take(lane, first_step, failed=not past)
+            expected = cause.expected_step if isinstance(cause, StepMismatch) else None
+            if past:
+                # The session is beyond it already: that does no harm to what was wished behind it.
+                lane.next_step = max(lane.next_step, expected or 0)
+            elif pending.generation == lane.generation:
                 # The session is where this chunk found it; what was wished behind it will fail too.
                 lane.generation += 1
-                expected = cause.expected_step if isinstance(cause, StepMismatch) else None
                 lane.next_step = pending.first_step if expected is None else expected
             self._fail(pending, cause)
 
@@ -490,6 +547,9 @@ class Lanes:
                 else:
                     waiting.popleft()
                 self.in_flight -= 1
+                lane.active -= pending.chunk.weight
+                if lane.backlog is not None:
+                    self._next(lane, lane.backlog)
                 while waiting and waiting[0].chunk is None:
                     self._answers.append(Answer(waiting.popleft().ticket, None))
                 return pending

@@ -177,6 +177,11 @@ class StepMismatch(RequestError):
         text = self.metadata.get("expected_step") or self.metadata.get("expected", "")
         return int(text) if text.isdecimal() else None
 
+    @property
+    def past(self) -> bool:
+        """Whether the session is beyond the chunk, and has forgotten what it answered, or has taken another one there."""
+        return self.reason in ("STEP_BEHIND", "STEP_CONFLICT")
+
 
 class StepConflict(StepMismatch):
     """The session has taken another chunk at this step: somebody else stepped it."""
