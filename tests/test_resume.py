@@ -150,6 +150,28 @@ async def test_a_stateful_layer_goes_on(server, client):
     assert not server.sessions
 
 
+@pytest.mark.parametrize("names", [["sum"], ["sum", "wide"]])
+async def test_a_call_of_a_layer_that_is_not_answered_is_undone(server, client, names):
+    """A call of a stateful layer that raises is as if it had not been, whether or not it was applied after all."""
+    x = np.ones((1, 2, 3))
+    live = client.RNN(names, stateful=True)
+    expected = [await live(x) for _ in range(3)]
+    await live.reset_states()
+    for turn in range(3):
+        server.hold()
+        with pytest.raises(rnnserve.DeadlineExceeded):
+            await live(x, timeout=0.05)
+        server.release()
+        np.testing.assert_array_equal(await live(x), expected[turn])
+        call = asyncio.create_task(live(x * 7))
+        await asyncio.sleep(0)
+        call.cancel()
+        await asyncio.gather(call, return_exceptions=True)
+    await live.reset_states()
+    np.testing.assert_array_equal(await live(x), expected[0])
+    await live.close()
+
+
 async def test_idle_sessions_are_taken_up_when_they_are_needed(server, client):
     """A client with nothing to say does not connect; its sessions are taken up by their next steps, together."""
     sessions = await asyncio.gather(*[client.session("sum") for _ in range(4)])

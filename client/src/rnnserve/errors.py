@@ -179,7 +179,7 @@ class StepMismatch(RequestError):
 
     @property
     def past(self) -> bool:
-        """Whether the session is beyond the chunk, and has forgotten what it answered, or has taken another one there."""
+        """Whether the session is beyond the chunk: its answer to it is forgotten, or it took another one there."""
         return self.reason in ("STEP_BEHIND", "STEP_CONFLICT")
 
 
