@@ -109,6 +109,31 @@ async def test_threads_through_cuts(served):
             assert proxy.cuts > 2
 
 
+@pytest.mark.parametrize("kept", [False, pytest.param(True, marks=needs_replay)])
+async def test_the_real_server_restarts(kept, tmp_path):
+    """A server that drains, ends and comes back is a pause, if it keeps its sessions; else they are told to be gone."""
+    store = {"store": f"sqlite:///{tmp_path}/sessions"} if kept else {}
+    x = np.random.default_rng(1).standard_normal((6, 5), np.float32)
+    with running_server(**store) as server:
+        port = int(server.address.rpartition(":")[2])
+        client = aio.Client(server.address, timeout=60)
+        y = (await client.RNN("lstm-32-64", return_sequences=True)(x[None]))[0]
+        session = await client.session("lstm-32-64")
+        got = [await session.step(frame) for frame in x[:3]]
+        steps = [asyncio.create_task(session.step(frame)) for frame in x[3:5]]
+        await asyncio.to_thread(server.stop)
+    last = asyncio.create_task(session.step(x[5]))
+    with running_server(port=port, **store):
+        got += [await step for step in steps]
+        if kept:
+            np.testing.assert_array_equal([*got, await last], y)
+            await session.close()
+        else:
+            with pytest.raises(rnnserve.SessionNotFound):
+                await last
+        await client.close()
+
+
 async def test_a_server_that_is_away_for_a_while():
     """While connections are refused the client's own policy says when to try, and gRPC's 20 s are not waited for."""
     with running() as server:

@@ -304,10 +304,10 @@ async def test_a_deadline_in_the_pause(server, client):
 async def test_a_cancelled_step_keeps_its_place(server, client):
     """So does a call that is cancelled."""
     session = await client.session("sum")
-    server.mute()
+    server.hold()
     buffer = row(10)
     step = asyncio.create_task(session.step(buffer))
-    await applied(server, 1)
+    await arrived(server, 1)
     step.cancel()
     with pytest.raises(asyncio.CancelledError):
         await step
