@@ -9,7 +9,7 @@ import asyncio
 import re
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 import numpy as np
 
@@ -150,17 +150,23 @@ class Core:
         """
         if self.keeper is None or not len(slots):
             return np.ones(len(slots), np.bool_)
+        generations = group.generation[slots]
         try:
             made = np.array(await self.keeper.create(group, slots))
         except StoreDown:
-            self.sessions.forget(group, slots)
+            self.sessions.forget(group, slots[group.generation[slots] == generations])
             raise
-        if len(taken := slots[~made]):
-            self.sessions.forget(group, taken)
-        return made
+        alive = group.generation[slots] == generations  # the others were deleted meanwhile: an id may be known
+        self.sessions.forget(group, slots[~made & alive])
+        kept: Array = made & alive
+        return kept
 
-    async def attach(self, ids: Sequence[str]) -> dict[str, ServiceError]:
+    async def attach(self, ids: Sequence[str], *, sure: bool = False) -> dict[str, ServiceError]:
         """Brings sessions into memory that are in the store, if there is one, and takes them over.
+
+        Args:
+            ids: the sessions.
+            sure: look at those that are in memory too, whether they are still this server's.
 
         Returns:
             Why it could not, by id.
@@ -169,19 +175,21 @@ class Core:
             StoreDown: the store cannot be reached.
             Draining: the server is shutting down.
         """
+        if self.keeper is not None and sure:
+            await self.keeper.verify(ids)
         if self.keeper is None or all(self.sessions.is_stored(each) for each in ids):
             return {}
         if self.draining.is_set():
             raise Draining("the server is shutting down; open the session elsewhere", retry_after=1.0)
         return await self.keeper.attach(ids, self._line_up)
 
-    async def session(self, session_id: str) -> Session:
-        """Finds a session, in memory or in the store.
+    async def session(self, session_id: str, *, sure: bool = False) -> Session:
+        """Finds a session, in memory or in the store. Arguments as `attach`.
 
         Raises:
             ServiceError: there is none, or it cannot be had; and why.
         """
-        if error := (await self.attach([session_id])).get(session_id):
+        if error := (await self.attach([session_id], sure=sure)).get(session_id):
             raise error
         return self.sessions.get(session_id)
 
@@ -191,6 +199,9 @@ class Core:
         Raises:
             ServiceError: there is none, and why.
         """
+        if self.keeper is not None:
+            with suppress(StoreDown):
+                await self.keeper.verify([session_id])
         if self.keeper is None or session_id in self.sessions:
             return self.sessions.get(session_id)
         return await self.keeper.peek(session_id)
@@ -206,7 +217,7 @@ class Core:
 
     async def delete_session(self, session_id: str) -> None:
         """Ends a session; see DeleteSession for the rules."""
-        await self.session(session_id)
+        await self.session(session_id, sure=True)
         self.sessions.delete(session_id)
         await self.settle()
 
@@ -221,7 +232,7 @@ class Core:
 
     async def reset_session(self, session_id: str, states: Arrays | None, step: int | None) -> Session:
         """Resets a session's states when its turn has come; see ResetSession for the rules."""
-        session = await self.session(session_id)
+        session = await self.session(session_id, sure=True)
         if states:
             check_states(session.group.model.engine.states, states, session.group.batch_size, "states")
         async with self.turn(session):
@@ -257,6 +268,7 @@ class Core:
         except StoreDown:
             self.sessions.lose(session.group, slots, SessionAway)
             raise
+        self.sessions.get(session.id)  # it is gone if another server has it, and the store refused
 
     def when_idle(self, group: Group, slot: int, action: Callable[[], None]) -> None:
         """Does something once the chunks queued for a session so far are done: now, if there are none."""

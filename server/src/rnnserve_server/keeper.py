@@ -155,17 +155,37 @@ class Keeper:
                 session_bytes(models[head.id], head.meta.batch_size) for head in heads if head and head.id in models
             )
             await self.make_room(len(wanted), largest, line_up)
-        for session_id, record in zip(wanted, await self.store.take(wanted, now), strict=True):
-            if record is None:
-                continue
-            try:
-                self._adopt(record, models[session_id])
-            except ServiceError as error:
-                failed[session_id] = error
-        gone = [each for each in ids if each not in self._sessions and each not in failed]
-        for session_id, ended in zip(gone, await self.store.ended(gone, now), strict=True):
+        records = [record for record in await self.store.take(wanted, now) if record is not None]
+        taken = {record.id for record in records}
+        gone = [each for each in ids if each not in taken and each not in failed]
+        for session_id, ended in zip(gone, await self.store.ended(gone, now) if gone else (), strict=True):
             failed[session_id] = (SessionUnknown if ended is None else _ERRORS[ended.why])(session_id)
+        for record in records:  # from here to where they are used nothing is awaited, or they might rest again
+            try:
+                self._adopt(record, models[record.id])
+            except ServiceError as error:
+                failed[record.id] = error
         return failed
+
+    async def verify(self, ids: Sequence[str]) -> None:
+        """Forgets those sessions in memory that another server has taken over: it shows only when they are written.
+
+        Raises:
+            StoreDown: the store cannot be reached.
+        """
+        here = [each for each in dict.fromkeys(ids) if self._sessions.is_stored(each)]
+        if not here:
+            return
+        before = [self._sessions.get(each) for each in here]
+        epochs = [int(session.group.epoch[session.slot]) for session in before]
+        try:
+            heads = await self.store.peek(here)
+        except StoreError as error:
+            raise StoreDown(error) from error
+        for session, epoch, head in zip(before, epochs, heads, strict=True):
+            group, slot = session.group, session.slot
+            if (head is None or head.epoch != epoch) and group.generation[slot] == session.generation:
+                await self.lose(group, np.array([slot]))
 
     def _adopt(self, record: Record, model: LoadedModel) -> None:
         meta = record.meta
@@ -359,15 +379,16 @@ class Keeper:
 
     async def lose(self, group: Group, slots: Array) -> list[ServiceError]:
         """The store says that sessions in N slots are not ours any more: ends them here, and says why."""
-        ids = [group.ids[slot] for slot in slots.tolist()]
+        ids, generations = [group.ids[slot] for slot in slots.tolist()], group.generation[slots].tolist()
         try:
             ended = await self.store.ended(ids, self._wall_clock())
         except StoreError:
             ended = [None] * len(ids)
         errors: list[ServiceError] = []
-        for slot, session_id, why in zip(slots.tolist(), ids, ended, strict=True):
+        for slot, generation, session_id, why in zip(slots.tolist(), generations, ids, ended, strict=True):
             kind = SessionTakenOver if why is None else _ERRORS[why.why]
-            self._sessions.lose(group, np.array([slot]), kind)
+            if group.generation[slot] == generation:  # else it has ended meanwhile, and the slot may be another's
+                self._sessions.lose(group, np.array([slot]), kind)
             errors.append(kind(session_id))
         log.warning("sessions are not ours any more", count=len(ids), taken=sum(why is None for why in ended))
         return errors

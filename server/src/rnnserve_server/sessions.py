@@ -492,6 +492,8 @@ class SessionTable:
                 return
 
     def _gone(self, session_id: str) -> SessionError:
+        if self.is_stored(session_id):  # it left memory, and came back while this work waited
+            return SessionAway(session_id)
         end = -self._part(session_id).get(session_id, 0)
         return (_WHYS[end % len(_WHYS)] if end > 0 else SessionUnknown)(session_id)
 
