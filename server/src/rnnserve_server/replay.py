@@ -267,10 +267,11 @@ class Window:
 def digest(call: Compacted, position: int, chunks: int) -> bytes:
     """What tells one of N chunks from another for the same step: 16 bytes over its inputs and its mask (BLAKE2b)."""
     rows = slice(position * len(call.lengths) // chunks, (position + 1) * len(call.lengths) // chunks)
-    hashed = hashlib.blake2b(repr((call.timesteps, call.lengths[rows].tolist())).encode(), digest_size=16)
+    lengths = call.lengths[rows].tolist()
+    hashed = hashlib.blake2b(repr((call.timesteps, lengths)).encode(), digest_size=16)
     if call.mask is not None:
         hashed.update(call.mask[:, rows].tobytes())
     for name in sorted(call.inputs):
         hashed.update(f"{name}:".encode())
-        hashed.update(call.inputs[name][:, rows].tobytes())
+        hashed.update(call.inputs[name][: max(lengths), rows].tobytes())  # what follows is for longer ones beside it
     return hashed.digest()
