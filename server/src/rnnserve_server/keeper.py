@@ -107,7 +107,7 @@ class Keeper:
             session = self._sessions.at(group, slot)
             epoch = int(group.epoch[slot])
             records.append(
-                Record(session.id, meta_of(session), epoch, 0, 0, last_used=session.create_time, states=blob)
+                Record(session.id, meta_of(session), epoch, 0, session.step, last_used=session.create_time, states=blob)
             )
         try:
             return await self.store.create(records)
