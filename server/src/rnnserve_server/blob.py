@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -13,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from rnnserve_models.engine.base import Arrays
+from rnnserve_models.options import LayerOptions
 from rnnserve_server.errors import BlobInvalid
 from rnnserve_server.replay import Limits
 
@@ -22,7 +24,7 @@ VERSION = 1
 _LENGTH_BYTES = 8  # of a safetensors file's header, in front of it
 _MAX_HEADER_BYTES = 1 << 20
 _NO_CHECKSUM = "0" * 64
-_MOST = 2**63 - 1
+_MOST = 2**62  # a session that has come so far can still go on
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,10 +102,10 @@ def unpack(blob: bytes) -> Exported:
             model=metadata["model"],
             version=metadata["model_version"],
             digest=metadata["digest"],
-            batch_size=_number(metadata["batch_size"]),
-            options={str(name): bool(value) for name, value in json.loads(metadata["options"]).items()},
+            batch_size=_number(metadata["batch_size"], 1),
+            options=_options(json.loads(metadata["options"])),
             step=_number(metadata["step"]),
-            idle_lifetime=float(metadata["idle_lifetime"]),
+            idle_lifetime=_seconds(metadata["idle_lifetime"]),
             replay=Limits(_number(metadata["replay_chunks"]), _number(metadata["replay_bytes"])),
             states=load(blob),
         )
@@ -125,8 +127,19 @@ def _metadata(blob: bytes) -> dict[str, Any]:
     return metadata
 
 
-def _number(text: str) -> int:
+def _number(text: str, least: int = 0) -> int:
     number = int(text)
-    if not 0 <= number <= _MOST:
-        raise ValueError(f"{text[:40]!r} is not a number of 63 bits")
+    if not least <= number <= _MOST:
+        raise ValueError(f"{text[:40]!r} is not a number from {least} to 2**62")
     return number
+
+
+def _options(said: dict[str, Any]) -> dict[str, bool]:
+    return dict(vars(LayerOptions(**{name: bool(value) for name, value in said.items()})))
+
+
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0 < seconds < math.inf:
+        raise ValueError(f"{text[:40]!r} are not seconds")
+    return seconds
