@@ -7,18 +7,28 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rnnserve import nest
 from rnnserve._connection import Connection
 from rnnserve._live import Live
-from rnnserve.codec import decode_named
-from rnnserve.v1 import session_pb2
+from rnnserve.codec import Array, decode_named, encode_named
+from rnnserve.v1 import inference_pb2, session_pb2
+from rnnserve.v1.inference_pb2_grpc import InferenceServiceStub
 from rnnserve.v1.session_pb2_grpc import SessionServiceStub
 
 if TYPE_CHECKING:
     from rnnserve.v1.session_pb2_grpc import SessionServiceAsyncStub
+
+
+_RULES = {
+    "copy": inference_pb2.FEEDBACK_RULE_COPY,
+    "argmax": inference_pb2.FEEDBACK_RULE_ARGMAX,
+    "sample": inference_pb2.FEEDBACK_RULE_SAMPLE,
+    "sample_logits": inference_pb2.FEEDBACK_RULE_SAMPLE_LOGITS,
+}
 
 
 async def get_states(live: Live, limit: float | None) -> list[nest.Nest]:
@@ -71,6 +81,55 @@ async def rewind(live: Live, step: int, limit: float | None) -> None:
     request = session_pb2.RewindSessionRequest(session_id=live.session_ids[0], step=step)
     response = await live.connection.unary(_stub(live.connection).RewindSession, request, limit)
     live.moved(response.session.step)
+
+
+class Rollout(NamedTuple):
+    """What a model made of itself.
+
+    Attributes:
+        outputs: [batch, steps, ...] ([steps, batch, ...] with time_major); a mapping by name for several outputs.
+        inputs: alike: the one at each step was made of the output of the step before.
+    """
+
+    outputs: Any
+    inputs: Any
+
+
+async def rollout(
+    live: Live,
+    steps: int,
+    x: Any,
+    feedback: Mapping[str, str] | None,
+    rule: str,
+    temperature: float | None,
+    seed: int | None,
+    limit: float | None,
+) -> Rollout:
+    """Lets the model go on by itself from where the session is."""
+    number = _RULES.get(rule)
+    if number is None:
+        raise ValueError(f"rule must be one of {list(_RULES)}, got {rule!r}")
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
+    await live.connection.limited(live.settled(), limit)
+    signature = live.signature
+    pairs = {"": ""} if feedback is None else feedback
+    request = inference_pb2.RolloutRequest(
+        session_id=live.session_ids[0],
+        steps=steps,
+        inputs=[] if x is None else encode_named(signature.call(x)[0]),
+        feedback=[
+            inference_pb2.Feedback(input=name, output=output, rule=number, temperature=temperature)
+            for name, output in pairs.items()
+        ],
+        seed=seed,
+    )
+    response = await live.connection.unary(InferenceServiceStub(live.connection.channel()).Rollout, request, limit)
+    return Rollout(_bare(decode_named(response.outputs, "outputs")), _bare(decode_named(response.inputs, "inputs")))
+
+
+def _bare(arrays: dict[str, Array]) -> Any:
+    return next(iter(arrays.values())) if len(arrays) == 1 else arrays
 
 
 def _stub(connection: Connection) -> SessionServiceAsyncStub:

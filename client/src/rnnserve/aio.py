@@ -33,6 +33,7 @@ from rnnserve._faces import GroupFace, LayerFace, LiveFace, SessionFace
 from rnnserve._layer import Layer
 from rnnserve._live import Live, Wish
 from rnnserve._pipeline import WINDOW, pipelined
+from rnnserve._states import Rollout
 from rnnserve.errors import GroupError, RequestError
 from rnnserve.models import Model, SessionInfo
 from rnnserve.nest import Nest
@@ -436,6 +437,34 @@ class Session(_Entered, SessionFace):
     async def save(self, path: str | PathLike[str], *, timeout: float | None = None) -> None:
         """Writes what `export` gives to a file, which is there whole or not at all."""
         await _states.save(self._live, path, timeout)
+
+    async def rollout(
+        self,
+        steps: int,
+        x: Any = None,
+        *,
+        feedback: Mapping[str, str] | None = None,
+        rule: str = "copy",
+        temperature: float | None = None,
+        seed: int | None = None,
+        timeout: float | None = None,
+    ) -> Rollout:
+        """Lets the model go on by itself for `steps` steps, each output becoming the next input.
+
+        It starts from where the session is, behind the steps sent so far, and leaves the session as it is.
+
+        Args:
+            steps: how many.
+            x: a chunk to take before, as for a call of the session; the output of its last step becomes the first
+                input. None: the output of the session's last step does.
+            feedback: which output becomes each input, by their names; None for a model with one of each.
+            rule: "copy": as it is. "argmax", "sample" (of probabilities) or "sample_logits": a class among the K of an
+                output [K], as its number or, where the input is [K], as 1 among zeros.
+            temperature: below 1 the likely gets likelier, above 1 less so. Only where the rule samples.
+            seed: the same seed gives the same samples.
+            timeout: seconds that the call may take.
+        """
+        return await _states.rollout(self._live, steps, x, feedback, rule, temperature, seed, timeout)
 
     @classmethod
     def _of(cls, live: Live) -> Session:

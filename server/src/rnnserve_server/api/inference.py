@@ -18,8 +18,18 @@ from rnnserve_server.calls import Call
 from rnnserve_server.core import Core, resolve_options
 from rnnserve_server.errors import InvalidRequest
 from rnnserve_server.intake import Frame
+from rnnserve_server.rollout import Feedback, Rule, rollout
 
 Context = grpc.aio.ServicerContext[Any, Any]
+
+
+_RULES = {
+    pb.FEEDBACK_RULE_UNSPECIFIED: Rule.COPY,
+    pb.FEEDBACK_RULE_COPY: Rule.COPY,
+    pb.FEEDBACK_RULE_ARGMAX: Rule.ARGMAX,
+    pb.FEEDBACK_RULE_SAMPLE: Rule.SAMPLE,
+    pb.FEEDBACK_RULE_SAMPLE_LOGITS: Rule.SAMPLE_LOGITS,
+}
 
 
 class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
@@ -75,9 +85,36 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             step=0 if answers.first_steps is None else int(answers.first_steps[0]) + answers.timesteps,
         )
 
+    @told
+    async def Rollout(self, request: pb.RolloutRequest, context: Context) -> pb.RolloutResponse:
+        """See InferenceService.Rollout."""
+        self._core.check_room()
+        left = context.time_remaining()
+        outputs, inputs = await rollout(
+            self._core,
+            request.session_id,
+            request.steps,
+            decode_named(request.inputs, "inputs"),
+            [_feedback(each) for each in request.feedback],
+            request.seed if request.HasField("seed") else None,
+            None if left is None else self._core.clock() + left,
+        )
+        return pb.RolloutResponse(outputs=encode_named(outputs), inputs=encode_named(inputs))
+
     async def Stream(self, request_iterator: Any, context: Context) -> None:  # type: ignore[override]
         """See InferenceService.Stream."""
         try:
             await LaneStream(self._core, context).run()
         except Exception as error:  # the boundary: every failure becomes a status here
             await abort(context, error)
+
+
+def _feedback(message: pb.Feedback) -> Feedback:
+    if message.rule not in _RULES:
+        raise InvalidRequest("feedback.rule", f"one of {pb.FeedbackRule.keys()}", str(message.rule))
+    rule = _RULES[message.rule]
+    if message.HasField("temperature") and rule not in (Rule.SAMPLE, Rule.SAMPLE_LOGITS):
+        raise InvalidRequest("feedback.temperature", "nothing", f"{message.temperature}", f"{rule.value} takes none")
+    return Feedback(
+        message.output, message.input, rule, message.temperature if message.HasField("temperature") else 1.0
+    )
