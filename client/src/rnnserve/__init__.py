@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from rnnserve.client import RNN, Client, Session, SessionGroup
     from rnnserve.codec import TensorError
     from rnnserve.errors import (
+        BlobInvalid,
         Cancelled,
         ClientClosed,
         DeadlineExceeded,
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
         GroupError,
         InvalidInput,
         InvalidRequest,
+        ModelChanged,
         ModelInvalid,
         ModelNotFound,
         ModelUnavailable,
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "RNN",
+    "BlobInvalid",
     "Cancelled",
     "Client",
     "ClientClosed",
@@ -54,6 +57,7 @@ __all__ = [
     "InvalidRequest",
     "LayerOptions",
     "Model",
+    "ModelChanged",
     "ModelInvalid",
     "ModelNotFound",
     "ModelUnavailable",

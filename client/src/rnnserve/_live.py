@@ -206,6 +206,12 @@ class Live:
             request.step = mismatch.expected_step
             await self.connection.reset_session(request, limit)
 
+    def moved(self, step: int) -> None:
+        """The session was taken to another step: what is submitted from now on starts there."""
+        for lane in self._lanes:
+            lane.generation += 1
+            lane.next_step = step
+
     async def close(self, *, delete: bool, limit: float | None = None) -> None:
         """Leaves the sessions, behind the chunks submitted so far, and ends them too if asked. Closes once."""
         if self.closed:

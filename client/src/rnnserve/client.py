@@ -19,11 +19,12 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from os import PathLike
 from types import TracebackType
-from typing import Any, Self, Unpack
+from typing import Any, Self, Unpack, overload
 
 import grpc
 from numpy.typing import ArrayLike
 
+from rnnserve import _states
 from rnnserve._catalogue import Catalogue
 from rnnserve._chunks import Chunk
 from rnnserve._connection import Connection
@@ -34,7 +35,8 @@ from rnnserve._live import Live, Wish
 from rnnserve._pipeline import WINDOW, check_window
 from rnnserve._portal import Portal, new_ticket
 from rnnserve._retry import RETRY_FOR
-from rnnserve.errors import GroupError, RequestError, RnnserveError
+from rnnserve._states import Rollout
+from rnnserve.errors import DeadlineExceeded, GroupError, RequestError, RnnserveError
 from rnnserve.models import Model, SessionInfo
 from rnnserve.nest import Nest
 from rnnserve.options import LayerOptions, SessionOptions, given_options
@@ -154,6 +156,20 @@ class Client:
     def attach(self, session_id: str, *, timeout: float | None = None) -> Session:
         """A session that is alive on the server; leaving its `with` block leaves it alive."""
         return Session(self._portal, self._portal.run(Live.attach(self._connection, session_id, timeout)), ends=False)
+
+    def restore(
+        self, source: str | PathLike[str] | bytes, *, session_id: str = "", timeout: float | None = None
+    ) -> Session:
+        """A new session that goes on where a saved one was; leaving its `with` block ends it.
+
+        `source` is the path that `Session.save` was given, or what `Session.export` gave, on this server or another.
+
+        Raises:
+            BlobInvalid: it is no saved session, or is damaged.
+            ModelNotFound, ModelChanged: the server has no such model, or another of that name and version.
+        """
+        live = self._portal.run(_states.restore(self._connection, source, session_id, timeout))
+        return Session(self._portal, live, ends=True)
 
     def session_group(
         self,
@@ -417,6 +433,81 @@ class Session(_Entered, SessionFace):
     def info(self, *, timeout: float | None = None) -> SessionInfo:
         """The session as the server has it now."""
         return self._portal.run(self._live.connection.get_session(self.session_id, timeout))
+
+    @property
+    def states(self) -> list[Nest]:
+        """The states, each [batch_size, ...], nested as Keras nests them: fetched when asked for, and may be set."""
+        return self.get_states()
+
+    @states.setter
+    def states(self, states: Nest) -> None:
+        self.set_states(states)
+
+    def get_states(self, *, timeout: float | None = None) -> list[Nest]:
+        """The states behind the steps sent so far, each [batch_size, ...], nested as Keras nests them."""
+        return self._portal.run(_states.get_states(self._live, timeout))
+
+    def set_states(self, states: Nest, *, timeout: float | None = None) -> None:
+        """Puts the states to given values, as `reset_states` does."""
+        self._portal.run(self._live.reset(states, timeout))
+
+    @overload
+    def fork(self, *, timeout: float | None = None) -> Session: ...
+    @overload
+    def fork(self, count: int, *, timeout: float | None = None) -> list[Session]: ...
+    def fork(self, count: int | None = None, *, timeout: float | None = None) -> Session | list[Session]:
+        """A new session that goes on where this one is, behind the steps sent so far; or a list of `count`.
+
+        They are made at one moment, all or none; leaving the `with` block of one ends it.
+        """
+        lives = self._portal.run(_states.fork(self._live, 1 if count is None else count, timeout))
+        made = [Session(self._portal, live, ends=True) for live in lives]
+        return made[0] if count is None else made
+
+    def rewind(self, step: int, *, timeout: float | None = None) -> None:
+        """Takes the session back to `step`: to the states that the chunk had to start from that began there.
+
+        That chunk must be among the last that the server remembers (16, unless it is told otherwise); else
+        StepMismatch says which are. What is sent next starts at `step`, and what was sent before from there on is
+        forgotten.
+        """
+        self._portal.run(_states.rewind(self._live, step, timeout))
+
+    def export(self, *, timeout: float | None = None) -> bytes:
+        """The session, behind the steps sent so far, as a blob for `Client.restore`: a safetensors file."""
+        return self._portal.run(_states.export(self._live, timeout))
+
+    def save(self, path: str | PathLike[str], *, timeout: float | None = None) -> None:
+        """Writes what `export` gives to a file, which is there whole or not at all."""
+        self._portal.run(_states.save(self._live, path, timeout))
+
+    def rollout(
+        self,
+        steps: int,
+        x: Any = None,
+        *,
+        feedback: Mapping[str, str] | None = None,
+        rule: str = "copy",
+        temperature: float | None = None,
+        seed: int | None = None,
+        timeout: float | None = None,
+    ) -> Rollout:
+        """Lets the model go on by itself for `steps` steps, each output becoming the next input.
+
+        It starts from where the session is, behind the steps sent so far, and leaves the session as it is.
+
+        Args:
+            steps: how many.
+            x: a chunk to take before, as for a call of the session; the output of its last step becomes the first
+                input. None: the output of the session's last step does.
+            feedback: which output becomes each input, by their names; None for a model with one of each.
+            rule: "copy": as it is. "argmax", "sample" (of probabilities) or "sample_logits": a class among the K of an
+                output [K], as its number or, where the input is [K], as 1 among zeros.
+            temperature: below 1 the likely gets likelier, above 1 less so. Only where the rule samples.
+            seed: the same seed gives the same samples.
+            timeout: seconds that the call may take.
+        """
+        return self._portal.run(_states.rollout(self._live, steps, x, feedback, rule, temperature, seed, timeout))
 
 
 class SessionGroup(_Entered, GroupFace):

@@ -140,6 +140,19 @@ class DeployDisabled(RequestError):
     reason = "DEPLOY_DISABLED"
 
 
+class BlobInvalid(InvalidRequest):
+    """What was to be restored is no saved session, is damaged, or was written by a newer server."""
+
+    reason = "BLOB_INVALID"
+
+
+class ModelChanged(RequestError):
+    """The server does not serve the very model with which the session was saved or stored."""
+
+    status = grpc.StatusCode.FAILED_PRECONDITION
+    reason = "MODEL_CHANGED"
+
+
 class SessionNotFound(NotFound):
     """No session of that id is alive; the subclasses tell why, where the server may."""
 
@@ -268,6 +281,8 @@ _BY_REASON: dict[str, type[RequestError]] = {
     "MODEL_INVALID": ModelInvalid,
     "VERSION_EXISTS": VersionExists,
     "DEPLOY_DISABLED": DeployDisabled,
+    "BLOB_INVALID": BlobInvalid,
+    "MODEL_CHANGED": ModelChanged,
     "SESSION_UNKNOWN": SessionNotFound,
     "SESSION_CLOSED": SessionClosed,
     "SESSION_EXPIRED": SessionExpired,

@@ -131,6 +131,7 @@ class Block:
         sessions: whose chunks these are; None for a call without a session.
         states: the working states, [N * batch_size, *shape] each. For sessions, a copy: the arena changes only when
             the whole block is done.
+        initial: the states that it began with, alike; empty before it has begun.
         done: compacted time steps already run.
         solo: run by itself, because it shared a batch that failed.
         begun: whether its sessions were checked and their states gathered.
@@ -151,6 +152,7 @@ class Block:
     tags: Array
     sessions: Sessions | None = None
     states: Arrays = field(default_factory=dict)
+    initial: Arrays = field(default_factory=dict)
     done: int = 0
     solo: bool = False
     begun: bool = False
@@ -247,6 +249,7 @@ class Block:
             tags=self.tags[index],
             sessions=self.sessions and self.sessions.take(index),
             states={name: state[rows] for name, state in self.states.items()},
+            initial={name: state[rows] for name, state in self.initial.items()},
             done=self.done,
             solo=self.solo,
             begun=self.begun,

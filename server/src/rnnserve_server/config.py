@@ -66,6 +66,7 @@ class Settings(BaseSettings):
     inline_seconds: Annotated[float, Field(ge=0)] = Field(
         0.0005, description="runs expected to take less are not handed to the engine's thread; 0 hands over all"
     )
+    max_rollout_steps: Positive = Field(10_000, description="time steps of one rollout at most")
     max_message_bytes: Positive = Field(64 << 20, description="the largest message, in bytes")
     max_batch_size: Positive = Field(4096, description="the largest batch of one call or session, in rows")
     max_lanes: Positive = Field(65536, description="lanes of one stream at most")

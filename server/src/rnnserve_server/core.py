@@ -96,12 +96,7 @@ class Core:
         Raises:
             ServiceError: as CreateSession says. None was made.
         """
-        if self.draining.is_set():
-            raise Draining("the server is shutting down; open the session elsewhere", retry_after=1.0)
-        for session_id in session_ids:
-            if not _SESSION_ID.fullmatch(session_id):
-                expected = "1 to 128 characters from A-Z a-z 0-9 . _ : -"
-                raise InvalidRequest("session_id", expected, repr(session_id[:200]))
+        self.check_new(session_ids)
         if idle_lifetime is not None and idle_lifetime <= 0:
             raise InvalidRequest("idle_lifetime", "a positive duration", f"{idle_lifetime} s")
         batch_size = batch_size or 1
@@ -121,9 +116,25 @@ class Core:
             count,
             initial_states=initial_states or None,
             idle_lifetime=min(lifetime, self.settings.max_idle_lifetime),
-            replay=replay or Limits(self.settings.replay_chunks, self.settings.replay_bytes),
+            replay=self._limits(replay),
             session_ids=session_ids,
         )
+
+    def _limits(self, asked: Limits | None) -> Limits:
+        """What a replay window may hold: what was asked for, and not more than the settings allow."""
+        settings = self.settings
+        if asked is None:
+            return Limits(settings.replay_chunks, settings.replay_bytes)
+        return Limits(min(asked.replies, settings.replay_chunks), min(asked.bytes, settings.replay_bytes))
+
+    def check_new(self, session_ids: Sequence[str]) -> None:
+        """Raises InvalidRequest for ids that no session can have, and Draining when no session can be made."""
+        if self.draining.is_set():
+            raise Draining("the server is shutting down; open the session elsewhere", retry_after=1.0)
+        for session_id in session_ids:
+            if not _SESSION_ID.fullmatch(session_id):
+                expected = "1 to 128 characters from A-Z a-z 0-9 . _ : -"
+                raise InvalidRequest("session_id", expected, repr(session_id[:200]))
 
     async def open_store(self) -> None:
         """Has sessions kept in the store that the settings name, if they name one.
@@ -206,7 +217,7 @@ class Core:
             return self.sessions.get(session_id)
         return await self.keeper.peek(session_id)
 
-    async def save(self) -> None:
+    async def save_all(self) -> None:
         """Has the store keep what is in memory and not stored, if there is one.
 
         Raises:
@@ -239,7 +250,7 @@ class Core:
             if step is not None and step != session.step:
                 raise step_mismatch(session.step, step)
             self.sessions.reset(session, states or None)
-            await self._save(session)
+            await self.save(session)
         return session
 
     @asynccontextmanager
@@ -250,15 +261,20 @@ class Core:
             SessionError: it has ended meanwhile.
         """
         async with self.worker(session.group.model).turn(session.group, session.slot):
-            if self.sessions.get(session.id) != session:  # ended meanwhile, and the id was used again
-                raise SessionClosed(session.id)
+            self.check_alive(session)
             yield
 
-    async def _save(self, session: Session) -> None:
+    def check_alive(self, session: Session) -> None:
+        """Raises SessionError if a session has ended meanwhile."""
+        if self.sessions.get(session.id) != session:  # and the id was used again
+            raise SessionClosed(session.id)
+
+    async def save(self, session: Session) -> None:
         """Has the store keep what a session's turn has changed.
 
         Raises:
             StoreDown: the store cannot be reached. The session is as it is stored.
+            SessionError: the session is not ours any more. Nothing was stored.
         """
         if self.keeper is None or self.keeper.durability != "step":
             return
@@ -268,7 +284,7 @@ class Core:
         except StoreDown:
             self.sessions.lose(session.group, slots, SessionAway)
             raise
-        self.sessions.get(session.id)  # it is gone if another server has it, and the store refused
+        self.check_alive(session)
 
     def when_idle(self, group: Group, slot: int, action: Callable[[], None]) -> None:
         """Does something once the chunks queued for a session so far are done: now, if there are none."""

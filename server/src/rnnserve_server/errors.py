@@ -6,8 +6,10 @@ is a bug, is logged with its traceback, and reaches the caller as INTERNAL witho
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
+
+_SHOWN = 16  # steps that an error names
 
 
 class ServiceError(Exception):
@@ -165,6 +167,15 @@ class ModelChanged(ServiceError):
     reason = "MODEL_CHANGED"
 
 
+class BlobInvalid(InvalidRequest):
+    """What was to be imported is no exported session."""
+
+    reason = "BLOB_INVALID"
+
+    def __init__(self, expected: str, got: str, hint: str = "") -> None:
+        super().__init__("blob", expected, got, hint)
+
+
 class StoreDown(ServiceError):
     """The store of sessions cannot be reached."""
 
@@ -251,6 +262,24 @@ class StepConflict(StepMismatch):
     def __init__(self, session_step: int, first_step: int) -> None:
         super().__init__(session_step, first_step)
         self.args = (f"another chunk was applied at step {first_step}; the session expects one at {session_step}",)
+
+
+class NotRemembered(StepBehind):
+    """A session cannot be taken back so far, or not to the middle of a chunk."""
+
+    def __init__(self, session_step: int, step: int, known: Sequence[int]) -> None:
+        """``known`` are the steps that it can be taken back to, ascending."""
+        super().__init__(session_step, step, known[0] if known else None)
+        steps = ", ".join(map(str, known[-_SHOWN:]))
+        self.args = (
+            f"the session is at step {session_step} and cannot be taken back to {step}: the states are remembered "
+            + (
+                f"where its last {len(known)} chunks began, at {'...' * (len(known) > _SHOWN)}{steps}"
+                if known
+                else "of no chunk"
+            )
+            + "; a session that came from the store remembers those since then",
+        )
 
 
 class QueueFull(ServiceError):

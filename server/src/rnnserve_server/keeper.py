@@ -105,7 +105,7 @@ class Keeper:
         for slot, epoch, blob in zip(slots.tolist(), epochs, blobs, strict=True):
             session = self._sessions.at(group, slot)
             records.append(
-                Record(session.id, meta_of(session), epoch, 0, 0, last_used=session.create_time, states=blob)
+                Record(session.id, meta_of(session), epoch, 0, session.step, last_used=session.create_time, states=blob)
             )
         generations = group.generation[slots]
         async with self._attaching:

@@ -3,6 +3,8 @@
 A tick answers many sessions with a few arrays, and the window keeps those arrays as they are: a `Round` is a column of
 chunks of one tick. A session's window is its last rounds, as many as its group allows, and its last one in any case.
 Looking one up is a search, because it is rare; remembering one is an append, because every tick does it.
+
+The states that a tick started from are kept too, so that a session can be taken back to where a chunk began.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from __future__ import annotations
 import hashlib
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -43,6 +45,45 @@ _NONE = np.zeros(0, np.int64)
 NO_REPLAY = Limits(0, 0)
 
 
+@dataclass(slots=True, eq=False)
+class Run:
+    """What a tick ran for N sessions: several chunks of each where they were taken along together.
+
+    Attributes:
+        call: the inputs of all the chunks, in rows of N * batch.
+        states: what it started from: every state, [N * batch, *shape].
+    """
+
+    call: Compacted
+    states: Arrays
+    _thinned: tuple[bytes, Run] | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the states."""
+        return sum([state.nbytes for state in self.states.values()])
+
+    def part(self, start: int, timesteps: int) -> Compacted:
+        """Some of its steps."""
+        if timesteps == self.call.timesteps:
+            return self.call
+        inputs = {name: x[start : start + timesteps] for name, x in self.call.inputs.items()}
+        return Compacted(inputs, np.full(len(self.call.lengths), timesteps), timesteps, None)
+
+    def take(self, index: Array, chunks: int) -> Run:
+        """A copy of some of the N."""
+        rows = len(self.call.lengths) // chunks
+        at = (index[:, None] * rows + np.arange(rows)).ravel()  # [len(index) * batch]
+        return Run(self.call.take(index, chunks), {name: state[at] for name, state in self.states.items()})
+
+    def thinned(self, index: Array, chunks: int) -> Run:
+        """As `take`; rounds that share a run and are thinned alike, one after the other, share what is left of it."""
+        key = index.tobytes()
+        if self._thinned is None or self._thinned[0] != key:
+            self._thinned = key, self.take(index, chunks)
+        return self._thinned[1]
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Round:
     """A chunk of each of N sessions, and what was answered.
@@ -54,8 +95,8 @@ class Round:
         timesteps: time steps of each chunk.
         number: int64 [N], how many chunks each session had been answered before.
         before: int64 [N], how many bytes each session had been answered before; [0], if that is not counted.
-        asked: the inputs, in rows of N * batch; or the chunk's digest, where the inputs are not known any more and N
-            is 1.
+        asked: what ran; or the chunk's digest, where that is not known any more and N is 1.
+        start: where in it the chunks began.
         outputs: as `Answers` has them.
         states: as `Answers` has them.
     """
@@ -66,19 +107,34 @@ class Round:
     timesteps: int
     number: Array
     before: Array
-    asked: Compacted | bytes
+    asked: Run | bytes
+    start: int
     outputs: Arrays
     states: Arrays
 
     @property
     def nbytes(self) -> int:
-        """Bytes of inputs and answers that it holds."""
-        inputs = () if isinstance(self.asked, bytes) else self.asked.inputs.values()
-        return sum([array.nbytes for array in (*inputs, *self.outputs.values(), *self.states.values())])
+        """Bytes of inputs, states and answers that it holds: its part, where it shares a run."""
+        nbytes = sum([array.nbytes for array in (*self.outputs.values(), *self.states.values())])
+        if isinstance(self.asked, bytes):
+            return nbytes
+        whole = sum([x.nbytes for x in self.asked.call.inputs.values()]) + self.asked.nbytes
+        return nbytes + whole * self.timesteps // self.asked.call.timesteps
 
     def digest(self, index: int) -> bytes:
         """What tells one session's chunk from another for the same step."""
-        return self.asked if isinstance(self.asked, bytes) else digest(self.asked, index, len(self.slots))
+        if isinstance(self.asked, bytes):
+            return self.asked
+        return digest(self.asked.part(self.start, self.timesteps), index, len(self.slots))
+
+    def began(self, index: int) -> tuple[Arrays, Compacted | None] | None:
+        """What led to where one session's chunk began: every state, [batch, *shape], and what ran from there, if
+        anything did. None: that is not known any more.
+        """
+        if isinstance(self.asked, bytes):
+            return None
+        run = self.asked.take(np.array([index]), len(self.slots))
+        return run.states, run.part(0, self.start) if self.start else None
 
     def shown(self, index: int) -> tuple[Arrays, Arrays]:
         """The outputs and states that one session was answered, each [1, ...]."""
@@ -99,7 +155,8 @@ class Round:
             self.timesteps,
             self.number[index],
             self.before[index] if len(self.before) else self.before,
-            self.asked if isinstance(self.asked, bytes) else self.asked.take(index, len(self.slots)),
+            self.asked if isinstance(self.asked, bytes) else self.asked.thinned(index, len(self.slots)),
+            self.start,
             {name: y[index] for name, y in self.outputs.items()},
             {name: state[index] for name, state in self.states.items()},
         )
@@ -128,12 +185,14 @@ class Window:
         slots: Array,
         generations: Array,
         first_steps: Array,
-        call: Compacted,
+        timesteps: int,
+        run: Run,
+        start: int,
         outputs: Arrays,
         states: Arrays,
     ) -> None:
         """Keeps what N sessions are about to be answered. Arguments as `Round` has them."""
-        self._keep(group, slots, generations, first_steps, call.timesteps, call, outputs, states)
+        self._keep(group, slots, generations, first_steps, timesteps, run, start, outputs, states)
 
     def restore(
         self,
@@ -146,7 +205,7 @@ class Window:
         states: Arrays,
     ) -> None:
         """Keeps what one session was answered elsewhere, and of which nothing younger is known here."""
-        self._keep(group, slots, group.generation[slots], first_steps, timesteps, asked, outputs, states)
+        self._keep(group, slots, group.generation[slots], first_steps, timesteps, asked, 0, outputs, states)
 
     def _keep(
         self,
@@ -155,7 +214,8 @@ class Window:
         generations: Array,
         first_steps: Array,
         timesteps: int,
-        asked: Compacted | bytes,
+        asked: Run | bytes,
+        start: int,
         outputs: Arrays,
         states: Arrays,
     ) -> None:
@@ -168,7 +228,7 @@ class Window:
             self._bytes_count = True
             before = group.answered_bytes[slots]
             group.answered_bytes[slots] = before + nbytes
-        round_ = Round(slots, generations, first_steps, timesteps, number, before, asked, outputs, states)
+        round_ = Round(slots, generations, first_steps, timesteps, number, before, asked, start, outputs, states)
         self._recent.append(round_)
         self.nbytes += round_.nbytes
         self._forget(group)
@@ -211,6 +271,23 @@ class Window:
             here = (round_.slots == slot) & (round_.generations == generation) & self._live(group, round_)
             places += [(round_, index) for index in np.flatnonzero(here).tolist()]
         return sorted(places, key=lambda place: int(place[0].number[place[1]]))
+
+    def forget_from(self, group: Group, slot: int, step: int) -> None:
+        """Forgets the chunks of a session that began at a step or later."""
+        places = [place for place in self.of(group, slot) if place[0].first_steps[place[1]] >= step]
+        if not places:
+            return
+        oldest, index = places[0]
+        group.answered[slot] = oldest.number[index]
+        group.answered_bytes[slot] = oldest.before[index] if len(oldest.before) else 0
+        nobody: dict[Round, Round] = {}
+        for round_, index in places:
+            generations = nobody.get(round_, round_).generations.copy()  # others may hold on to it
+            generations[index] = -1
+            nobody[round_] = replace(round_, generations=generations)
+        # Copies, so that `_forget` does not count the rounds that the session has lost as later than older ones.
+        self._recent = deque(replace(each := nobody.get(r, r), slots=each.slots.copy()) for r in self._recent)
+        self._thinned = deque(nobody.get(round_, round_) for round_ in self._thinned)
 
     def drop_oldest(self) -> bool:
         """Forgets the oldest round, whoever might still ask for it, to make room: whether there was one."""

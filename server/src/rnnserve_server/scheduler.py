@@ -101,7 +101,7 @@ class Scheduler:
         if sessions is None or not block.followers or self._whole or not _plain(block):
             return
         assert sessions.first_steps is not None
-        own = replace(block, states={}, outputs=[], followers=[])
+        own = replace(block, states={}, initial={}, outputs=[], followers=[])
         rounds, followers, steps = [own], block.followers, block.steps
         while len(followers) == 1:
             (following,) = followers
@@ -132,7 +132,8 @@ class Scheduler:
         first, *others = block.rounds
         followers = block.followers
         block.call, block.steps, block.nbytes = first.call, first.steps, first.nbytes
-        block.states, block.done, block.begun, block.outputs, block.rounds = {}, 0, False, [], []
+        block.states, block.initial, block.outputs, block.rounds = {}, {}, [], []
+        block.done, block.begun = 0, False
         previous = block
         for each in others:
             self._number += 1

@@ -114,7 +114,7 @@ class Server:
         while True:
             await asyncio.sleep(self.settings.store_interval)
             try:
-                await self.core.save()
+                await self.core.save_all()
             except StoreDown as error:
                 log.warning("the store does not answer", error=str(error))
 

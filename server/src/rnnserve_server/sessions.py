@@ -355,6 +355,15 @@ class SessionTable:
         session.group.last_used[session.slot] = self._clock()
         session.group.dirty[session.slot] = True
 
+    def rewind(self, session: Session, step: int, states: Mapping[str, Array]) -> None:
+        """Takes a session back to a step and the states that it had there; what it did since is forgotten."""
+        group, slot = session.group, session.slot
+        group.arena.reset(slot, states)
+        group.window.forget_from(group, slot, step)
+        group.step[slot] = step
+        group.last_used[slot] = self._clock()
+        group.dirty[slot] = True
+
     def after(self, number: int, model: str = "") -> Iterator[Session]:
         """Live sessions made after the ``number``-th, oldest first."""
         groups = [group for group in self._groups.values() if model in ("", group.model.name)]

@@ -32,7 +32,7 @@ from rnnserve_server.errors import (
 from rnnserve_server.intake import Frame, Intake, joined
 from rnnserve_server.keeper import Keeper
 from rnnserve_server.layout import Signature, faults, same_lengths, to_wire
-from rnnserve_server.replay import digest
+from rnnserve_server.replay import Run, digest
 from rnnserve_server.scheduler import Scheduler, Tick
 from rnnserve_server.sessions import Group, SessionTable
 from rnnserve_server.store.base import StoreError
@@ -280,7 +280,7 @@ class Worker:
             return self._alive(block)
         checked = self._checked(block)
         if checked is not None and checked.sessions is not None:
-            checked.states = checked.sessions.group.arena.gather(checked.sessions.slots)
+            checked.states = checked.initial = checked.sessions.group.arena.gather(checked.sessions.slots)
             checked.begun = True
         return checked
 
@@ -309,8 +309,10 @@ class Worker:
         """Moves the sessions of a block on, and answers."""
         if block.sessions is not None:
             self._sessions.commit(block.sessions, block.states, block.call.timesteps, stored=stored)
+        run, start = Run(block.call, block.initial), 0
         for each, ys in self._rounds(block):
-            self._answer(each, *self._shown(each, ys, block))
+            self._answer(each, run, start, *self._shown(each, ys, block))
+            start += each.call.timesteps
         self._scheduler.finish(block)  # after the answer, so that a lane is never closed before its chunks are answered
 
     def _rounds(self, block: Block) -> Iterator[tuple[Block, Arrays]]:
@@ -334,12 +336,20 @@ class Worker:
         }
         return to_wire(outputs, whole.states, options, len(block.tags))
 
-    def _answer(self, block: Block, outputs: Arrays, states: Arrays) -> None:
-        """Remembers the answers of a block, and gives them."""
+    def _answer(self, block: Block, run: Run, start: int, outputs: Arrays, states: Arrays) -> None:
+        """Remembers the answers of a block, which stands at a time step of what was run, and gives them."""
         if (sessions := block.sessions) is not None:
             assert sessions.first_steps is not None
             sessions.group.window.remember(
-                sessions.group, sessions.slots, sessions.generations, sessions.first_steps, block.call, outputs, states
+                sessions.group,
+                sessions.slots,
+                sessions.generations,
+                sessions.first_steps,
+                block.call.timesteps,
+                run,
+                start,
+                outputs,
+                states,
             )
         for sink, answers in block.shares(outputs, states):
             try:

@@ -21,6 +21,8 @@ Every error has a google.rpc.ErrorInfo whose domain is "rnnserve" and whose reas
   SESSION_CLOSED         NOT_FOUND            the session was deleted
   SESSION_EXPIRED        NOT_FOUND            the session's idle lifetime ran out
   SESSION_EXISTS         ALREADY_EXISTS       a live session has the id that the client chose
+  BLOB_INVALID           INVALID_ARGUMENT     what was to be imported is damaged, of a newer version or no session
+  MODEL_CHANGED          FAILED_PRECONDITION  the model with which the session was stored or exported is not here
   SESSIONS_FULL          RESOURCE_EXHAUSTED   the server holds as many sessions as it may
   LANE_UNKNOWN           NOT_FOUND            the lane is not open on this stream
   LANE_OPEN              ALREADY_EXISTS       the lane is open on this stream already

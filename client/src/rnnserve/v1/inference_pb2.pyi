@@ -51,6 +51,41 @@ LANE_OPERATION_CLOSE: LaneOperation.ValueType  # 3
 """A LaneClose."""
 Global___LaneOperation: _TypeAlias = LaneOperation  # noqa: Y015
 
+class _FeedbackRule:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _FeedbackRuleEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_FeedbackRule.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    FEEDBACK_RULE_UNSPECIFIED: _FeedbackRule.ValueType  # 0
+    """Not set."""
+    FEEDBACK_RULE_COPY: _FeedbackRule.ValueType  # 1
+    """The output as it is: element type and shape must be those of the input."""
+    FEEDBACK_RULE_ARGMAX: _FeedbackRule.ValueType  # 2
+    """The class of the largest weight, the first of equals."""
+    FEEDBACK_RULE_SAMPLE: _FeedbackRule.ValueType  # 3
+    """A class by chance, the weights being probabilities, such as a softmax gives; they need not add up to 1."""
+    FEEDBACK_RULE_SAMPLE_LOGITS: _FeedbackRule.ValueType  # 4
+    """A class by chance, the weights being logarithms of probabilities, up to a constant."""
+
+class FeedbackRule(_FeedbackRule, metaclass=_FeedbackRuleEnumTypeWrapper):
+    """How an input is made of an output. A rule that chooses takes an output [K] for weights of K classes, and gives the
+    number of the class where the input has no feature axis or one of size 1, and 1 in its place among K zeros where it
+    has one of size K.
+    """
+
+FEEDBACK_RULE_UNSPECIFIED: FeedbackRule.ValueType  # 0
+"""Not set."""
+FEEDBACK_RULE_COPY: FeedbackRule.ValueType  # 1
+"""The output as it is: element type and shape must be those of the input."""
+FEEDBACK_RULE_ARGMAX: FeedbackRule.ValueType  # 2
+"""The class of the largest weight, the first of equals."""
+FEEDBACK_RULE_SAMPLE: FeedbackRule.ValueType  # 3
+"""A class by chance, the weights being probabilities, such as a softmax gives; they need not add up to 1."""
+FEEDBACK_RULE_SAMPLE_LOGITS: FeedbackRule.ValueType  # 4
+"""A class by chance, the weights being logarithms of probabilities, up to a constant."""
+Global___FeedbackRule: _TypeAlias = FeedbackRule  # noqa: Y015
+
 @_typing.final
 class PredictRequest(_message.Message):
     """Asks for one call."""
@@ -485,3 +520,115 @@ class LaneError(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__first_step) -> _WhichOneofReturnType__first_step | None: ...
 
 Global___LaneError: _TypeAlias = LaneError  # noqa: Y015
+
+@_typing.final
+class RolloutRequest(_message.Message):
+    """Asks a session's model to go on by itself."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SESSION_ID_FIELD_NUMBER: _builtins.int
+    STEPS_FIELD_NUMBER: _builtins.int
+    INPUTS_FIELD_NUMBER: _builtins.int
+    FEEDBACK_FIELD_NUMBER: _builtins.int
+    SEED_FIELD_NUMBER: _builtins.int
+    session_id: _builtins.str
+    """The session's id."""
+    steps: _builtins.int
+    """How many time steps, at least 1."""
+    seed: _builtins.int
+    """What chance starts from: the same seed gives the same choices. Not set: it is different each time."""
+    @_builtins.property
+    def inputs(self) -> _containers.RepeatedCompositeFieldContainer[_tensor_pb2.NamedTensor]:
+        """What to take before, by the rules of PredictRequest.inputs: the output of its last step becomes the first input.
+        Empty: the output of the session's last step does, which the replay window must still hold.
+        """
+
+    @_builtins.property
+    def feedback(self) -> _containers.RepeatedCompositeFieldContainer[Global___Feedback]:
+        """How inputs are made of outputs: each input once. Empty: the only output becomes the only input, as it is."""
+
+    def __init__(
+        self,
+        *,
+        session_id: _builtins.str = ...,
+        steps: _builtins.int = ...,
+        inputs: _abc.Iterable[_tensor_pb2.NamedTensor] | None = ...,
+        feedback: _abc.Iterable[Global___Feedback] | None = ...,
+        seed: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_seed", b"_seed", "seed", b"seed"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_seed", b"_seed", "feedback", b"feedback", "inputs", b"inputs", "seed", b"seed", "session_id", b"session_id", "steps", b"steps"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
+    _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__seed) -> _WhichOneofReturnType__seed | None: ...
+
+Global___RolloutRequest: _TypeAlias = RolloutRequest  # noqa: Y015
+
+@_typing.final
+class Feedback(_message.Message):
+    """How an input is made of an output of the step before."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OUTPUT_FIELD_NUMBER: _builtins.int
+    INPUT_FIELD_NUMBER: _builtins.int
+    RULE_FIELD_NUMBER: _builtins.int
+    TEMPERATURE_FIELD_NUMBER: _builtins.int
+    output: _builtins.str
+    """The name of the output; may be empty when the model has one."""
+    input: _builtins.str
+    """The name of the input; may be empty when the model has one."""
+    rule: Global___FeedbackRule.ValueType
+    """How. Not set: COPY."""
+    temperature: _builtins.float
+    """Below 1 the likely gets likelier, above 1 less so. Positive; not set: 1. Only for the rules that sample."""
+    def __init__(
+        self,
+        *,
+        output: _builtins.str = ...,
+        input: _builtins.str = ...,
+        rule: Global___FeedbackRule.ValueType = ...,
+        temperature: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_temperature", b"_temperature", "temperature", b"temperature"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_temperature", b"_temperature", "input", b"input", "output", b"output", "rule", b"rule", "temperature", b"temperature"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__temperature: _TypeAlias = _typing.Literal["temperature"]  # noqa: Y015
+    _WhichOneofArgType__temperature: _TypeAlias = _typing.Literal["_temperature", b"_temperature"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__temperature) -> _WhichOneofReturnType__temperature | None: ...
+
+Global___Feedback: _TypeAlias = Feedback  # noqa: Y015
+
+@_typing.final
+class RolloutResponse(_message.Message):
+    """What a model made of itself."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OUTPUTS_FIELD_NUMBER: _builtins.int
+    INPUTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def outputs(self) -> _containers.RepeatedCompositeFieldContainer[_tensor_pb2.NamedTensor]:
+        """Every output: [batch, steps, ...] ([steps, batch, ...] with time_major)."""
+
+    @_builtins.property
+    def inputs(self) -> _containers.RepeatedCompositeFieldContainer[_tensor_pb2.NamedTensor]:
+        """Every input, alike: the one at each step was made of the output of the step before."""
+
+    def __init__(
+        self,
+        *,
+        outputs: _abc.Iterable[_tensor_pb2.NamedTensor] | None = ...,
+        inputs: _abc.Iterable[_tensor_pb2.NamedTensor] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["inputs", b"inputs", "outputs", b"outputs"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RolloutResponse: _TypeAlias = RolloutResponse  # noqa: Y015

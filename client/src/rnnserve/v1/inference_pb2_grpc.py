@@ -45,6 +45,11 @@ class InferenceServiceStub:
                 request_serializer=rnnserve_dot_v1_dot_inference__pb2.StreamRequest.SerializeToString,
                 response_deserializer=rnnserve_dot_v1_dot_inference__pb2.StreamResponse.FromString,
                 _registered_method=True)
+        self.Rollout = channel.unary_unary(
+                '/rnnserve.v1.InferenceService/Rollout',
+                request_serializer=rnnserve_dot_v1_dot_inference__pb2.RolloutRequest.SerializeToString,
+                response_deserializer=rnnserve_dot_v1_dot_inference__pb2.RolloutResponse.FromString,
+                _registered_method=True)
 
 
 class InferenceServiceServicer:
@@ -80,6 +85,19 @@ class InferenceServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Rollout(self, request, context):
+        """Lets a session's model go on by itself: from the session's states, each output becomes the next input. It takes
+        its turn behind the chunks that the server has received for the session, runs on a copy of its states, and leaves
+        the session as it is.
+
+        Errors: NOT_FOUND; INVALID_ARGUMENT when an output cannot become an input, when an input would have no source, and
+        when there is no output to begin with; RESOURCE_EXHAUSTED, reason TOO_LARGE, for more steps than the server allows,
+        or a larger result than a message may be.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_InferenceServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -92,6 +110,11 @@ def add_InferenceServiceServicer_to_server(servicer, server):
                     servicer.Stream,
                     request_deserializer=rnnserve_dot_v1_dot_inference__pb2.StreamRequest.FromString,
                     response_serializer=rnnserve_dot_v1_dot_inference__pb2.StreamResponse.SerializeToString,
+            ),
+            'Rollout': grpc.unary_unary_rpc_method_handler(
+                    servicer.Rollout,
+                    request_deserializer=rnnserve_dot_v1_dot_inference__pb2.RolloutRequest.FromString,
+                    response_serializer=rnnserve_dot_v1_dot_inference__pb2.RolloutResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -149,6 +172,33 @@ class InferenceService:
             '/rnnserve.v1.InferenceService/Stream',
             rnnserve_dot_v1_dot_inference__pb2.StreamRequest.SerializeToString,
             rnnserve_dot_v1_dot_inference__pb2.StreamResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Rollout(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/rnnserve.v1.InferenceService/Rollout',
+            rnnserve_dot_v1_dot_inference__pb2.RolloutRequest.SerializeToString,
+            rnnserve_dot_v1_dot_inference__pb2.RolloutResponse.FromString,
             options,
             channel_credentials,
             insecure,

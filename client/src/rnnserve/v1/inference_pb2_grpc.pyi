@@ -54,6 +54,15 @@ class InferenceServiceStub:
     A server that has more of a stream's work waiting than it likes stops reading it, so that a client that writes
     without reading is held back by flow control.
     """
+    Rollout: _grpc.UnaryUnaryMultiCallable[_inference_pb2.RolloutRequest, _inference_pb2.RolloutResponse]
+    """Lets a session's model go on by itself: from the session's states, each output becomes the next input. It takes
+    its turn behind the chunks that the server has received for the session, runs on a copy of its states, and leaves
+    the session as it is.
+
+    Errors: NOT_FOUND; INVALID_ARGUMENT when an output cannot become an input, when an input would have no source, and
+    when there is no output to begin with; RESOURCE_EXHAUSTED, reason TOO_LARGE, for more steps than the server allows,
+    or a larger result than a message may be.
+    """
 
 @_typing.type_check_only
 class InferenceServiceAsyncStub(InferenceServiceStub):
@@ -80,6 +89,15 @@ class InferenceServiceAsyncStub(InferenceServiceStub):
 
     A server that has more of a stream's work waiting than it likes stops reading it, so that a client that writes
     without reading is held back by flow control.
+    """
+    Rollout: _aio.UnaryUnaryMultiCallable[_inference_pb2.RolloutRequest, _inference_pb2.RolloutResponse]  # type: ignore[assignment]
+    """Lets a session's model go on by itself: from the session's states, each output becomes the next input. It takes
+    its turn behind the chunks that the server has received for the session, runs on a copy of its states, and leaves
+    the session as it is.
+
+    Errors: NOT_FOUND; INVALID_ARGUMENT when an output cannot become an input, when an input would have no source, and
+    when there is no output to begin with; RESOURCE_EXHAUSTED, reason TOO_LARGE, for more steps than the server allows,
+    or a larger result than a message may be.
     """
 
 class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -116,6 +134,21 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
 
         A server that has more of a stream's work waiting than it likes stops reading it, so that a client that writes
         without reading is held back by flow control.
+        """
+
+    @_abc_1.abstractmethod
+    def Rollout(
+        self,
+        request: _inference_pb2.RolloutRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_inference_pb2.RolloutResponse, _abc.Awaitable[_inference_pb2.RolloutResponse]]:
+        """Lets a session's model go on by itself: from the session's states, each output becomes the next input. It takes
+        its turn behind the chunks that the server has received for the session, runs on a copy of its states, and leaves
+        the session as it is.
+
+        Errors: NOT_FOUND; INVALID_ARGUMENT when an output cannot become an input, when an input would have no source, and
+        when there is no output to begin with; RESOURCE_EXHAUSTED, reason TOO_LARGE, for more steps than the server allows,
+        or a larger result than a message may be.
         """
 
 def add_InferenceServiceServicer_to_server(servicer: InferenceServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

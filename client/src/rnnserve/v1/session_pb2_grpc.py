@@ -60,6 +60,31 @@ class SessionServiceStub:
                 request_serializer=rnnserve_dot_v1_dot_session__pb2.DeleteSessionRequest.SerializeToString,
                 response_deserializer=rnnserve_dot_v1_dot_session__pb2.DeleteSessionResponse.FromString,
                 _registered_method=True)
+        self.GetState = channel.unary_unary(
+                '/rnnserve.v1.SessionService/GetState',
+                request_serializer=rnnserve_dot_v1_dot_session__pb2.GetStateRequest.SerializeToString,
+                response_deserializer=rnnserve_dot_v1_dot_session__pb2.GetStateResponse.FromString,
+                _registered_method=True)
+        self.ForkSession = channel.unary_unary(
+                '/rnnserve.v1.SessionService/ForkSession',
+                request_serializer=rnnserve_dot_v1_dot_session__pb2.ForkSessionRequest.SerializeToString,
+                response_deserializer=rnnserve_dot_v1_dot_session__pb2.ForkSessionResponse.FromString,
+                _registered_method=True)
+        self.ExportSession = channel.unary_unary(
+                '/rnnserve.v1.SessionService/ExportSession',
+                request_serializer=rnnserve_dot_v1_dot_session__pb2.ExportSessionRequest.SerializeToString,
+                response_deserializer=rnnserve_dot_v1_dot_session__pb2.ExportSessionResponse.FromString,
+                _registered_method=True)
+        self.ImportSession = channel.unary_unary(
+                '/rnnserve.v1.SessionService/ImportSession',
+                request_serializer=rnnserve_dot_v1_dot_session__pb2.ImportSessionRequest.SerializeToString,
+                response_deserializer=rnnserve_dot_v1_dot_session__pb2.ImportSessionResponse.FromString,
+                _registered_method=True)
+        self.RewindSession = channel.unary_unary(
+                '/rnnserve.v1.SessionService/RewindSession',
+                request_serializer=rnnserve_dot_v1_dot_session__pb2.RewindSessionRequest.SerializeToString,
+                response_deserializer=rnnserve_dot_v1_dot_session__pb2.RewindSessionResponse.FromString,
+                _registered_method=True)
 
 
 class SessionServiceServicer:
@@ -116,6 +141,64 @@ class SessionServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetState(self, request, context):
+        """Shows a session's states. It takes its turn behind the chunks that the server has received for the session. Does
+        not count as use of it. ResetSession sets them.
+
+        Errors: NOT_FOUND.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ForkSession(self, request, context):
+        """Makes sessions that go on where this one is: with its model, options, batch size, lifetimes, states and step, and
+        an empty replay window. All of them are made at one moment, behind the chunks that the server has received for the
+        session, or none is. The session itself stays as it is.
+
+        Errors: NOT_FOUND; ALREADY_EXISTS for an id in use; RESOURCE_EXHAUSTED when there is no room for all of them.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ExportSession(self, request, context):
+        """Puts a session into one blob, with which ImportSession makes another that goes on where this one is. It takes its
+        turn behind the chunks that the server has received for the session, which stays as it is.
+
+        Errors: NOT_FOUND.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ImportSession(self, request, context):
+        """Makes a session of what ExportSession gave, on this server or on another. It goes on at its step, with an empty
+        replay window; its lifetimes begin anew, and are cut to what the server allows.
+
+        Errors: INVALID_ARGUMENT, reason BLOB_INVALID, for a blob that is damaged, of a newer version or something else;
+        NOT_FOUND for a model or version that is not here; FAILED_PRECONDITION, reason MODEL_CHANGED, when the model here
+        has another digest; the errors of CreateSession. Nothing is made then.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RewindSession(self, request, context):
+        """Takes a session back to where a chunk began that is in its replay window: to the states that the chunk started
+        from, resets included. That chunk and those after it are forgotten, and others may be sent in their place. It
+        takes its turn behind the chunks that the server has received for the session.
+
+        What a session remembers of a chunk outlives the server, but for the states before it. So a session that comes
+        from the store, after a restart or when it had rested, can be taken back to the chunks it has had since.
+
+        Errors: NOT_FOUND; OUT_OF_RANGE, reason STEP_AHEAD or STEP_BEHIND, for a step at which no remembered chunk began;
+        the latter names the oldest that can be gone back to. On any error nothing changes.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_SessionServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -143,6 +226,31 @@ def add_SessionServiceServicer_to_server(servicer, server):
                     servicer.DeleteSession,
                     request_deserializer=rnnserve_dot_v1_dot_session__pb2.DeleteSessionRequest.FromString,
                     response_serializer=rnnserve_dot_v1_dot_session__pb2.DeleteSessionResponse.SerializeToString,
+            ),
+            'GetState': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetState,
+                    request_deserializer=rnnserve_dot_v1_dot_session__pb2.GetStateRequest.FromString,
+                    response_serializer=rnnserve_dot_v1_dot_session__pb2.GetStateResponse.SerializeToString,
+            ),
+            'ForkSession': grpc.unary_unary_rpc_method_handler(
+                    servicer.ForkSession,
+                    request_deserializer=rnnserve_dot_v1_dot_session__pb2.ForkSessionRequest.FromString,
+                    response_serializer=rnnserve_dot_v1_dot_session__pb2.ForkSessionResponse.SerializeToString,
+            ),
+            'ExportSession': grpc.unary_unary_rpc_method_handler(
+                    servicer.ExportSession,
+                    request_deserializer=rnnserve_dot_v1_dot_session__pb2.ExportSessionRequest.FromString,
+                    response_serializer=rnnserve_dot_v1_dot_session__pb2.ExportSessionResponse.SerializeToString,
+            ),
+            'ImportSession': grpc.unary_unary_rpc_method_handler(
+                    servicer.ImportSession,
+                    request_deserializer=rnnserve_dot_v1_dot_session__pb2.ImportSessionRequest.FromString,
+                    response_serializer=rnnserve_dot_v1_dot_session__pb2.ImportSessionResponse.SerializeToString,
+            ),
+            'RewindSession': grpc.unary_unary_rpc_method_handler(
+                    servicer.RewindSession,
+                    request_deserializer=rnnserve_dot_v1_dot_session__pb2.RewindSessionRequest.FromString,
+                    response_serializer=rnnserve_dot_v1_dot_session__pb2.RewindSessionResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -281,6 +389,141 @@ class SessionService:
             '/rnnserve.v1.SessionService/DeleteSession',
             rnnserve_dot_v1_dot_session__pb2.DeleteSessionRequest.SerializeToString,
             rnnserve_dot_v1_dot_session__pb2.DeleteSessionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetState(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/rnnserve.v1.SessionService/GetState',
+            rnnserve_dot_v1_dot_session__pb2.GetStateRequest.SerializeToString,
+            rnnserve_dot_v1_dot_session__pb2.GetStateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ForkSession(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/rnnserve.v1.SessionService/ForkSession',
+            rnnserve_dot_v1_dot_session__pb2.ForkSessionRequest.SerializeToString,
+            rnnserve_dot_v1_dot_session__pb2.ForkSessionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExportSession(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/rnnserve.v1.SessionService/ExportSession',
+            rnnserve_dot_v1_dot_session__pb2.ExportSessionRequest.SerializeToString,
+            rnnserve_dot_v1_dot_session__pb2.ExportSessionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ImportSession(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/rnnserve.v1.SessionService/ImportSession',
+            rnnserve_dot_v1_dot_session__pb2.ImportSessionRequest.SerializeToString,
+            rnnserve_dot_v1_dot_session__pb2.ImportSessionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RewindSession(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/rnnserve.v1.SessionService/RewindSession',
+            rnnserve_dot_v1_dot_session__pb2.RewindSessionRequest.SerializeToString,
+            rnnserve_dot_v1_dot_session__pb2.RewindSessionResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -63,6 +63,44 @@ class SessionServiceStub:
 
     Errors: NOT_FOUND.
     """
+    GetState: _grpc.UnaryUnaryMultiCallable[_session_pb2.GetStateRequest, _session_pb2.GetStateResponse]
+    """Shows a session's states. It takes its turn behind the chunks that the server has received for the session. Does
+    not count as use of it. ResetSession sets them.
+
+    Errors: NOT_FOUND.
+    """
+    ForkSession: _grpc.UnaryUnaryMultiCallable[_session_pb2.ForkSessionRequest, _session_pb2.ForkSessionResponse]
+    """Makes sessions that go on where this one is: with its model, options, batch size, lifetimes, states and step, and
+    an empty replay window. All of them are made at one moment, behind the chunks that the server has received for the
+    session, or none is. The session itself stays as it is.
+
+    Errors: NOT_FOUND; ALREADY_EXISTS for an id in use; RESOURCE_EXHAUSTED when there is no room for all of them.
+    """
+    ExportSession: _grpc.UnaryUnaryMultiCallable[_session_pb2.ExportSessionRequest, _session_pb2.ExportSessionResponse]
+    """Puts a session into one blob, with which ImportSession makes another that goes on where this one is. It takes its
+    turn behind the chunks that the server has received for the session, which stays as it is.
+
+    Errors: NOT_FOUND.
+    """
+    ImportSession: _grpc.UnaryUnaryMultiCallable[_session_pb2.ImportSessionRequest, _session_pb2.ImportSessionResponse]
+    """Makes a session of what ExportSession gave, on this server or on another. It goes on at its step, with an empty
+    replay window; its lifetimes begin anew, and are cut to what the server allows.
+
+    Errors: INVALID_ARGUMENT, reason BLOB_INVALID, for a blob that is damaged, of a newer version or something else;
+    NOT_FOUND for a model or version that is not here; FAILED_PRECONDITION, reason MODEL_CHANGED, when the model here
+    has another digest; the errors of CreateSession. Nothing is made then.
+    """
+    RewindSession: _grpc.UnaryUnaryMultiCallable[_session_pb2.RewindSessionRequest, _session_pb2.RewindSessionResponse]
+    """Takes a session back to where a chunk began that is in its replay window: to the states that the chunk started
+    from, resets included. That chunk and those after it are forgotten, and others may be sent in their place. It
+    takes its turn behind the chunks that the server has received for the session.
+
+    What a session remembers of a chunk outlives the server, but for the states before it. So a session that comes
+    from the store, after a restart or when it had rested, can be taken back to the chunks it has had since.
+
+    Errors: NOT_FOUND; OUT_OF_RANGE, reason STEP_AHEAD or STEP_BEHIND, for a step at which no remembered chunk began;
+    the latter names the oldest that can be gone back to. On any error nothing changes.
+    """
 
 @_typing.type_check_only
 class SessionServiceAsyncStub(SessionServiceStub):
@@ -98,6 +136,44 @@ class SessionServiceAsyncStub(SessionServiceStub):
     """Ends a session at once and forgets its state. Chunks still waiting for it fail with NOT_FOUND.
 
     Errors: NOT_FOUND.
+    """
+    GetState: _aio.UnaryUnaryMultiCallable[_session_pb2.GetStateRequest, _session_pb2.GetStateResponse]  # type: ignore[assignment]
+    """Shows a session's states. It takes its turn behind the chunks that the server has received for the session. Does
+    not count as use of it. ResetSession sets them.
+
+    Errors: NOT_FOUND.
+    """
+    ForkSession: _aio.UnaryUnaryMultiCallable[_session_pb2.ForkSessionRequest, _session_pb2.ForkSessionResponse]  # type: ignore[assignment]
+    """Makes sessions that go on where this one is: with its model, options, batch size, lifetimes, states and step, and
+    an empty replay window. All of them are made at one moment, behind the chunks that the server has received for the
+    session, or none is. The session itself stays as it is.
+
+    Errors: NOT_FOUND; ALREADY_EXISTS for an id in use; RESOURCE_EXHAUSTED when there is no room for all of them.
+    """
+    ExportSession: _aio.UnaryUnaryMultiCallable[_session_pb2.ExportSessionRequest, _session_pb2.ExportSessionResponse]  # type: ignore[assignment]
+    """Puts a session into one blob, with which ImportSession makes another that goes on where this one is. It takes its
+    turn behind the chunks that the server has received for the session, which stays as it is.
+
+    Errors: NOT_FOUND.
+    """
+    ImportSession: _aio.UnaryUnaryMultiCallable[_session_pb2.ImportSessionRequest, _session_pb2.ImportSessionResponse]  # type: ignore[assignment]
+    """Makes a session of what ExportSession gave, on this server or on another. It goes on at its step, with an empty
+    replay window; its lifetimes begin anew, and are cut to what the server allows.
+
+    Errors: INVALID_ARGUMENT, reason BLOB_INVALID, for a blob that is damaged, of a newer version or something else;
+    NOT_FOUND for a model or version that is not here; FAILED_PRECONDITION, reason MODEL_CHANGED, when the model here
+    has another digest; the errors of CreateSession. Nothing is made then.
+    """
+    RewindSession: _aio.UnaryUnaryMultiCallable[_session_pb2.RewindSessionRequest, _session_pb2.RewindSessionResponse]  # type: ignore[assignment]
+    """Takes a session back to where a chunk began that is in its replay window: to the states that the chunk started
+    from, resets included. That chunk and those after it are forgotten, and others may be sent in their place. It
+    takes its turn behind the chunks that the server has received for the session.
+
+    What a session remembers of a chunk outlives the server, but for the states before it. So a session that comes
+    from the store, after a restart or when it had rested, can be taken back to the chunks it has had since.
+
+    Errors: NOT_FOUND; OUT_OF_RANGE, reason STEP_AHEAD or STEP_BEHIND, for a step at which no remembered chunk began;
+    the latter names the oldest that can be gone back to. On any error nothing changes.
     """
 
 class SessionServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -161,6 +237,74 @@ class SessionServiceServicer(metaclass=_abc_1.ABCMeta):
         """Ends a session at once and forgets its state. Chunks still waiting for it fail with NOT_FOUND.
 
         Errors: NOT_FOUND.
+        """
+
+    @_abc_1.abstractmethod
+    def GetState(
+        self,
+        request: _session_pb2.GetStateRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_session_pb2.GetStateResponse, _abc.Awaitable[_session_pb2.GetStateResponse]]:
+        """Shows a session's states. It takes its turn behind the chunks that the server has received for the session. Does
+        not count as use of it. ResetSession sets them.
+
+        Errors: NOT_FOUND.
+        """
+
+    @_abc_1.abstractmethod
+    def ForkSession(
+        self,
+        request: _session_pb2.ForkSessionRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_session_pb2.ForkSessionResponse, _abc.Awaitable[_session_pb2.ForkSessionResponse]]:
+        """Makes sessions that go on where this one is: with its model, options, batch size, lifetimes, states and step, and
+        an empty replay window. All of them are made at one moment, behind the chunks that the server has received for the
+        session, or none is. The session itself stays as it is.
+
+        Errors: NOT_FOUND; ALREADY_EXISTS for an id in use; RESOURCE_EXHAUSTED when there is no room for all of them.
+        """
+
+    @_abc_1.abstractmethod
+    def ExportSession(
+        self,
+        request: _session_pb2.ExportSessionRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_session_pb2.ExportSessionResponse, _abc.Awaitable[_session_pb2.ExportSessionResponse]]:
+        """Puts a session into one blob, with which ImportSession makes another that goes on where this one is. It takes its
+        turn behind the chunks that the server has received for the session, which stays as it is.
+
+        Errors: NOT_FOUND.
+        """
+
+    @_abc_1.abstractmethod
+    def ImportSession(
+        self,
+        request: _session_pb2.ImportSessionRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_session_pb2.ImportSessionResponse, _abc.Awaitable[_session_pb2.ImportSessionResponse]]:
+        """Makes a session of what ExportSession gave, on this server or on another. It goes on at its step, with an empty
+        replay window; its lifetimes begin anew, and are cut to what the server allows.
+
+        Errors: INVALID_ARGUMENT, reason BLOB_INVALID, for a blob that is damaged, of a newer version or something else;
+        NOT_FOUND for a model or version that is not here; FAILED_PRECONDITION, reason MODEL_CHANGED, when the model here
+        has another digest; the errors of CreateSession. Nothing is made then.
+        """
+
+    @_abc_1.abstractmethod
+    def RewindSession(
+        self,
+        request: _session_pb2.RewindSessionRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_session_pb2.RewindSessionResponse, _abc.Awaitable[_session_pb2.RewindSessionResponse]]:
+        """Takes a session back to where a chunk began that is in its replay window: to the states that the chunk started
+        from, resets included. That chunk and those after it are forgotten, and others may be sent in their place. It
+        takes its turn behind the chunks that the server has received for the session.
+
+        What a session remembers of a chunk outlives the server, but for the states before it. So a session that comes
+        from the store, after a restart or when it had rested, can be taken back to the chunks it has had since.
+
+        Errors: NOT_FOUND; OUT_OF_RANGE, reason STEP_AHEAD or STEP_BEHIND, for a step at which no remembered chunk began;
+        the latter names the oldest that can be gone back to. On any error nothing changes.
         """
 
 def add_SessionServiceServicer_to_server(servicer: SessionServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Sequence
 from typing import Any
 
 import grpc
@@ -15,36 +13,23 @@ from rnnserve.v1 import inference_pb2_grpc
 from rnnserve_server.api.errors import abort, told
 from rnnserve_server.api.messages import asked_options
 from rnnserve_server.api.stream import LaneStream
-from rnnserve_server.blocks import Answers, Failure, Sessions
+from rnnserve_server.blocks import Sessions
+from rnnserve_server.calls import Call
 from rnnserve_server.core import Core, resolve_options
 from rnnserve_server.errors import InvalidRequest
 from rnnserve_server.intake import Frame
+from rnnserve_server.rollout import Feedback, Rule, rollout
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
-class _Call:
-    """The sink of one unary call."""
-
-    def __init__(self, session_id: str, deadline: float | None) -> None:
-        self.cancelled = False
-        self.deadline = deadline
-        self.done: asyncio.Future[Answers] = asyncio.get_running_loop().create_future()
-        self._session_id = session_id
-
-    def session_id(self, tag: int) -> str:
-        return self._session_id
-
-    def result(self, answers: Answers) -> None:
-        if not self.done.done():
-            self.done.set_result(answers)
-
-    def failed(self, failures: Sequence[Failure]) -> None:
-        if not self.done.done():
-            self.done.set_exception(failures[0].error)
-
-    def flush(self) -> None:
-        pass  # what was told is all of the answer
+_RULES = {
+    pb.FEEDBACK_RULE_UNSPECIFIED: Rule.COPY,
+    pb.FEEDBACK_RULE_COPY: Rule.COPY,
+    pb.FEEDBACK_RULE_ARGMAX: Rule.ARGMAX,
+    pb.FEEDBACK_RULE_SAMPLE: Rule.SAMPLE,
+    pb.FEEDBACK_RULE_SAMPLE_LOGITS: Rule.SAMPLE_LOGITS,
+}
 
 
 class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
@@ -59,7 +44,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         core = self._core
         core.check_room()
         left = context.time_remaining()
-        call = _Call(request.session_id, None if left is None else core.clock() + left)
+        call = Call(None if left is None else core.clock() + left, request.session_id)
         inputs = decode_named(request.inputs, "inputs")
         mask = decode(request.mask, "mask") if request.HasField("mask") else None
         if request.session_id:
@@ -92,10 +77,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             options = resolve_options(model, asked_options(request.options), stateful=False)
             initial_states = decode_named(request.initial_states, "initial_states")
             core.submit_call(model, options, inputs, mask, initial_states, call)
-        try:
-            answers = await call.done
-        finally:
-            call.cancelled = True
+        answers = await call.answer()
         return pb.PredictResponse(
             outputs=encode_named({name: y[0] for name, y in answers.outputs.items()}),
             states=encode_named({name: state[0] for name, state in answers.states.items()}),
@@ -103,9 +85,36 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             step=0 if answers.first_steps is None else int(answers.first_steps[0]) + answers.timesteps,
         )
 
+    @told
+    async def Rollout(self, request: pb.RolloutRequest, context: Context) -> pb.RolloutResponse:
+        """See InferenceService.Rollout."""
+        self._core.check_room()
+        left = context.time_remaining()
+        outputs, inputs = await rollout(
+            self._core,
+            request.session_id,
+            request.steps,
+            decode_named(request.inputs, "inputs"),
+            [_feedback(each) for each in request.feedback],
+            request.seed if request.HasField("seed") else None,
+            None if left is None else self._core.clock() + left,
+        )
+        return pb.RolloutResponse(outputs=encode_named(outputs), inputs=encode_named(inputs))
+
     async def Stream(self, request_iterator: Any, context: Context) -> None:  # type: ignore[override]
         """See InferenceService.Stream."""
         try:
             await LaneStream(self._core, context).run()
         except Exception as error:  # the boundary: every failure becomes a status here
             await abort(context, error)
+
+
+def _feedback(message: pb.Feedback) -> Feedback:
+    if message.rule not in _RULES:
+        raise InvalidRequest("feedback.rule", f"one of {pb.FeedbackRule.keys()}", str(message.rule))
+    rule = _RULES[message.rule]
+    if message.HasField("temperature") and rule not in (Rule.SAMPLE, Rule.SAMPLE_LOGITS):
+        raise InvalidRequest("feedback.temperature", "nothing", f"{message.temperature}", f"{rule.value} takes none")
+    return Feedback(
+        message.output, message.input, rule, message.temperature if message.HasField("temperature") else 1.0
+    )

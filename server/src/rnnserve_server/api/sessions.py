@@ -6,12 +6,13 @@ from typing import Any
 
 import grpc
 
-from rnnserve.codec import decode_named
+from rnnserve.codec import decode_named, encode_named
 from rnnserve.v1 import session_pb2 as pb
 from rnnserve.v1 import session_pb2_grpc
 from rnnserve_server.api.errors import told
 from rnnserve_server.api.messages import create_session, page, page_number, session_message
 from rnnserve_server.core import Core
+from rnnserve_server.states import export_session, fork, get_state, import_session, rewind
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -63,3 +64,32 @@ class SessionServicer(session_pb2_grpc.SessionServiceServicer):
         """See SessionService.DeleteSession."""
         await self._core.delete_session(request.session_id)
         return pb.DeleteSessionResponse()
+
+    @told
+    async def GetState(self, request: pb.GetStateRequest, context: Context) -> pb.GetStateResponse:
+        """See SessionService.GetState."""
+        session, states = await get_state(self._core, request.session_id)
+        return pb.GetStateResponse(session=session_message(session), states=encode_named(states))
+
+    @told
+    async def ForkSession(self, request: pb.ForkSessionRequest, context: Context) -> pb.ForkSessionResponse:
+        """See SessionService.ForkSession."""
+        made = await fork(self._core, request.session_id, request.count, list(request.session_ids))
+        return pb.ForkSessionResponse(sessions=map(session_message, made))
+
+    @told
+    async def ExportSession(self, request: pb.ExportSessionRequest, context: Context) -> pb.ExportSessionResponse:
+        """See SessionService.ExportSession."""
+        return pb.ExportSessionResponse(blob=await export_session(self._core, request.session_id))
+
+    @told
+    async def ImportSession(self, request: pb.ImportSessionRequest, context: Context) -> pb.ImportSessionResponse:
+        """See SessionService.ImportSession."""
+        session = await import_session(self._core, request.blob, request.session_id)
+        return pb.ImportSessionResponse(session=session_message(session))
+
+    @told
+    async def RewindSession(self, request: pb.RewindSessionRequest, context: Context) -> pb.RewindSessionResponse:
+        """See SessionService.RewindSession."""
+        session = await rewind(self._core, request.session_id, request.step)
+        return pb.RewindSessionResponse(session=session_message(session))

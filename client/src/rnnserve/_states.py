@@ -1,0 +1,142 @@
+"""State in hand: what the sessions of both clients do with their states. Runs on the event loop.
+
+Everything waits until the chunks submitted so far are answered, so that it is of the moment at which it was asked for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from rnnserve import nest
+from rnnserve._connection import Connection
+from rnnserve._live import Live
+from rnnserve.codec import Array, decode_named, encode_named
+from rnnserve.v1 import inference_pb2, session_pb2
+from rnnserve.v1.inference_pb2_grpc import InferenceServiceStub
+from rnnserve.v1.session_pb2_grpc import SessionServiceStub
+
+if TYPE_CHECKING:
+    from rnnserve.v1.session_pb2_grpc import SessionServiceAsyncStub
+
+
+_RULES = {
+    "copy": inference_pb2.FEEDBACK_RULE_COPY,
+    "argmax": inference_pb2.FEEDBACK_RULE_ARGMAX,
+    "sample": inference_pb2.FEEDBACK_RULE_SAMPLE,
+    "sample_logits": inference_pb2.FEEDBACK_RULE_SAMPLE_LOGITS,
+}
+
+
+async def get_states(live: Live, limit: float | None) -> list[nest.Nest]:
+    """The states, each [batch_size, ...], nested as Keras nests them."""
+    await live.connection.limited(live.settled(), limit)
+    request = session_pb2.GetStateRequest(session_id=live.session_ids[0])
+    response = await live.connection.unary(_stub(live.connection).GetState, request, limit)
+    states = decode_named(response.states, "states")
+    return nest.pack(live.signature.model.states, lambda spec: states[spec.name])
+
+
+async def fork(live: Live, count: int, limit: float | None) -> list[Live]:
+    """New sessions that go on where this one is."""
+    if count < 1:
+        raise ValueError(f"count must be at least 1, got {count}")
+    await live.connection.limited(live.settled(), limit)
+    request = session_pb2.ForkSessionRequest(session_id=live.session_ids[0], count=count)
+    response = await live.connection.unary(_stub(live.connection).ForkSession, request, limit)
+    return await asyncio.gather(*[Live.attach(live.connection, each.session_id, limit) for each in response.sessions])
+
+
+async def export(live: Live, limit: float | None) -> bytes:
+    """The session as a blob."""
+    await live.connection.limited(live.settled(), limit)
+    request = session_pb2.ExportSessionRequest(session_id=live.session_ids[0])
+    return (await live.connection.unary(_stub(live.connection).ExportSession, request, limit)).blob
+
+
+async def save(live: Live, path: str | os.PathLike[str], limit: float | None) -> None:
+    """Writes the session to a file, which is there whole or not at all."""
+    blob = await export(live, limit)
+    await asyncio.to_thread(_write, Path(path), blob)
+
+
+async def restore(
+    connection: Connection, source: str | os.PathLike[str] | bytes, session_id: str, limit: float | None
+) -> Live:
+    """A new session that goes on where a saved or exported one was."""
+    blob = source if isinstance(source, bytes) else await asyncio.to_thread(Path(source).read_bytes)
+    request = session_pb2.ImportSessionRequest(blob=blob, session_id=session_id)
+    response = await connection.unary(_stub(connection).ImportSession, request, limit)
+    return await Live.attach(connection, response.session.session_id, limit)
+
+
+async def rewind(live: Live, step: int, limit: float | None) -> None:
+    """Takes the session back to where a chunk began."""
+    if step < 0:
+        raise ValueError(f"step must be 0 or more, got {step}")
+    await live.connection.limited(live.settled(), limit)
+    request = session_pb2.RewindSessionRequest(session_id=live.session_ids[0], step=step)
+    response = await live.connection.unary(_stub(live.connection).RewindSession, request, limit)
+    live.moved(response.session.step)
+
+
+class Rollout(NamedTuple):
+    """What a model made of itself.
+
+    Attributes:
+        outputs: [batch, steps, ...] ([steps, batch, ...] with time_major); a mapping by name for several outputs.
+        inputs: alike: the one at each step was made of the output of the step before.
+    """
+
+    outputs: Any
+    inputs: Any
+
+
+async def rollout(
+    live: Live,
+    steps: int,
+    x: Any,
+    feedback: Mapping[str, str] | None,
+    rule: str,
+    temperature: float | None,
+    seed: int | None,
+    limit: float | None,
+) -> Rollout:
+    """Lets the model go on by itself from where the session is."""
+    number = _RULES.get(rule)
+    if number is None:
+        raise ValueError(f"rule must be one of {list(_RULES)}, got {rule!r}")
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
+    await live.connection.limited(live.settled(), limit)
+    signature = live.signature
+    pairs = {"": ""} if feedback is None else feedback
+    request = inference_pb2.RolloutRequest(
+        session_id=live.session_ids[0],
+        steps=steps,
+        inputs=[] if x is None else encode_named(signature.call(x)[0]),
+        feedback=[
+            inference_pb2.Feedback(input=name, output=output, rule=number, temperature=temperature)
+            for name, output in pairs.items()
+        ],
+        seed=seed,
+    )
+    response = await live.connection.unary(InferenceServiceStub(live.connection.channel()).Rollout, request, limit)
+    return Rollout(_bare(decode_named(response.outputs, "outputs")), _bare(decode_named(response.inputs, "inputs")))
+
+
+def _bare(arrays: dict[str, Array]) -> Any:
+    return next(iter(arrays.values())) if len(arrays) == 1 else arrays
+
+
+def _stub(connection: Connection) -> SessionServiceAsyncStub:
+    return SessionServiceStub(connection.channel())
+
+
+def _write(path: Path, blob: bytes) -> None:
+    part = path.with_name(path.name + ".part")
+    part.write_bytes(blob)
+    part.replace(path)
