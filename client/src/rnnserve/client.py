@@ -36,7 +36,7 @@ from rnnserve._pipeline import WINDOW, check_window
 from rnnserve._portal import Portal, new_ticket
 from rnnserve._retry import RETRY_FOR
 from rnnserve._states import Rollout
-from rnnserve.errors import DeadlineExceeded, GroupError, RequestError, RnnserveError
+from rnnserve.errors import GroupError, RequestError, RnnserveError
 from rnnserve.models import Model, SessionInfo
 from rnnserve.nest import Nest
 from rnnserve.options import LayerOptions, SessionOptions, given_options
