@@ -164,7 +164,7 @@ class Core:
         generations = group.generation[slots]
         try:
             made = np.array(await self.keeper.create(group, slots))
-        except StoreDown:
+        except BaseException:  # cancelled too: if they were stored, they are found there
             self.sessions.forget(group, slots[group.generation[slots] == generations])
             raise
         alive = group.generation[slots] == generations  # the others were deleted meanwhile: an id may be known

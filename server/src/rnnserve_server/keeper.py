@@ -331,11 +331,16 @@ class Keeper:
         ]
 
     async def save(self, group: Group, slots: Array) -> None:
-        """Stores what is in memory of the sessions in N slots, where it is not stored.
+        """Stores what is in memory of the sessions in N slots, where it is not stored. Once begun it is finished, even
+        if the caller is cancelled: else nobody would know what is stored.
 
         Raises:
             StoreDown: the store cannot be reached.
         """
+        if group.dirty[slots].any() or self._saving.locked():
+            await asyncio.shield(self._save(group, slots))
+
+    async def _save(self, group: Group, slots: Array) -> None:
         async with self._saving:
             for piece in _pieces(slots[group.dirty[slots]]):
                 generations = group.generation[piece]
@@ -418,7 +423,7 @@ class Keeper:
             for why in End:
                 if owned := [(session_id, epoch) for session_id, epoch, reason in ended if reason is why]:
                     await self.store.delete(list(dict(owned).items()), why, self._wall_clock())
-        except StoreError:
+        except BaseException:  # cancelled too: it is tried again
             self._ended = ended + self._ended
             raise
 
