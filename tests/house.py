@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable
 from itertools import pairwise
@@ -90,6 +91,7 @@ def opened(
     options: LayerOptions | None = None,
     states: dict[str, np.ndarray] | None = None,
     idle_lifetime: float = 60.0,
+    lifetime: float = math.inf,
     session_id: str = "",
 ) -> Session:
     return sessions.create(
@@ -98,6 +100,7 @@ def opened(
         options or LayerOptions(stateful=True),
         initial_states=states,
         idle_lifetime=idle_lifetime,
+        lifetime=lifetime,
         session_id=session_id,
     )
 

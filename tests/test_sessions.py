@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import weakref
 from itertools import islice
@@ -15,7 +16,14 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from house import Clock, chunks, loaded, opened, table
 from rnnserve_models.options import LayerOptions
 from rnnserve_server import sessions as module
-from rnnserve_server.errors import SessionClosed, SessionExists, SessionExpired, SessionsFull, SessionUnknown
+from rnnserve_server.errors import (
+    SessionAged,
+    SessionClosed,
+    SessionExists,
+    SessionExpired,
+    SessionsFull,
+    SessionUnknown,
+)
 
 MODEL = loaded()
 
@@ -192,6 +200,30 @@ def test_use_postpones_expiry():
     clock.now += 45
     assert sessions.expire() == [long.id]
     assert len(sessions) == 0
+
+
+def test_a_lifetime_ends_whether_used_or_not():
+    """A session with a lifetime ends when it is over, however often it was used and whatever waits for it."""
+    clock = Clock()
+    sessions = table(clock)
+    made = [opened(sessions, MODEL, idle_lifetime=10, lifetime=lifetime) for lifetime in (25, 25, 100)]
+    used, busy, idle = made
+    for now in (9, 18, 24):
+        clock.now = 1000 + now
+        sessions.reset(used, None)
+        sessions.reset(busy, None)
+        busy.group.tail[busy.slot] = 3
+        assert sessions.expire() == ([idle.id] if now == 18 else [])
+    clock.now = 1026
+    assert sessions.overdue()
+    assert sessions.expire() == [used.id, busy.id]
+    for session, error in ((used, SessionAged), (busy, SessionAged), (idle, SessionExpired)):
+        with pytest.raises(error):
+            sessions.get(session.id)
+    heir = opened(sessions, MODEL, idle_lifetime=1000)
+    clock.now += 900
+    assert sessions.expire() == []
+    assert heir.lifetime == math.inf
 
 
 def test_a_busy_session_does_not_expire():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,7 +20,9 @@ from rnnserve.v1 import inference_pb2, inference_pb2_grpc, session_pb2, session_
 from rnnserve_models.load import load_model
 from rnnserve_models.options import LayerOptions
 from rnnserve_server.blob import Exported, pack, unpack
-from rnnserve_server.errors import BlobInvalid
+from rnnserve_server.config import Settings
+from rnnserve_server.core import Core
+from rnnserve_server.errors import BlobInvalid, SessionAged
 from rnnserve_server.replay import Limits
 from rnnserve_server.repository import Repository
 from rnnserve_server.scheduler import Scheduler
@@ -244,6 +247,7 @@ EXPORTED = Exported(
     vars(LayerOptions(stateful=True)),
     7,
     60.0,
+    None,
     Limits(4, 100),
     {"h": noise(2, 3), "n": np.arange(2)},
 )
@@ -433,3 +437,81 @@ def test_forks_of_which_the_store_has_one_already(tmp_path):
         with refused("SESSION_CLOSED"):
             two.states("ours")
         assert two.states("theirs")[0] == 0
+
+
+def test_lifetimes(tmp_path):
+    """What a session asks for is cut to the server's maximum, is shown, and is inherited by what is made of it."""
+    store = f"sqlite:///{tmp_path / 's.db'}"
+    with serving(store=store, max_lifetime=50.0) as here:
+        for asked, given in ((None, 50), (20, 20), (80, 50)):
+            session = here.create(**({} if asked is None else {"lifetime": {"seconds": asked}}))
+            shown = here.sessions.GetSession(session_pb2.GetSessionRequest(session_id=session)).session
+            assert shown.lifetime.seconds == given
+            assert here.fork(session)[0].lifetime.seconds == given
+            assert here.bring(here.export(session)).lifetime.seconds == given
+        for wrong in (0, -1, 10**11):
+            with refused("INVALID_REQUEST"):
+                here.create(lifetime={"seconds": wrong})
+    with serving(store=store) as again:
+        listed = again.sessions.ListSessions(session_pb2.ListSessionsRequest()).sessions
+        assert sorted(each.lifetime.seconds for each in listed) == [20] * 3 + [50] * 6
+        assert again.states(session)[0] == 0
+        assert not again.bring(again.export(again.create())).HasField("lifetime")
+
+
+def test_a_lifetime_goes_on_in_the_store(tmp_path):
+    """It is counted from when the session was made, whatever server has it, and its end is told apart."""
+    store, now = f"sqlite:///{tmp_path / 's.db'}", [1e9]
+
+    @contextmanager
+    def at(seconds):
+        now[0] = 1e9 + seconds
+        settings = Settings(models=ZOO, port=0, store=store)
+        core = Core(settings, repository(), clock=lambda: now[0] - 5e8, wall_clock=lambda: now[0])
+        yield core
+
+    async def run():
+        with at(0) as core:
+            await core.open_store()
+            for name in ("taken", "left"):
+                group, slots, _ = await core.create_sessions("adder", "", 1, {}, lifetime=100.0, session_ids=[name])
+                await core.keep(group, slots)
+            await core.close()
+        with at(90) as core:
+            await core.open_store()
+            assert (await core.session("taken")).lifetime == 100
+            assert await core.sweep() == 0
+            now[0] += 11
+            assert await core.sweep() == 1
+            for name in ("taken", "left"):
+                with pytest.raises(SessionAged):
+                    await core.session(name)
+            await core.close()
+        with at(102) as core:
+            await core.open_store()
+            with pytest.raises(SessionAged):
+                await core.session("taken")
+            await core.close()
+
+    asyncio.run(run())
+
+
+def test_a_session_may_ask_for_a_smaller_window(served):
+    """What it asks for is shown, and no more than the server's; its forks and exports have the same."""
+    session = served.create(batch_size=2, replay_window={"max_chunks": 2})
+    shown = served.sessions.GetSession(session_pb2.GetSessionRequest(session_id=session)).session
+    assert (shown.replay_window.max_chunks, shown.replay_window.max_bytes) == (2, 1 << 20)
+    for x in X[:4]:
+        served.step(session, x)
+    served.step(session, X[2], first_step=6)
+    with refused("STEP_BEHIND"):
+        served.step(session, X[1], first_step=3)
+    assert served.fork(session)[0].replay_window == served.bring(served.export(session)).replay_window
+    assert served.fork(session)[0].replay_window == shown.replay_window
+    large = served.create(replay_window={"max_chunks": 999, "max_bytes": 7})
+    shown = served.sessions.GetSession(session_pb2.GetSessionRequest(session_id=large)).session
+    assert (shown.replay_window.max_chunks, shown.replay_window.max_bytes) == (16, 7)
+    none = served.create(batch_size=2, replay_window={"max_chunks": 0})
+    served.step(none, X[0])
+    with refused("STEP_BEHIND"):
+        served.step(none, X[0], first_step=0)

@@ -109,6 +109,18 @@ def test_back_and_forth(client):
         session.step(X[0])
 
 
+def test_a_lifetime(client):
+    """A session, or each of a group, may be given an end."""
+    with client.session("lstm-4", lifetime=1.5) as session, client.session_group("lstm-4", 2, lifetime=60) as group:
+        assert (session.info().lifetime, client.attach(group.session_ids[1]).info().lifetime) == (1.5, 60)
+        assert session.fork().info().lifetime == 1.5
+    with client.session("lstm-4") as session:
+        assert session.info().lifetime is None
+    for wrong in (0, -1, float("nan"), 1e11):
+        with pytest.raises(ValueError, match="lifetime"):
+            client.session("lstm-4", lifetime=wrong)
+
+
 async def test_the_same_for_asyncio(asyncio_client, tmp_path):
     """Every method, each behind the steps that were sent before it."""
     async with asyncio_client.session("lstm-4") as session, asyncio_client.session("lstm-4") as other:

@@ -25,6 +25,8 @@ from rnnserve.models import Model
 from rnnserve.options import LayerOptions
 from rnnserve.v1 import options_pb2, session_pb2
 
+_LONGEST = 1e10  # seconds, as the contract has it
+
 _Opened = tuple[Lane, session_pb2.Session]
 
 
@@ -39,6 +41,7 @@ class Wish:
     idle_lifetime: float | None = None
     session_id: str = ""
     options: options_pb2.LayerOptions | None = None
+    lifetime: float | None = None
 
     def config(self, model: Model | None) -> session_pb2.SessionConfig:
         """The wish as the contract has it; the model's description is needed for initial states only."""
@@ -53,10 +56,12 @@ class Wish:
         )
         if self.initial_state is not None and model is not None:
             config.initial_states.extend(encode_named(flat_states(model, self.initial_state, self.batch_size)))
-        if self.idle_lifetime is not None:
-            if not self.idle_lifetime > 0:
-                raise ValueError(f"idle_lifetime must be positive seconds, got {self.idle_lifetime}")
-            config.idle_lifetime.FromNanoseconds(round(self.idle_lifetime * 1e9))
+        for name in ("idle_lifetime", "lifetime"):
+            seconds = getattr(self, name)
+            if seconds is not None:
+                if not 0 < seconds <= _LONGEST:
+                    raise ValueError(f"{name} must be positive seconds, at most {_LONGEST:.0f}, got {seconds}")
+                getattr(config, name).FromNanoseconds(round(seconds * 1e9))
         return config
 
 

@@ -129,6 +129,7 @@ class Client:
         initial_state: Nest = None,
         version: str = "",
         idle_lifetime: float | None = None,
+        lifetime: float | None = None,
         session_id: str = "",
         timeout: float | None = None,
         **options: Unpack[SessionOptions],
@@ -142,11 +143,14 @@ class Client:
                 model's default.
             version: the model's version; empty for the newest.
             idle_lifetime: seconds without use after which the server ends the session.
+            lifetime: seconds after which the server ends the session in any case; None for no such end.
             session_id: an id of one's own.
             timeout: seconds that opening may take.
             options: options of the layer, such as return_sequences; what is not given takes the model's default.
         """
-        wish = Wish(model, version, batch_size, initial_state, idle_lifetime, session_id, given_options(options))
+        wish = Wish(
+            model, version, batch_size, initial_state, idle_lifetime, session_id, given_options(options), lifetime
+        )
         return Session(lambda: Live.create(self._connection, wish, timeout), ends=True)
 
     def attach(self, session_id: str, *, timeout: float | None = None) -> Session:
@@ -175,6 +179,7 @@ class Client:
         initial_state: Nest = None,
         version: str = "",
         idle_lifetime: float | None = None,
+        lifetime: float | None = None,
         timeout: float | None = None,
         **options: Unpack[SessionOptions],
     ) -> SessionGroup:
@@ -185,7 +190,7 @@ class Client:
         """
         if count < 1:
             raise ValueError(f"count must be at least 1, got {count}")
-        wish = Wish(model, version, batch_size, initial_state, idle_lifetime, "", given_options(options))
+        wish = Wish(model, version, batch_size, initial_state, idle_lifetime, "", given_options(options), lifetime)
         return SessionGroup(lambda: Live.create(self._connection, wish, timeout, count=count, group=True), ends=True)
 
     async def model(self, name: str, *, version: str = "", timeout: float | None = None) -> Model:

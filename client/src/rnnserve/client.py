@@ -132,6 +132,7 @@ class Client:
         initial_state: Nest = None,
         version: str = "",
         idle_lifetime: float | None = None,
+        lifetime: float | None = None,
         session_id: str = "",
         timeout: float | None = None,
         **options: Unpack[SessionOptions],
@@ -145,11 +146,14 @@ class Client:
                 model's default.
             version: the model's version; empty for the newest.
             idle_lifetime: seconds without use after which the server ends the session.
+            lifetime: seconds after which the server ends the session in any case; None for no such end.
             session_id: an id of one's own.
             timeout: seconds that opening may take.
             options: options of the layer, such as return_sequences; what is not given takes the model's default.
         """
-        wish = Wish(model, version, batch_size, initial_state, idle_lifetime, session_id, given_options(options))
+        wish = Wish(
+            model, version, batch_size, initial_state, idle_lifetime, session_id, given_options(options), lifetime
+        )
         live = self._portal.run(Live.create(self._connection, wish, timeout))
         return Session(self._portal, live, ends=True)
 
@@ -180,6 +184,7 @@ class Client:
         initial_state: Nest = None,
         version: str = "",
         idle_lifetime: float | None = None,
+        lifetime: float | None = None,
         timeout: float | None = None,
         **options: Unpack[SessionOptions],
     ) -> SessionGroup:
@@ -190,7 +195,7 @@ class Client:
         """
         if count < 1:
             raise ValueError(f"count must be at least 1, got {count}")
-        wish = Wish(model, version, batch_size, initial_state, idle_lifetime, "", given_options(options))
+        wish = Wish(model, version, batch_size, initial_state, idle_lifetime, "", given_options(options), lifetime)
         live = self._portal.run(Live.create(self._connection, wish, timeout, count=count, group=True))
         return SessionGroup(self._portal, live, ends=True)
 

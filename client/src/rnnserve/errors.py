@@ -171,6 +171,12 @@ class SessionExpired(SessionNotFound):
     reason = "SESSION_EXPIRED"
 
 
+class SessionAged(SessionExpired):
+    """The session's lifetime ran out, though it may have been used."""
+
+    reason = "SESSION_AGED"
+
+
 class SessionExists(RequestError):
     """A live session has the id that was chosen."""
 
@@ -286,6 +292,7 @@ _BY_REASON: dict[str, type[RequestError]] = {
     "SESSION_UNKNOWN": SessionNotFound,
     "SESSION_CLOSED": SessionClosed,
     "SESSION_EXPIRED": SessionExpired,
+    "SESSION_AGED": SessionAged,
     "SESSION_EXISTS": SessionExists,
     "SESSIONS_FULL": ServerBusy,
     "STEP_AHEAD": StepMismatch,

@@ -86,6 +86,7 @@ class SessionInfo:
         step: the number of time steps it has consumed.
         create_time: when it was made, in UTC.
         idle_lifetime: seconds without use after which it expires.
+        lifetime: seconds after which it ends in any case, or None.
     """
 
     session_id: str
@@ -97,6 +98,7 @@ class SessionInfo:
     step: int
     create_time: datetime
     idle_lifetime: float
+    lifetime: float | None = None
 
     @classmethod
     def from_message(cls, message: session_pb2.Session) -> SessionInfo:
@@ -111,6 +113,7 @@ class SessionInfo:
             step=message.step,
             create_time=message.create_time.ToDatetime(tzinfo=UTC),
             idle_lifetime=message.idle_lifetime.seconds + message.idle_lifetime.nanos / 1e9,
+            lifetime=message.lifetime.seconds + message.lifetime.nanos / 1e9 if message.HasField("lifetime") else None,
         )
 
 

@@ -39,6 +39,7 @@ class Exported:
         options: the layer's options.
         step: time steps consumed.
         idle_lifetime: seconds.
+        lifetime: seconds, or None.
         replay: how much its replay window held.
         states: every state, [batch_size, *shape].
     """
@@ -50,6 +51,7 @@ class Exported:
     options: dict[str, bool]
     step: int
     idle_lifetime: float
+    lifetime: float | None
     replay: Limits
     states: Arrays
 
@@ -71,6 +73,8 @@ def pack(session: Exported, now: float) -> bytes:
         "created": datetime.fromtimestamp(now, UTC).isoformat(),
         "checksum": _NO_CHECKSUM,
     }
+    if session.lifetime is not None:
+        metadata["lifetime"] = repr(session.lifetime)
     tensors = {name: np.ascontiguousarray(state) for name, state in session.states.items()}
     blob = bytes(save(tensors, metadata))
     return blob.replace(_NO_CHECKSUM.encode(), hashlib.sha256(blob).hexdigest().encode(), 1)
@@ -106,6 +110,7 @@ def unpack(blob: bytes) -> Exported:
             options=_options(json.loads(metadata["options"])),
             step=_number(metadata["step"]),
             idle_lifetime=_seconds(metadata["idle_lifetime"]),
+            lifetime=_seconds(metadata["lifetime"]) if "lifetime" in metadata else None,
             replay=Limits(_number(metadata["replay_chunks"]), _number(metadata["replay_bytes"])),
             states=load(blob),
         )

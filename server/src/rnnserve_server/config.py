@@ -46,6 +46,10 @@ class Settings(BaseSettings):
     idle_lifetime: Seconds = Field(3600.0, description="seconds without use after which a session expires")
     max_idle_lifetime: Seconds = Field(86400.0, description="the longest idle lifetime that a client may ask for")
 
+    max_lifetime: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="seconds after which a session ends in any case, or sooner if it asks to; 0 for no end"
+    )
+
     store: str = Field(
         "", description="where sessions are kept: sqlite:///path or redis://host:port/db; empty: in memory only"
     )

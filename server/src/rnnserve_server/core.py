@@ -6,6 +6,7 @@ Knows nothing of gRPC. Lives on one event loop's thread.
 from __future__ import annotations
 
 import asyncio
+import math
 import re
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -45,6 +46,7 @@ from rnnserve_server.worker import Worker
 
 _SESSION_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _MAX_SIGNATURES = 1024  # a client may send chunks of any length
+_LONGEST = 1e10  # seconds; a Duration holds more, and a clock less
 _RETRY_AFTER = 0.1  # seconds; a tick takes milliseconds
 
 
@@ -87,6 +89,7 @@ class Core:
         *,
         initial_states: Arrays | None = None,
         idle_lifetime: float | None = None,
+        lifetime: float | None = None,
         replay: Limits | None = None,
         session_ids: Sequence[str] = (),
     ) -> tuple[Group, Array, SessionsFull | None]:
@@ -99,6 +102,8 @@ class Core:
         self.check_new(session_ids)
         if idle_lifetime is not None and idle_lifetime <= 0:
             raise InvalidRequest("idle_lifetime", "a positive duration", f"{idle_lifetime} s")
+        if lifetime is not None and not 0 < lifetime <= _LONGEST:
+            raise InvalidRequest("lifetime", f"a positive duration of at most {_LONGEST:.0f} s", f"{lifetime} s")
         batch_size = batch_size or 1
         if batch_size > self.settings.max_batch_size:
             raise TooLarge("batch_size", self.settings.max_batch_size, batch_size)
@@ -108,14 +113,15 @@ class Core:
             check_states(loaded.engine.states, initial_states, batch_size, "initial_states")
         if self.keeper is not None:
             await self.keeper.make_room(count, session_bytes(loaded, batch_size), self._line_up)
-        lifetime = self.settings.idle_lifetime if idle_lifetime is None else idle_lifetime
+        idle = self.settings.idle_lifetime if idle_lifetime is None else idle_lifetime
         return self.sessions.create_many(
             loaded,
             batch_size,
             resolved,
             count,
             initial_states=initial_states or None,
-            idle_lifetime=min(lifetime, self.settings.max_idle_lifetime),
+            idle_lifetime=min(idle, self.settings.max_idle_lifetime),
+            lifetime=min(lifetime or math.inf, self.settings.max_lifetime or math.inf),
             replay=self._limits(replay),
             session_ids=session_ids,
         )

@@ -136,6 +136,13 @@ class SessionExpired(SessionError):
     ended = "was idle for longer than its lifetime and expired"
 
 
+class SessionAged(SessionError):
+    """The session's absolute lifetime ran out."""
+
+    reason = "SESSION_AGED"
+    ended = "came to the end of its lifetime"
+
+
 class SessionTakenOver(SessionError):
     """Another server has taken the session over."""
 

@@ -10,6 +10,7 @@ seconds. ``none``: it will be when the session rests or the server is shut down.
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -22,6 +23,7 @@ from rnnserve_server.config import Durability
 from rnnserve_server.errors import (
     ModelChanged,
     ServiceError,
+    SessionAged,
     SessionClosed,
     SessionError,
     SessionExpired,
@@ -48,10 +50,11 @@ log = structlog.get_logger(__name__)
 _ERRORS: dict[End, type[SessionError]] = {
     End.CLOSED: SessionClosed,
     End.IDLE: SessionExpired,
-    End.AGED: SessionExpired,
+    End.AGED: SessionAged,
     End.EVICTED: SessionExpired,
     End.UNLOADED: SessionClosed,
 }
+_REASONS: dict[type[SessionError], End] = {SessionExpired: End.IDLE, SessionAged: End.AGED}
 _AT_ONCE = 256  # sessions of one call to the store
 
 Wire = tuple[Block, Arrays, Arrays]
@@ -197,6 +200,7 @@ class Keeper:
             1,
             initial_states=states or None,
             idle_lifetime=meta.idle_lifetime,
+            lifetime=math.inf if meta.lifetime is None else meta.lifetime,
             replay=limits_of(meta),
             session_ids=[record.id],
         )
@@ -207,6 +211,7 @@ class Keeper:
         group.epoch[slots], group.revision[slots] = record.epoch, record.revision
         group.create_time[slots] = meta.create_time
         group.last_used[slots] = now - max(0.0, wall - record.last_used)
+        self._sessions.age(group, slots, np.array([wall - meta.create_time]))
         for reply in record.replies:
             outputs, shown = unpack_answers(reply.payload)
             group.window.restore(
@@ -401,7 +406,7 @@ class Keeper:
     # Ending
 
     def _note_end(self, group: Group, slots: Array, why: type[SessionError]) -> None:
-        reason = End.IDLE if why is SessionExpired else End.CLOSED
+        reason = _REASONS.get(why, End.CLOSED)
         self._ended += [(group.ids[slot], int(group.epoch[slot]), reason) for slot in slots.tolist()]
 
     async def settle(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -17,7 +18,7 @@ from rnnserve_server.store.base import Meta, StoreCorrupt
 _LENGTH_BYTES = 4
 
 
-def meta_of(session: Session, lifetime: float | None = None) -> Meta:
+def meta_of(session: Session) -> Meta:
     """What never changes in a session's life."""
     group = session.group
     return Meta(
@@ -28,7 +29,7 @@ def meta_of(session: Session, lifetime: float | None = None) -> Meta:
         options=dict(vars(group.options)),
         create_time=session.create_time,
         idle_lifetime=session.idle_lifetime,
-        lifetime=lifetime,
+        lifetime=session.lifetime if session.lifetime < math.inf else None,
         window_replies=group.window.limits.replies,
         window_bytes=group.window.limits.bytes,
     )

@@ -8,6 +8,7 @@ session that has the slot next.
 
 from __future__ import annotations
 
+import math
 import os
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
@@ -22,6 +23,7 @@ from rnnserve_server import blocks
 from rnnserve_server.column import Column
 from rnnserve_server.errors import (
     ServiceError,
+    SessionAged,
     SessionAway,
     SessionClosed,
     SessionError,
@@ -38,7 +40,13 @@ from rnnserve_server.state import Arena
 
 _REMEMBERED_ENDS = 65536
 _PARTS = 256  # one large dictionary would now and then take tens of milliseconds to grow
-_WHYS: tuple[type[SessionError], ...] = (SessionClosed, SessionExpired, SessionTakenOver, SessionAway)
+_WHYS: tuple[type[SessionError], ...] = (
+    SessionClosed,
+    SessionExpired,
+    SessionTakenOver,
+    SessionAway,
+    SessionAged,
+)
 _LOOKED_AT = 1024  # sessions that a pass of expiry looks at, and may end, in about a millisecond
 
 
@@ -50,6 +58,8 @@ _COLUMNS = {
     "number": np.int64,
     "create_time": np.float64,
     "idle_lifetime": np.float64,
+    "lifetime": np.float64,
+    "ends_at": np.float64,
     "answered": np.int64,
     "answered_bytes": np.int64,
     "epoch": np.int64,
@@ -72,6 +82,8 @@ class Group:
         number: int64 [capacity], the session's number in its table, in the order in which they were made.
         create_time: float64 [capacity], when the session was made, in seconds since the epoch.
         idle_lifetime: float64 [capacity], seconds without use after which the session expires.
+        lifetime: float64 [capacity], seconds after which the session ends in any case; infinity for none.
+        ends_at: float64 [capacity], when that is, by the monotonic clock.
         ids: [capacity], the sessions' ids.
         live: sessions in it.
         ended: how many of its sessions have ended.
@@ -91,6 +103,8 @@ class Group:
     number: Array
     create_time: Array
     idle_lifetime: Array
+    lifetime: Array
+    ends_at: Array
     answered: Array
     answered_bytes: Array
     epoch: Array
@@ -167,6 +181,7 @@ class Session:
     generation: int
     create_time: float
     idle_lifetime: float
+    lifetime: float
 
     @property
     def step(self) -> int:
@@ -237,6 +252,7 @@ class SessionTable:
         *,
         initial_states: Mapping[str, Array] | None,
         idle_lifetime: float,
+        lifetime: float = math.inf,
         replay: Limits = NO_REPLAY,
         session_id: str = "",
     ) -> Session:
@@ -253,6 +269,7 @@ class SessionTable:
             1,
             initial_states=initial_states,
             idle_lifetime=idle_lifetime,
+            lifetime=lifetime,
             replay=replay,
             session_ids=[session_id] if session_id else (),
         )
@@ -269,6 +286,7 @@ class SessionTable:
         *,
         initial_states: Mapping[str, Array] | None,
         idle_lifetime: float,
+        lifetime: float = math.inf,
         replay: Limits = NO_REPLAY,
         session_ids: Sequence[str] = (),
     ) -> tuple[Group, Array, SessionsFull | None]:
@@ -281,6 +299,7 @@ class SessionTable:
             count: N, at least 1.
             initial_states: every state, [batch_size, *shape], already checked; None for the model's default.
             idle_lifetime: seconds.
+            lifetime: seconds; infinity for no end.
             replay: how much their replay windows hold.
             session_ids: the N distinct ids to give them; empty for new ones.
 
@@ -306,7 +325,7 @@ class SessionTable:
             self._index = group.index
             self._groups[key] = self._by_index[group.index] = group
         ids = session_ids[:room] or _new_ids(min(count, room))
-        slots = self._make(group, ids, initial_states, idle_lifetime)
+        slots = self._make(group, ids, initial_states, idle_lifetime, lifetime)
         return group, slots, self._full(group) if room < count else None
 
     def at(self, group: Group, slot: int) -> Session:
@@ -319,6 +338,7 @@ class SessionTable:
             int(group.generation[slot]),
             float(group.create_time[slot]),
             float(group.idle_lifetime[slot]),
+            float(group.lifetime[slot]),
         )
 
     def get(self, session_id: str) -> Session:
@@ -387,7 +407,7 @@ class SessionTable:
         return any((soonest := group.expiry.soonest) is not None and soonest <= now for group in self._groups.values())
 
     def expire(self, most: int = _LOOKED_AT) -> list[str]:
-        """Ends sessions whose idle lifetime has run out, not more than a second late, and returns their ids.
+        """Ends sessions of which a lifetime has run out, not more than a second late, and returns their ids.
 
         Looks only at sessions that may be due: each is looked at about once per idle lifetime.
 
@@ -402,11 +422,13 @@ class SessionTable:
             if not len(slots):
                 continue
             idle_since = np.where(group.tail[slots] >= 0, now, group.last_used[slots])  # [N]
-            due = idle_since + group.idle_lifetime[slots]
+            ends_at = group.ends_at[slots]  # [N]
+            due = np.minimum(idle_since + group.idle_lifetime[slots], ends_at)
             group.expiry.put(slots[due > now], due[due > now])
-            if len(slots := slots[due <= now]):
-                ended += [group.ids[slot] for slot in slots.tolist()]
-                self._end(group, slots, SessionExpired)
+            for over, why in ((ends_at <= now, SessionAged), ((due <= now) & (ends_at > now), SessionExpired)):
+                if over.any():
+                    ended += [group.ids[slot] for slot in slots[over].tolist()]
+                    self._end(group, slots[over], why)
         return ended
 
     def trim(self) -> bool:
@@ -509,8 +531,18 @@ class SessionTable:
     def _part(self, session_id: str) -> dict[str, int]:
         return self._known[hash(session_id) % _PARTS]
 
+    def age(self, group: Group, slots: Array, age: Array) -> None:
+        """Makes sessions in N slots so many seconds older: float64 [N]."""
+        group.ends_at[slots] -= age
+        group.expiry.put(slots, np.minimum(group.ends_at[slots], self._clock() + group.idle_lifetime[slots]))
+
     def _make(
-        self, group: Group, ids: Sequence[str], initial_states: Mapping[str, Array] | None, idle_lifetime: float
+        self,
+        group: Group,
+        ids: Sequence[str],
+        initial_states: Mapping[str, Array] | None,
+        idle_lifetime: float,
+        lifetime: float,
     ) -> Array:
         """Makes N sessions, for which there is room: their slots, int64 [N]."""
         now, count = self._clock(), len(ids)
@@ -520,7 +552,9 @@ class SessionTable:
         group.number[slots] = np.arange(self._number + 1, self._number + 1 + count)
         group.create_time[slots] = self._wall_clock()
         group.idle_lifetime[slots] = idle_lifetime
-        group.expiry.put(slots, np.full(count, now + idle_lifetime))
+        group.lifetime[slots] = lifetime
+        group.ends_at[slots] = now + lifetime
+        group.expiry.put(slots, np.full(count, now + min(idle_lifetime, lifetime)))
         for slot, session_id in zip(slots.tolist(), ids, strict=True):
             group.ids[slot] = session_id
             self._part(session_id)[session_id] = group.index << 32 | slot

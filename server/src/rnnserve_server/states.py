@@ -6,6 +6,7 @@ Everything waits for the session's turn, behind the chunks that came before, and
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -58,6 +59,7 @@ async def fork(core: Core, session_id: str, count: int, session_ids: Sequence[st
             len(session_ids) or count or 1,
             initial_states=states_of(session) or None,
             idle_lifetime=session.idle_lifetime,
+            lifetime=session.lifetime,
             replay=session.group.window.limits,
             session_ids=session_ids,
         )
@@ -83,6 +85,7 @@ async def export_session(core: Core, session_id: str) -> bytes:
         options=dict(vars(group.options)),
         step=session.step,
         idle_lifetime=session.idle_lifetime,
+        lifetime=session.lifetime if session.lifetime < math.inf else None,
         replay=group.window.limits,
         states=states,
     )
@@ -106,6 +109,7 @@ async def import_session(core: Core, blob: bytes, session_id: str) -> Session:
         exported.options,
         initial_states=exported.states,
         idle_lifetime=exported.idle_lifetime,
+        lifetime=exported.lifetime,
         replay=exported.replay,
         session_ids=[session_id] if session_id else (),
     )

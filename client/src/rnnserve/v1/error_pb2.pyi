@@ -20,6 +20,7 @@ Every error has a google.rpc.ErrorInfo whose domain is "rnnserve" and whose reas
   SESSION_UNKNOWN        NOT_FOUND            no session of that id was ever seen here
   SESSION_CLOSED         NOT_FOUND            the session was deleted
   SESSION_EXPIRED        NOT_FOUND            the session's idle lifetime ran out
+  SESSION_AGED           NOT_FOUND            the session's lifetime ran out, though it may have been used
   SESSION_EXISTS         ALREADY_EXISTS       a live session has the id that the client chose
   BLOB_INVALID           INVALID_ARGUMENT     what was to be imported is damaged, of a newer version or no session
   MODEL_CHANGED          FAILED_PRECONDITION  the model with which the session was stored or exported is not here

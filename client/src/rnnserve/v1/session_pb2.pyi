@@ -37,6 +37,8 @@ class Session(_message.Message):
     STEP_FIELD_NUMBER: _builtins.int
     CREATE_TIME_FIELD_NUMBER: _builtins.int
     IDLE_LIFETIME_FIELD_NUMBER: _builtins.int
+    LIFETIME_FIELD_NUMBER: _builtins.int
+    REPLAY_WINDOW_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     """Its id, unique on the server."""
     model: _builtins.str
@@ -61,6 +63,14 @@ class Session(_message.Message):
     def idle_lifetime(self) -> _duration_pb2.Duration:
         """It expires when it has not been stepped or reset for so long."""
 
+    @_builtins.property
+    def lifetime(self) -> _duration_pb2.Duration:
+        """It ends so long after it was made, used or not. Not set: it does not."""
+
+    @_builtins.property
+    def replay_window(self) -> Global___ReplayWindow:
+        """How much its replay window holds, both fields set."""
+
     def __init__(
         self,
         *,
@@ -73,14 +83,51 @@ class Session(_message.Message):
         step: _builtins.int = ...,
         create_time: _timestamp_pb2.Timestamp | None = ...,
         idle_lifetime: _duration_pb2.Duration | None = ...,
+        lifetime: _duration_pb2.Duration | None = ...,
+        replay_window: Global___ReplayWindow | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "idle_lifetime", b"idle_lifetime", "options", b"options"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "idle_lifetime", b"idle_lifetime", "lifetime", b"lifetime", "options", b"options", "replay_window", b"replay_window"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_size", b"batch_size", "create_time", b"create_time", "digest", b"digest", "idle_lifetime", b"idle_lifetime", "model", b"model", "options", b"options", "session_id", b"session_id", "step", b"step", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_size", b"batch_size", "create_time", b"create_time", "digest", b"digest", "idle_lifetime", b"idle_lifetime", "lifetime", b"lifetime", "model", b"model", "options", b"options", "replay_window", b"replay_window", "session_id", b"session_id", "step", b"step", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Session: _TypeAlias = Session  # noqa: Y015
+
+@_typing.final
+class ReplayWindow(_message.Message):
+    """How much a session remembers of what it was answered lately, so that a chunk that is sent again is answered again,
+    and the session can be taken back.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MAX_CHUNKS_FIELD_NUMBER: _builtins.int
+    MAX_BYTES_FIELD_NUMBER: _builtins.int
+    max_chunks: _builtins.int
+    """Chunks at most; 0 for none. Not set: the server's default. More than that is cut to it."""
+    max_bytes: _builtins.int
+    """Bytes of their answers at most, but for the last one. Not set: the server's default. More than that is cut to it."""
+    def __init__(
+        self,
+        *,
+        max_chunks: _builtins.int | None = ...,
+        max_bytes: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_bytes", b"_max_bytes", "_max_chunks", b"_max_chunks", "max_bytes", b"max_bytes", "max_chunks", b"max_chunks"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_bytes", b"_max_bytes", "_max_chunks", b"_max_chunks", "max_bytes", b"max_bytes", "max_chunks", b"max_chunks"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__max_bytes: _TypeAlias = _typing.Literal["max_bytes"]  # noqa: Y015
+    _WhichOneofArgType__max_bytes: _TypeAlias = _typing.Literal["_max_bytes", b"_max_bytes"]  # noqa: Y015
+    _WhichOneofReturnType__max_chunks: _TypeAlias = _typing.Literal["max_chunks"]  # noqa: Y015
+    _WhichOneofArgType__max_chunks: _TypeAlias = _typing.Literal["_max_chunks", b"_max_chunks"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_bytes) -> _WhichOneofReturnType__max_bytes | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_chunks) -> _WhichOneofReturnType__max_chunks | None: ...
+
+Global___ReplayWindow: _TypeAlias = ReplayWindow  # noqa: Y015
 
 @_typing.final
 class SessionConfig(_message.Message):
@@ -95,6 +142,8 @@ class SessionConfig(_message.Message):
     INITIAL_STATES_FIELD_NUMBER: _builtins.int
     IDLE_LIFETIME_FIELD_NUMBER: _builtins.int
     SESSION_ID_FIELD_NUMBER: _builtins.int
+    LIFETIME_FIELD_NUMBER: _builtins.int
+    REPLAY_WINDOW_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """The name of the model."""
     version: _builtins.str
@@ -119,6 +168,16 @@ class SessionConfig(_message.Message):
         maximum is cut to it.
         """
 
+    @_builtins.property
+    def lifetime(self) -> _duration_pb2.Duration:
+        """End so long after it was made, used or not. Not set: the server's maximum, if it has one. Must be positive, and at
+        most 10^10 s; longer than the server's maximum is cut to it.
+        """
+
+    @_builtins.property
+    def replay_window(self) -> Global___ReplayWindow:
+        """How much its replay window is to hold."""
+
     def __init__(
         self,
         *,
@@ -129,10 +188,12 @@ class SessionConfig(_message.Message):
         initial_states: _abc.Iterable[_tensor_pb2.NamedTensor] | None = ...,
         idle_lifetime: _duration_pb2.Duration | None = ...,
         session_id: _builtins.str = ...,
+        lifetime: _duration_pb2.Duration | None = ...,
+        replay_window: Global___ReplayWindow | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["idle_lifetime", b"idle_lifetime", "options", b"options"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["idle_lifetime", b"idle_lifetime", "lifetime", b"lifetime", "options", b"options", "replay_window", b"replay_window"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_size", b"batch_size", "idle_lifetime", b"idle_lifetime", "initial_states", b"initial_states", "model", b"model", "options", b"options", "session_id", b"session_id", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_size", b"batch_size", "idle_lifetime", b"idle_lifetime", "initial_states", b"initial_states", "lifetime", b"lifetime", "model", b"model", "options", b"options", "replay_window", b"replay_window", "session_id", b"session_id", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -105,7 +105,7 @@ class SessionServiceServicer:
     def GetSession(self, request, context):
         """Shows a session. Does not count as use of it.
 
-        Errors: NOT_FOUND; the reason tells unknown, closed and expired apart.
+        Errors: NOT_FOUND; the reason tells unknown, closed, expired and aged apart.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -43,7 +43,7 @@ class SessionServiceStub:
     GetSession: _grpc.UnaryUnaryMultiCallable[_session_pb2.GetSessionRequest, _session_pb2.GetSessionResponse]
     """Shows a session. Does not count as use of it.
 
-    Errors: NOT_FOUND; the reason tells unknown, closed and expired apart.
+    Errors: NOT_FOUND; the reason tells unknown, closed, expired and aged apart.
     """
     ListSessions: _grpc.UnaryUnaryMultiCallable[_session_pb2.ListSessionsRequest, _session_pb2.ListSessionsResponse]
     """Lists live sessions, oldest first. A session that lives through all pages is on exactly one of them.
@@ -117,7 +117,7 @@ class SessionServiceAsyncStub(SessionServiceStub):
     GetSession: _aio.UnaryUnaryMultiCallable[_session_pb2.GetSessionRequest, _session_pb2.GetSessionResponse]  # type: ignore[assignment]
     """Shows a session. Does not count as use of it.
 
-    Errors: NOT_FOUND; the reason tells unknown, closed and expired apart.
+    Errors: NOT_FOUND; the reason tells unknown, closed, expired and aged apart.
     """
     ListSessions: _aio.UnaryUnaryMultiCallable[_session_pb2.ListSessionsRequest, _session_pb2.ListSessionsResponse]  # type: ignore[assignment]
     """Lists live sessions, oldest first. A session that lives through all pages is on exactly one of them.
@@ -200,7 +200,7 @@ class SessionServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_session_pb2.GetSessionResponse, _abc.Awaitable[_session_pb2.GetSessionResponse]]:
         """Shows a session. Does not count as use of it.
 
-        Errors: NOT_FOUND; the reason tells unknown, closed and expired apart.
+        Errors: NOT_FOUND; the reason tells unknown, closed, expired and aged apart.
         """
 
     @_abc_1.abstractmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
@@ -15,6 +16,8 @@ from rnnserve_models.load import LoadedModel
 from rnnserve_models.spec import TensorSpec
 from rnnserve_server.core import Core
 from rnnserve_server.errors import InvalidRequest, SessionExists, SessionsFull
+from rnnserve_server.records import limits_of
+from rnnserve_server.replay import Limits
 from rnnserve_server.sessions import Group, Session
 from rnnserve_server.store.base import Head
 
@@ -58,38 +61,80 @@ def session_message(session: Session | Head) -> session_pb2.Session:
     if isinstance(session, Head):
         return _head_message(session)
     group = session.group
-    create_time, idle_lifetime = Timestamp(), Duration()
-    create_time.FromNanoseconds(int(session.create_time * 1e9))
-    idle_lifetime.FromNanoseconds(int(session.idle_lifetime * 1e9))
-    return session_pb2.Session(
-        session_id=session.id,
-        model=group.model.name,
-        version=group.model.version,
-        digest=group.model.digest,
-        batch_size=group.batch_size,
-        options=options_message(group.options),
-        step=session.step,
-        create_time=create_time,
-        idle_lifetime=idle_lifetime,
+    return _session_message(
+        session.id,
+        group.model.name,
+        group.model.version,
+        group.model.digest,
+        group.batch_size,
+        options_message(group.options),
+        session.step,
+        session.create_time,
+        session.idle_lifetime,
+        session.lifetime if session.lifetime < math.inf else None,
+        group.window.limits,
     )
 
 
 def _head_message(head: Head) -> session_pb2.Session:
     meta = head.meta
-    create_time, idle_lifetime = Timestamp(), Duration()
-    create_time.FromNanoseconds(int(meta.create_time * 1e9))
-    idle_lifetime.FromNanoseconds(int(meta.idle_lifetime * 1e9))
-    return session_pb2.Session(
-        session_id=head.id,
-        model=meta.model,
-        version=meta.version,
-        digest=meta.digest,
-        batch_size=meta.batch_size,
-        options=options_pb2.LayerOptions(**meta.options),
-        step=head.step,
-        create_time=create_time,
-        idle_lifetime=idle_lifetime,
+    return _session_message(
+        head.id,
+        meta.model,
+        meta.version,
+        meta.digest,
+        meta.batch_size,
+        options_pb2.LayerOptions(**meta.options),
+        head.step,
+        meta.create_time,
+        meta.idle_lifetime,
+        meta.lifetime,
+        limits_of(meta),
     )
+
+
+def _session_message(
+    session_id: str,
+    model: str,
+    version: str,
+    digest: str,
+    batch_size: int,
+    options: options_pb2.LayerOptions,
+    step: int,
+    create_time: float,
+    idle_lifetime: float,
+    lifetime: float | None,
+    replay: Limits,
+) -> session_pb2.Session:
+    created = Timestamp()
+    created.FromNanoseconds(int(create_time * 1e9))
+    return session_pb2.Session(
+        session_id=session_id,
+        model=model,
+        version=version,
+        digest=digest,
+        batch_size=batch_size,
+        options=options,
+        step=step,
+        create_time=created,
+        idle_lifetime=_duration(idle_lifetime),
+        lifetime=None if lifetime is None else _duration(lifetime),
+        replay_window=session_pb2.ReplayWindow(max_chunks=replay.replies, max_bytes=replay.bytes),
+    )
+
+
+def _duration(seconds: float) -> Duration:
+    duration = Duration()
+    duration.FromNanoseconds(int(seconds * 1e9))
+    return duration
+
+
+def _seconds(config: session_pb2.SessionConfig, field: str) -> float | None:
+    """A duration that a client may have left out."""
+    if not config.HasField(field):  # type: ignore[arg-type]
+        return None
+    nanoseconds: int = getattr(config, field).ToNanoseconds()
+    return nanoseconds / 1e9
 
 
 async def create_sessions(
@@ -105,7 +150,11 @@ async def create_sessions(
     Raises:
         ServiceError, TensorError: as CreateSession says.
     """
-    lifetime = config.idle_lifetime.ToNanoseconds() / 1e9 if config.HasField("idle_lifetime") else None
+    window = config.replay_window
+    asked = Limits(
+        window.max_chunks if window.HasField("max_chunks") else core.settings.replay_chunks,
+        window.max_bytes if window.HasField("max_bytes") else core.settings.replay_bytes,
+    )
     return await core.create_sessions(
         config.model,
         config.version,
@@ -113,7 +162,9 @@ async def create_sessions(
         asked_options(config.options),
         len(session_ids),
         initial_states=decode_named(config.initial_states, "initial_states"),
-        idle_lifetime=lifetime,
+        idle_lifetime=_seconds(config, "idle_lifetime"),
+        lifetime=_seconds(config, "lifetime"),
+        replay=asked,
         session_ids=session_ids if session_ids[0] else (),
     )
 
