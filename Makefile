@@ -7,7 +7,7 @@ TRITON := .cache/triton
 PROTOS := $(sort $(wildcard proto/rnnserve/v1/*.proto))
 SERVICES := $(shell grep -l '^service ' $(PROTOS))
 
-.PHONY: run test vectors samples lint types stubs check-stubs bench bench-triton requirements triton-requirements clean
+.PHONY: run test vectors samples lint types stubs check-stubs torture bench bench-triton requirements triton-requirements clean
 
 run: $(VENV)/.serve
 	-$(BIN)/rnnserve fetch models/zoo
@@ -81,3 +81,7 @@ requirements: $(VENV)/.dev
 
 clean:
 	rm -rf $(VENV) .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+# Servers are killed and connections cut for minutes: every session must come out as if nothing had been.
+torture: $(VENV)/.dev
+	PYTHONPATH=tests $(BIN)/python -m torture $(ARGS)

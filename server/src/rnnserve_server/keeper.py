@@ -92,6 +92,7 @@ class Keeper:
         self._ended: list[tuple[str, int, End]] = []
         self._attaching = asyncio.Lock()
         self._saving = asyncio.Lock()
+        self._saved_at = clock()  # everything, with a durability other than step
         sessions.on_end = self._note_end
 
     # Coming and going
@@ -435,11 +436,21 @@ class Keeper:
     async def sweep(self) -> None:
         """Ends in the store what is due there, whoever had it, and what has ended in memory."""
         await self.settle()
+        if self.durability != "step":
+            await self._save_in_time()
         try:
             while len(await self.store.expire(self._wall_clock(), _AT_ONCE)) == _AT_ONCE:
                 pass
         except StoreError as error:
             raise StoreDown(error) from error
+
+    async def _save_in_time(self) -> None:
+        """Stores everything twice within the shortest idle lifetime, or the store would end what is in use here."""
+        groups = [(group, group.arena.all_used()) for group in self._sessions.groups()]
+        shortest = min((float(group.idle_lifetime[slots].min()) for group, slots in groups if len(slots)), default=0.0)
+        if self._clock() >= self._saved_at + shortest / 2:
+            await self.save_all()
+            self._saved_at = self._clock()
 
     async def close(self) -> None:
         """Stores what is not stored, and lets the store go. The sessions stay there."""

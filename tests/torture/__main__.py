@@ -1,0 +1,40 @@
+"""`python -m torture`: run it with PYTHONPATH=tests."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+from torture.run import Torture, empty_store, torture
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="torture", description=__doc__)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seconds", type=float, default=300.0, help="nothing new is begun after so long")
+    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=500_000, help="of all sessions together")
+    parser.add_argument("--sessions", type=int, default=120)
+    parser.add_argument("--longest", type=int, default=60, help="time steps of a chunk at most")
+    parser.add_argument("--replicas", type=int, default=1, help="servers on one store")
+    parser.add_argument("--store", choices=["sqlite", "redis"], action="append", help="may be given twice")
+    parser.add_argument("--fault", default="", help="plant a fault of torture.faults, which must be found")
+    parser.add_argument("--report", type=Path, help="write the figures here, as JSON")
+    options = vars(parser.parse_args())
+    stores, file = options.pop("store") or ["sqlite"], options.pop("report")
+    reports = []
+    for kind in stores:
+        with tempfile.TemporaryDirectory(prefix="torture") as name, empty_store(kind, Path(name)) as url:
+            reports.append(asyncio.run(torture(Torture(**options), url, Path(name))))
+            print(reports[-1], flush=True)
+    if file is not None:
+        file.write_text(json.dumps([report.as_dict() for report in reports], indent=2))
+    return 1 if any(report.faults for report in reports) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

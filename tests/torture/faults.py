@@ -1,0 +1,91 @@
+"""Faults that a run of the torture must find: each breaks a server as a plausible mistake would."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+
+
+def plant(name: str) -> None:
+    """Breaks this process's server in the way of that name."""
+    FAULTS[name]()
+
+
+def _drops_a_commit() -> None:
+    """The store says that a write is durable, and has not written it: now and then."""
+    from rnnserve_server.store.sqlite import SqliteStore
+
+    commit, chance = SqliteStore._commit, random.Random(5)
+
+    def careless(self: Any, writes: Any) -> list[bool]:
+        kept = [write for write in writes if chance.random() > 0.02]
+        applied = dict(zip([write.id for write in kept], commit(self, kept), strict=True))
+        return [applied.get(write.id, True) for write in writes]
+
+    SqliteStore._commit = careless  # type: ignore[method-assign]
+
+
+def _answers_before_commit() -> None:
+    """What is written reaches the store some ticks after the answers have left."""
+    from rnnserve_server.store.sqlite import SqliteStore
+
+    commit, late = SqliteStore._commit, list[Any]()
+
+    def lazy(self: Any, writes: Any) -> list[bool]:
+        late.append(writes)
+        for each in [late.pop(0) for _ in range(len(late) - 3)]:
+            commit(self, each)
+        return [True] * len(writes)
+
+    SqliteStore._commit = lazy  # type: ignore[method-assign]
+
+
+def _forgets_answers() -> None:
+    """The replay window finds nothing."""
+    from rnnserve_server.replay import Window
+
+    Window.find = lambda self, *what: {}  # type: ignore[method-assign]
+
+
+def _writes_to_the_neighbour() -> None:
+    """Now and then two sessions of a tick get each other's states."""
+    from rnnserve_server.state import Arena
+
+    scatter, chance = Arena.scatter, random.Random(5)
+
+    def confused(self: Any, slots: Any, states: Any) -> None:
+        if len(slots) > 1 and chance.random() < 0.5:
+            slots = np.concatenate([slots[1::-1], slots[2:]])
+        scatter(self, slots, states)
+
+    Arena.scatter = confused  # type: ignore[method-assign]
+
+
+def _applies_twice() -> None:
+    """A chunk that is sent again is not recognised, and is run again."""
+    from rnnserve_server.sessions import SessionTable
+
+    check = SessionTable.check
+
+    def credulous(self: Any, sessions: Any, session_id: Any) -> Any:
+        here = sessions.group.step[sessions.slots]
+        if sessions.first_steps is not None:
+            behind = sessions.first_steps < here
+            said, sessions.first_steps = sessions.first_steps, np.where(behind, here, sessions.first_steps)
+            result = check(self, sessions, session_id)
+            sessions.first_steps = said
+            return result
+        return check(self, sessions, session_id)
+
+    SessionTable.check = credulous  # type: ignore[method-assign]
+
+
+FAULTS = {
+    "drops-a-commit": _drops_a_commit,
+    "answers-before-commit": _answers_before_commit,
+    "forgets-answers": _forgets_answers,
+    "writes-to-the-neighbour": _writes_to_the_neighbour,
+    "applies-twice": _applies_twice,
+}

@@ -1,0 +1,257 @@
+"""A run of the torture: servers, clients, and an adversary with a seed."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from redis_server import running_redis
+from rnnserve_server.records import unpack_states
+from rnnserve_server.store import open_store
+from torture.client import Link, Track, Trial, call_by_call
+from torture.history import Fault, check
+from torture.plan import Plan, make_plans, write_models
+from torture.proxy import Proxy
+from torture.servers import ServerProcess
+
+_GRACE = 40.0  # seconds that what is under way may take when the time is up
+
+
+@dataclass(frozen=True)
+class Torture:
+    """What a run is.
+
+    Attributes:
+        seed: of all dice.
+        seconds: after so long nothing new is begun.
+        kills: how often a server is ended: with SIGKILL, every fourth time with SIGTERM.
+        steps: time steps that all sessions take together.
+        sessions: so many.
+        longest: time steps of a chunk at most.
+        replicas: servers on one store; sessions hop between them if there are several.
+        links: streams.
+        calls: sessions that are driven by unary calls.
+        ahead: chunks that a session is ahead of its answers.
+        cut: bytes, in the mean, after which a connection is cut; None: never.
+        mischief: how likely a client does something needless or wrong.
+        rest_seconds: after which idle sessions leave memory.
+        fault: one of `torture.faults`, planted in the servers.
+    """
+
+    seed: int = 0
+    seconds: float = 60.0
+    kills: int = 10
+    steps: int = 20_000
+    sessions: int = 24
+    longest: int = 12
+    replicas: int = 1
+    links: int = 4
+    calls: int = 4
+    ahead: int = 5
+    cut: int | None = 300_000
+    mischief: float = 0.1
+    rest_seconds: float = 0.5
+    fault: str = ""
+
+
+@dataclass
+class Report:
+    """What came of it."""
+
+    torture: Torture
+    store: str
+    seconds: float = 0.0
+    steps: int = 0
+    chunks: int = 0
+    kills: int = 0
+    terms: int = 0
+    cuts: int = 0
+    longest_pause: float = 0.0
+    counts: dict[str, int] = field(default_factory=dict)
+    faults: list[Fault] = field(default_factory=list)
+
+    def names(self) -> set[str]:
+        """The names of the faults."""
+        return {fault.name for fault in self.faults}
+
+    def as_dict(self) -> dict[str, Any]:
+        """For a file."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.store}: {self.steps:,} steps in {self.chunks:,} chunks, {self.seconds:.0f} s",
+            f"  {self.kills} x SIGKILL, {self.terms} x SIGTERM, {self.cuts} connections cut",
+            f"  longest pause of a session: {self.longest_pause:.2f} s",
+            *(f"  {count:>8,} {name}" for name, count in sorted(self.counts.items())),
+            *(f"  FAULT {fault}" for fault in self.faults[:20]),
+            f"  verdict: {f'{len(self.faults)} FAULTS' if self.faults else 'every history is the oracle’s'}",
+        ]
+        return "\n".join(lines)
+
+
+@contextlib.contextmanager
+def empty_store(kind: str, folder: Path) -> Iterator[str]:
+    """The URL of a store: of SQLite in a folder, or of a Redis of our own."""
+    if kind == "sqlite":
+        yield f"sqlite:///{folder}/sessions.db"
+    else:
+        with running_redis() as server:
+            yield server.url
+
+
+async def torture(what: Torture, url: str, folder: Path) -> Report:
+    """Runs it, and checks every history.
+
+    Args:
+        what: the run.
+        url: of the store, which is empty.
+        folder: for models and logs.
+    """
+    engines = write_models(folder / "models")
+    plans = make_plans(engines, what.seed, what.sessions, what.steps, what.longest)
+    settings = {"models": str(folder / "models"), "store": url, "rest_seconds": what.rest_seconds, "drain_seconds": 2.0}
+    servers = [ServerProcess(settings, folder / f"server{n}.log", what.fault) for n in range(what.replicas)]
+    report, started = Report(what, url.partition(":")[0]), time.monotonic()
+    try:
+        for server in servers:
+            await asyncio.to_thread(server.start)
+        async with contextlib.AsyncExitStack() as stack:
+            proxies = [
+                await stack.enter_async_context(Proxy(server.address, random.Random(f"{what.seed}/{n}"), what.cut))
+                for n, server in enumerate(servers)
+            ]
+            trial = Trial(what.seed, lambda: [p.address for p in proxies], ahead=what.ahead, mischief=what.mischief)
+            tracks = [Track(trial, plan) for plan in plans]
+            await _run(what, trial, tracks, servers, proxies, report)
+            report.cuts = sum(proxy.cuts for proxy in proxies)
+        for server in servers:
+            await asyncio.to_thread(server.terminate)
+        for track in tracks:
+            track.history.sent = track.total
+        if not (what.fault and trial.faults):
+            await _look(url, tracks)
+        report.faults = [*trial.faults]
+        report.faults += [
+            Fault("error in the log", server.address, line)
+            for server in servers
+            for line in server.log().splitlines()
+            if "[error" in line or "Traceback" in line
+        ]
+        broken = {fault.session for fault in trial.faults}  # what follows is wrong for the same reason
+        sound = [track for track in tracks if track.plan.name not in broken]
+        report.faults += check([t.plan for t in sound], {t.plan.name: t.history for t in tracks})
+        report.steps, report.longest_pause = trial.steps, trial.longest
+        report.chunks = sum(len(track.history.answers) for track in tracks)
+        report.counts = dict(trial.counts)
+    finally:
+        for server in servers:
+            server.close()
+    report.seconds = time.monotonic() - started
+    return report
+
+
+async def _run(
+    what: Torture,
+    trial: Trial,
+    tracks: list[Track],
+    servers: list[ServerProcess],
+    proxies: list[Proxy],
+    report: Report,
+) -> None:
+    """Until every session has been answered all, or the time is up."""
+    links = [Link(trial) for _ in range(what.links)]
+    for link in links:
+        link.others = [other for other in links if other is not link] if what.replicas > 1 else []
+    for number, track in enumerate(tracks[what.calls :]):
+        links[number % len(links)].take(track)
+    adversary = asyncio.create_task(_adversary(what, trial, servers, proxies, report))
+    tasks = [asyncio.create_task(link.run()) for link in links]
+    tasks += [asyncio.create_task(call_by_call(trial, track)) for track in tracks[: what.calls]]
+    try:
+        end = time.monotonic() + what.seconds
+        late = False
+        while not all(track.done for track in tracks):
+            if what.fault and trial.faults:
+                for track in tracks:
+                    track.total = track.frontier
+                break  # found, which was all that was asked
+            trial.moved.clear()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(trial.moved.wait(), 0.5)
+            for task in (adversary, *tasks):
+                if task.done() and not task.cancelled() and task.exception():
+                    task.result()
+            if time.monotonic() > end + _GRACE:
+                trial.faults += [Fault("stuck", t.plan.name, f"at chunk {t.frontier}") for t in tracks if not t.done]
+                for track in tracks:
+                    track.total = track.frontier
+            elif time.monotonic() > end and not late:
+                late = True
+                for track in tracks:
+                    track.total = track.high
+    finally:
+        trial.over = True
+        await asyncio.sleep(0)
+        for task in (adversary, *tasks):
+            task.cancel()
+        await asyncio.gather(adversary, *tasks, return_exceptions=True)
+        for server in servers:
+            if not server.alive:
+                await asyncio.to_thread(server.start)
+
+
+async def _adversary(
+    what: Torture, trial: Trial, servers: list[ServerProcess], proxies: list[Proxy], report: Report
+) -> None:
+    """Does harm whenever the sessions have come some way further, so that all of it falls on work."""
+    chance = random.Random(f"{what.seed}/adversary")
+    moments = sorted(chance.uniform(0.01, 0.97) * what.steps for _ in range(what.kills))
+    for number, moment in enumerate(moments):
+        while trial.steps < moment:
+            trial.moved.clear()
+            await trial.moved.wait()
+        await asyncio.sleep(chance.expovariate(200))  # somewhere within what is under way
+        at = chance.randrange(len(servers))
+        server, proxy = servers[at], proxies[at]
+        if chance.random() < 0.2:
+            proxy.passing.clear()
+            await asyncio.sleep(chance.uniform(0, 0.1))
+            proxy.passing.set()
+        if number % 4 == 3:
+            report.terms += 1
+            await asyncio.to_thread(server.terminate)
+        else:
+            report.kills += 1
+            await asyncio.to_thread(server.kill)
+        if chance.random() < 0.2:
+            proxy.refusing = True
+            await asyncio.to_thread(server.start)
+            await asyncio.sleep(chance.uniform(0, 0.1))
+            proxy.refusing = False
+        else:
+            await asyncio.to_thread(server.start)
+
+
+async def _look(url: str, tracks: list[Track]) -> None:
+    """Where the sessions stand in the end, in the store."""
+    store = await open_store(url)
+    try:
+        for start in range(0, len(tracks), 256):
+            part = tracks[start : start + 256]
+            for track, record in zip(part, await store.take([t.plan.name for t in part], time.time()), strict=True):
+                if record is None:
+                    if track.created:
+                        track.fault("lost session", "it is not in the store")
+                    continue
+                track.history.step = record.step
+                plan: Plan = track.plan
+                track.history.states = unpack_states(plan.engine.states, plan.kind.batch, record.states)
+    finally:
+        await store.close()
