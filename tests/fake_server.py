@@ -33,10 +33,16 @@ MODELS = {
 }
 
 
-def failure(reason: str, code: grpc.StatusCode, **metadata: str) -> error_pb2.Status:
+def failure(
+    reason: str, code: grpc.StatusCode, *, retry_after: float | None = None, **metadata: str
+) -> error_pb2.Status:
     info = error_pb2.ErrorInfo(reason=reason, domain="rnnserve", metadata=metadata)
-    detail = AnyMessage(type_url="type.googleapis.com/google.rpc.ErrorInfo", value=info.SerializeToString())
-    return error_pb2.Status(code=code.value[0], message=f"told to fail: {reason}", details=[detail])
+    details = [AnyMessage(type_url="type.googleapis.com/google.rpc.ErrorInfo", value=info.SerializeToString())]
+    if retry_after is not None:
+        hint = error_pb2.RetryInfo()
+        hint.retry_delay.FromNanoseconds(round(retry_after * 1e9))
+        details.append(AnyMessage(type_url="type.googleapis.com/google.rpc.RetryInfo", value=hint.SerializeToString()))
+    return error_pb2.Status(code=code.value[0], message=f"told to fail: {reason}", details=details)
 
 
 def describe(name: str) -> model_pb2.Model:
@@ -79,6 +85,7 @@ class Sums:
     options: options_pb2.LayerOptions
     states: dict[str, np.ndarray]
     step: int = 0
+    replies: dict[int, tuple] = field(default_factory=dict)  # first step: what was asked there, and the reply
 
     def message(self) -> session_pb2.Session:
         return session_pb2.Session(
@@ -107,11 +114,14 @@ class FakeServer(InferenceServiceServicer, SessionServiceServicer, ModelServiceS
     failures: deque[error_pb2.Status] = field(default_factory=deque)
     broken: dict[str, error_pb2.Status] = field(default_factory=dict)  # model: what every chunk of it fails with
     streams: int = 0
+    window: int = 16  # chunks of a session whose replies are kept
+    applied: list[tuple[str, int]] = field(default_factory=list)  # (session, first step) of every chunk that was
 
     def __post_init__(self) -> None:
         self._changed = threading.Condition()
         self._held = False
         self._opens_held = False
+        self._muted = False
         self._waiting: list[tuple] = []
         self._queues: list[asyncio.Queue] = []
         self._made = 0
@@ -126,19 +136,35 @@ class FakeServer(InferenceServiceServicer, SessionServiceServicer, ModelServiceS
         """From now on messages with opens are taken and wait."""
         self._opens_held = True
 
+    def mute(self) -> None:
+        """From now on everything is done and nothing is answered."""
+        self._muted = True
+
     def release(self) -> None:
         """Does and answers what was held."""
         self._loop.call_soon_threadsafe(self._release)
 
-    def break_streams(self, code: grpc.StatusCode = grpc.StatusCode.INTERNAL) -> None:
-        """Ends every stream with a status; what was held is forgotten."""
+    def break_streams(self, code: grpc.StatusCode = grpc.StatusCode.INTERNAL, *, forget: bool = False) -> None:
+        """Ends every stream with a status; what was held is forgotten, and it holds and mutes no more."""
+        self.end_streams(error_pb2.Status(code=code.value[0], message="told to break"), forget=forget)
+
+    def end_streams(self, status: error_pb2.Status | None, *, forget: bool = False) -> None:
+        """Does so with a status that says more, or None for a good one; and forgets the sessions if told so."""
 
         def end() -> None:
+            self._held = self._opens_held = self._muted = False
             self._waiting.clear()
+            if forget:
+                self.sessions.clear()
             for queue in self._queues:
-                queue.put_nowait(code)
+                queue.put_nowait(status)
 
         self._loop.call_soon_threadsafe(end)
+
+    def wait_for_applied(self, count: int) -> None:
+        """Returns once so many chunks are applied."""
+        with self._changed:
+            assert self._changed.wait_for(lambda: len(self.applied) >= count, timeout=30)
 
     def wait_for_rows(self, count: int) -> None:
         """Returns once the streams have asked for so many chunks."""
@@ -182,7 +208,12 @@ class FakeServer(InferenceServiceServicer, SessionServiceServicer, ModelServiceS
 
     async def ResetSession(self, request, context):
         self.resets.append(request)
+        if self.failures:
+            await _abort(context, self.failures.popleft())
         session = await self._find(request.session_id, context)
+        if request.HasField("step") and request.step != session.step:
+            expected = str(session.step)
+            await _abort(context, failure("STEP_AHEAD", grpc.StatusCode.OUT_OF_RANGE, expected_step=expected))
         session.states = self._states(session.model, session.batch_size, request.states)
         return session_pb2.ResetSessionResponse(session=session.message())
 
@@ -226,12 +257,16 @@ class FakeServer(InferenceServiceServicer, SessionServiceServicer, ModelServiceS
         reader = asyncio.get_running_loop().create_task(read())
         try:
             while (response := await queue.get()) is not None:
-                if isinstance(response, grpc.StatusCode):
-                    await context.abort(response, "told to break")
+                if isinstance(response, error_pb2.Status):
+                    await _abort(context, response)
                 await context.write(response)
         finally:
             self._queues.remove(queue)
             reader.cancel()
+
+    def _tell(self, queue, response) -> None:
+        if not self._muted:
+            queue.put_nowait(response)
 
     def _take(self, request, lanes, queue) -> None:
         if self._opens_held and request.opens:
@@ -244,7 +279,7 @@ class FakeServer(InferenceServiceServicer, SessionServiceServicer, ModelServiceS
                 response.opened.add(lane=opening.lane, session=session.message())
             except Failed as error:
                 response.errors.add(lane=opening.lane, operation=inference_pb2.LANE_OPERATION_OPEN, status=error.status)
-        queue.put_nowait(response)
+        self._tell(queue, response)
         for frame in request.frames:
             if self._held:
                 self._waiting.append((self._run, frame, lanes, queue))
@@ -256,7 +291,7 @@ class FakeServer(InferenceServiceServicer, SessionServiceServicer, ModelServiceS
             if closing.delete_session:
                 self.sessions.pop(session.session_id, None)
             response.closed.add(lane=closing.lane)
-        queue.put_nowait(response)
+        self._tell(queue, response)
 
     def _open(self, opening) -> Sums:
         if self.failures:
@@ -267,6 +302,8 @@ class FakeServer(InferenceServiceServicer, SessionServiceServicer, ModelServiceS
                 raise Failed(failure("SESSION_UNKNOWN", grpc.StatusCode.NOT_FOUND))
             return session
         config = opening.create
+        if config.session_id in self.sessions:
+            raise Failed(failure("SESSION_EXISTS", grpc.StatusCode.ALREADY_EXISTS))
         self._made += 1
         name = config.session_id or f"s{self._made}"
         options = options_pb2.LayerOptions(**{each: getattr(config.options, each) for each in OPTIONS})
@@ -282,16 +319,20 @@ class FakeServer(InferenceServiceServicer, SessionServiceServicer, ModelServiceS
         mask = codec.decode(frame.mask) if frame.HasField("mask") else None
         for row, (lane, first) in enumerate(zip(frame.lanes, frame.first_steps, strict=True)):
             session = lanes[lane]
+            x = {name: array[row] for name, array in inputs.items()}
+            valid = None if mask is None else mask[row]
+            asked = [(name, array.shape, array.tobytes()) for name, array in x.items()], mask is not None
             status = self.failures.popleft() if self.failures else self.broken.get(session.model)
+            if status is None and first in session.replies and session.replies[first][0] == asked:
+                response.frames.add().CopyFrom(session.replies[first][1])
+                response.frames[-1].lanes[:] = [lane]
+                continue
             if status is None and first != session.step:
-                expected = str(session.step)
-                status = failure("STEP_AHEAD", grpc.StatusCode.OUT_OF_RANGE, expected_step=expected)
+                status = self._wrong_step(session, first)
             if status is not None:
                 operation = inference_pb2.LANE_OPERATION_STEP
                 response.errors.add(lane=lane, operation=operation, first_step=first, status=status)
                 continue
-            x = {name: array[row] for name, array in inputs.items()}
-            valid = None if mask is None else mask[row]
             outputs, after = add_up(session.model, session.options, x, valid, session.states)
             session.states = after
             time = next(iter(x.values())).shape[0 if session.options.time_major else 1]
@@ -300,10 +341,24 @@ class FakeServer(InferenceServiceServicer, SessionServiceServicer, ModelServiceS
             result.outputs.extend(codec.encode_named({name: y[None] for name, y in outputs.items()}))
             if session.options.return_state:
                 result.states.extend(codec.encode_named({name: y[None] for name, y in after.items()}))
-        queue.put_nowait(response)
+            session.replies[first] = asked, result
+            if len(session.replies) > self.window:
+                del session.replies[min(session.replies)]
+            with self._changed:
+                self.applied.append((session.session_id, first))
+                self._changed.notify_all()
+        self._tell(queue, response)
+
+    @staticmethod
+    def _wrong_step(session, first) -> error_pb2.Status:
+        facts = {"expected": str(session.step), "oldest": str(min(session.replies, default=session.step))}
+        if first in session.replies:
+            return failure("STEP_CONFLICT", grpc.StatusCode.ABORTED, **facts)
+        reason = "STEP_AHEAD" if first > session.step else "STEP_BEHIND"
+        return failure(reason, grpc.StatusCode.OUT_OF_RANGE, **facts)
 
     def _release(self) -> None:
-        self._held = self._opens_held = False
+        self._held = self._opens_held = self._muted = False
         waiting, self._waiting = self._waiting, []
         for work, *arguments in waiting:
             work(*arguments)

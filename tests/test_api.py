@@ -1333,7 +1333,7 @@ async def test_a_sweep_ends_sessions_a_few_at_a_time():
     """A mass expiry is spread over many turns of the event loop, and all of it is done by one sweep."""
     clock = Clock()
     core = Core(Settings(), repository(), clock=clock)
-    core.create_sessions("adder", "", 1, {}, 20_000, idle_lifetime=10.0)
+    await core.create_sessions("adder", "", 1, {}, 20_000, idle_lifetime=10.0)
     clock.now += 11
     sweeping, left = asyncio.create_task(core.sweep()), [len(core.sessions)]
     while not sweeping.done():

@@ -25,6 +25,7 @@ CLASSES = {
     "SESSIONS_FULL": errors.ServerBusy,
     "STEP_AHEAD": errors.StepMismatch,
     "STEP_BEHIND": errors.StepMismatch,
+    "STEP_CONFLICT": errors.StepConflict,
     "QUEUE_FULL": errors.ServerBusy,
     "TOO_LARGE": errors.TooLarge,
     "DEADLINE_PASSED": errors.DeadlineExceeded,

@@ -474,7 +474,7 @@ def test_a_lifetime_goes_on_in_the_store(tmp_path):
         with at(0) as core:
             await core.open_store()
             for name in ("taken", "left"):
-                group, slots, _ = core.create_sessions("adder", "", 1, {}, lifetime=100.0, session_ids=[name])
+                group, slots, _ = await core.create_sessions("adder", "", 1, {}, lifetime=100.0, session_ids=[name])
                 await core.keep(group, slots)
             await core.close()
         with at(90) as core:

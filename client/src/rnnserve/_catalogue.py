@@ -54,15 +54,21 @@ class Catalogue:
     async def unload(self, name: str, version: str, limit: float | None) -> list[str]:
         """See `Models.unload`."""
         request = model_pb2.UnloadModelRequest(name=name, version=version)
-        response = await self._connection.unary(self._connection.model_service().UnloadModel, request, limit)
+        response = await self._connection.unary(
+            self._connection.model_service().UnloadModel, request, limit, retry=False
+        )
         return list(response.versions)
 
     async def reload(self, name: str, limit: float | None) -> list[Model]:
         """See `Models.reload`."""
         request = model_pb2.ReloadModelRequest(name=name)
-        response = await self._connection.unary(self._connection.model_service().ReloadModel, request, limit)
+        response = await self._connection.unary(
+            self._connection.model_service().ReloadModel, request, limit, retry=False
+        )
         return [Model.from_message(each) for each in response.models]
 
     async def _deploy(self, request: model_pb2.DeployModelRequest, limit: float | None) -> Model:
-        response = await self._connection.unary(self._connection.model_service().DeployModel, request, limit)
+        response = await self._connection.unary(
+            self._connection.model_service().DeployModel, request, limit, retry=False
+        )
         return Model.from_message(response.model)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Hashable, Sequence
+from collections.abc import Container, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from rnnserve.codec import Array, encode_joined
 from rnnserve.errors import GroupError, RequestError
-from rnnserve.v1 import inference_pb2
+from rnnserve.v1 import inference_pb2, session_pb2
 
 
 @dataclass(slots=True)
@@ -34,30 +34,89 @@ class Answer(NamedTuple):
     error: RequestError | None = None
 
 
+#: What a server remembers of a session, unless told otherwise: so many answers, and bytes of them, but at least one.
+#: No more may be asked of it at once, or an answer that is lost may be forgotten when it is asked for again.
+REPLAY_CHUNKS = 16
+REPLAY_WINDOW = 1 << 20
+
+
 class Lane:
-    """A lane of the stream. `next_step` is the step at which the next chunk wished on it will start."""
+    """A session and its lane. It outlives the stream: after a loss the session is opened again on the same number.
 
-    __slots__ = ("close_ticket", "generation", "next_step", "number", "open", "open_ticket", "pending")
+    Attributes:
+        next_step: the step at which the next chunk wished on it will start.
+        known: whether that is so; if not, the server tells when the lane is opened.
+        pending: what is wished on it and not answered, in order.
+        active: how much of the server's memory the answers to what is on its way take, in bytes.
+        backlog: chunks of it alone that wait until that is less, or None.
+        request: how to open it; once it was, by the session's id.
+        fresh: it was never open.
+        tries: how often its open was sent.
+        claim: what was to be made and why it was refused, if an earlier try may have made it.
+        opening: an open is wished or sent; `open`: it is open on this stream.
+        ready: chunks wished on it may leave at once: it is open, and none wished earlier is parked.
+        closing: a close is wished or sent.
+    """
 
-    def __init__(self, number: int, open_ticket: Any) -> None:
+    __slots__ = (
+        "active",
+        "backlog",
+        "claim",
+        "close_ticket",
+        "closing",
+        "delete_session",
+        "fresh",
+        "generation",
+        "known",
+        "next_step",
+        "number",
+        "open",
+        "open_ticket",
+        "opening",
+        "pending",
+        "ready",
+        "request",
+        "tries",
+    )
+
+    def __init__(self, number: int, request: inference_pb2.LaneOpen, open_ticket: Any) -> None:
         self.number = number
-        self.open = False
+        self.request = request
+        self.open_ticket = open_ticket
+        self.close_ticket: Any = None
         self.next_step = 0
         # Counts the failures. What was wished before one is answered with errors that tell nothing of the session.
         self.generation = 0
         self.pending: deque[Pending] = deque()
-        self.open_ticket = open_ticket
-        self.close_ticket: Any = None
+        self.known = self.open = self.opening = self.ready = self.closing = self.delete_session = False
+        self.fresh = True
+        self.tries = self.active = 0
+        self.backlog: deque[Chunk] | None = None
+        self.claim: tuple[session_pb2.SessionConfig, RequestError] | None = None
 
 
 class Chunk:
     """A chunk for one lane or for several, a row of each input for each lane.
 
     `inputs` are [N, batch, time, ...] and `mask` is bool [N, batch, time], in C order, little-endian; the leading axis
-    may be left out when N is 1. `key` is equal for chunks that may share a frame. `ticket` comes back in the answer.
+    may be left out when N is 1. `key` is equal for chunks that may share a frame. `ticket` comes back in the answer,
+    which has `reply_bytes` for each lane.
     """
 
-    __slots__ = ("first_steps", "inputs", "key", "lanes", "mask", "names", "nbytes", "shapes", "ticket", "timesteps")
+    __slots__ = (
+        "first_steps",
+        "inputs",
+        "key",
+        "lanes",
+        "mask",
+        "names",
+        "nbytes",
+        "number",
+        "shapes",
+        "ticket",
+        "timesteps",
+        "weight",
+    )
 
     def __init__(
         self,
@@ -68,6 +127,7 @@ class Chunk:
         timesteps: int,
         key: Hashable,
         ticket: Any = None,
+        reply_bytes: int = 0,
     ) -> None:
         self.names = names
         self.inputs = inputs
@@ -79,11 +139,26 @@ class Chunk:
         self.nbytes = sum([array.nbytes for array in inputs])
         self.lanes: list[Lane] = []
         self.first_steps: list[int] = []
+        self.number = 0  # counts the wishes of a connection
+        self.weight = max(reply_bytes, REPLAY_WINDOW // REPLAY_CHUNKS)  # of REPLAY_WINDOW
 
     def own(self) -> Chunk:
         """Copies the arrays, for a caller who may write to them before the chunk has left."""
         self.inputs = [array.copy() for array in self.inputs]
         return self
+
+    def part(self, rows: list[tuple[int, Lane, int]]) -> Chunk:
+        """These rows of it, each with its lane and first step: itself if they are all."""
+        lanes, first_steps = [lane for _, lane, _ in rows], [step for _, _, step in rows]
+        part = self
+        if len(rows) != len(self.lanes):
+            chosen = [row for row, _, _ in rows]
+            inputs = [array[chosen] for array in self.inputs]
+            mask = None if self.mask is None else self.mask[chosen]
+            part = Chunk(self.names, inputs, mask, self.shapes, self.timesteps, self.key, self.ticket, self.weight)
+            part.number = self.number
+        part.lanes, part.first_steps = lanes, first_steps
+        return part
 
 
 class Gather:
@@ -132,6 +207,22 @@ class Pending(NamedTuple):
     row: int
     gather: Gather | None
     ticket: Any
+
+
+#: What an unanswered chunk takes beside its inputs, roughly: itself, its arrays' headers and whoever waits for it.
+OVERHEAD = 1024
+
+
+def left_over(lanes: Iterable[Lane], only: Container[int] | None = None) -> list[Chunk]:
+    """The chunks that are not answered, each with the rows that are not, in the order of the wishes; by number, if
+    told so."""
+    rows: dict[Chunk, list[tuple[int, Lane, int]]] = {}
+    for lane in lanes:
+        for pending in lane.pending:
+            if pending.chunk is not None and (only is None or pending.chunk.number in only):
+                rows.setdefault(pending.chunk, []).append((pending.row, lane, pending.first_step))
+    parts = [chunk.part(sorted(left, key=lambda row: row[0])) for chunk, left in rows.items()]
+    return sorted(parts, key=lambda chunk: chunk.number)
 
 
 def write_frame(frame: inference_pb2.StepFrame, chunks: list[Chunk]) -> None:

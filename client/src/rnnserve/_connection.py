@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import grpc
 import grpc.aio
 
-from rnnserve._link import Link
+from rnnserve._link import REPLAY_BYTES, Link
+from rnnserve._retry import RETRY_FOR, Retry
 from rnnserve.errors import ClientClosed, DeadlineExceeded, RequestError, Unavailable, from_rpc_error
 from rnnserve.models import Model, SessionInfo
 from rnnserve.v1 import inference_pb2, model_pb2, session_pb2
@@ -26,6 +27,11 @@ T = TypeVar("T")
 _OPTIONS: tuple[tuple[str, Any], ...] = (
     ("grpc.max_receive_message_length", -1),
     ("grpc.max_send_message_length", -1),
+    # When to connect again is for `Retry` to say. gRPC alone would wait for up to two minutes between tries that it
+    # makes of its own, fail whatever is asked meanwhile, and give each try 20 s.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 500),
+    ("grpc.min_reconnect_backoff_ms", 5000),  # in spite of its name, how long one try may take
 )
 
 _SERVING = b"\x08\x01"  # grpc.health.v1.HealthCheckResponse with status SERVING
@@ -40,9 +46,17 @@ class Connection:
         timeout: float | None,
         credentials: grpc.ChannelCredentials | None,
         options: Sequence[tuple[str, Any]],
+        retry_for: float | None = RETRY_FOR,
+        replay_bytes: int = REPLAY_BYTES,
     ) -> None:
+        if retry_for is not None and not retry_for >= 0:
+            raise ValueError(f"retry_for must be seconds, 0 for never or None for ever, got {retry_for}")
+        if replay_bytes < 1:
+            raise ValueError(f"replay_bytes must be at least 1, got {replay_bytes}")
         self.target = target
         self.timeout = timeout
+        self.retry = Retry(retry_for)
+        self._replay_bytes = replay_bytes
         self._credentials = credentials
         self._options = (*_OPTIONS, *options)
         self._channel: grpc.aio.Channel | None = None
@@ -56,17 +70,21 @@ class Connection:
         self._closed = True
         link, self._link = self._link, None
         channel, self._channel = self._channel, None
-        if link is not None and link.alive:
+        if link is not None:
             await link.close()
         if channel is not None:
             await channel.close()
 
     def link(self) -> Link:
-        """The stream, started now if there is none or the last one was lost."""
-        if self._link is None or not self._link.alive:
-            stub = InferenceServiceStub(self.channel())
-            self._link = Link(stub.Stream)
+        """The streams of this connection."""
+        if self._closed:
+            raise ClientClosed("the client is closed")
+        if self._link is None:
+            self._link = Link(self.target, self._stream, self.retry, self._replay_bytes)
         return self._link
+
+    def _stream(self) -> Any:
+        return InferenceServiceStub(self.channel()).Stream()
 
     def channel(self) -> grpc.aio.Channel:
         """The channel, opened on first use."""
@@ -96,18 +114,13 @@ class Connection:
         except DeadlineExceeded:
             raise
         except TimeoutError as error:
-            raise DeadlineExceeded(f"no answer within {seconds:g} s") from error
+            assert seconds is not None
+            raise DeadlineExceeded(self.late(seconds)) from error
 
-    async def wait(self, ticket: asyncio.Future[T], limit: float | None) -> T:
-        """The answer to a ticket, or DeadlineExceeded. Costs no task."""
-        seconds = self.seconds(limit)
-        if seconds is None:
-            return await ticket
-        handle = asyncio.get_running_loop().call_later(seconds, _expire, ticket, seconds)
-        try:
-            return await ticket
-        finally:
-            handle.cancel()
+    def late(self, seconds: float) -> str:
+        """What to say when a deadline passed."""
+        trouble = None if self._link is None else self._link.trouble
+        return f"no answer within {seconds:g} s" + (f"; {self.target}: {trouble}" if trouble else "")
 
     async def predict(
         self, request: inference_pb2.PredictRequest, limit: float | None
@@ -156,20 +169,17 @@ class Connection:
         response = await self.unary(SessionServiceStub(self.channel()).GetSession, request, limit)
         return SessionInfo.from_message(response.session)
 
-    async def reset_session(self, request: session_pb2.ResetSessionRequest, limit: float | None) -> None:
-        """Puts a session's states back."""
-        await self.unary(SessionServiceStub(self.channel()).ResetSession, request, limit)
-
-    async def delete_session(self, session_id: str, limit: float | None) -> None:
-        """Ends a session."""
-        request = session_pb2.DeleteSessionRequest(session_id=session_id)
-        await self.unary(SessionServiceStub(self.channel()).DeleteSession, request, limit)
+    async def reset_session(
+        self, request: session_pb2.ResetSessionRequest, limit: float | None, *, retry: bool = True
+    ) -> None:
+        """Puts a session's states back; `retry` if it says at which step."""
+        await self.unary(SessionServiceStub(self.channel()).ResetSession, request, limit, retry=retry)
 
     async def health(self, limit: float | None) -> bool:
         """Whether the server says that it serves; False when it cannot be reached."""
         check: Callable[..., Awaitable[bytes]] = self.channel().unary_unary("/grpc.health.v1.Health/Check")
         try:
-            return await self.unary(check, b"", limit) == _SERVING
+            return await self.unary(check, b"", limit, retry=False) == _SERVING
         except (Unavailable, DeadlineExceeded):
             return False
 
@@ -177,21 +187,33 @@ class Connection:
         self._models[model.name, model.version] = model
         return model
 
-    async def unary(self, method: Callable[..., Awaitable[T]], request: Any, limit: float | None) -> T:
-        """One call, its failure as one of our exceptions."""
-        try:
-            return await method(request, timeout=self.seconds(limit))
-        except grpc.RpcError as error:
-            failure: RequestError = from_rpc_error(error)
-        except asyncio.CancelledError:
-            # Closing the channel cancels its calls, which must not look as if their tasks had been cancelled.
-            task = asyncio.current_task()
-            if self._closed and task is not None and not task.cancelling():
-                raise ClientClosed("the client was closed before the answer came") from None
-            raise
-        raise failure
-
-
-def _expire(ticket: asyncio.Future[Any], seconds: float) -> None:
-    if not ticket.done():
-        ticket.set_exception(DeadlineExceeded(f"no answer within {seconds:g} s"))
+    async def unary(
+        self, method: Callable[..., Awaitable[T]], request: Any, limit: float | None, *, retry: bool = True
+    ) -> T:
+        """One call, its failure as one of our exceptions. With `retry` it may be made again: doing it twice is once."""
+        seconds = self.seconds(limit)
+        started = self.retry.clock()
+        trial = None
+        while True:
+            spent = self.retry.clock() - started
+            try:
+                return await method(request, timeout=None if seconds is None else max(0.0, seconds - spent))
+            except grpc.RpcError as error:
+                failure: RequestError = from_rpc_error(error)
+            except asyncio.CancelledError:
+                # Closing the channel cancels its calls, which must not look as if their tasks had been cancelled.
+                task = asyncio.current_task()
+                if self._closed and task is not None and not task.cancelling():
+                    raise ClientClosed("the client was closed before the answer came") from None
+                raise
+            if not retry or failure.status is not grpc.StatusCode.UNAVAILABLE:
+                raise failure
+            trial = trial or self.retry.begin()
+            delay = trial.next(failure.retry_after)
+            if delay is None:
+                raise failure
+            if seconds is not None and self.retry.clock() - started + delay >= seconds:
+                raise DeadlineExceeded(f"no answer within {seconds:g} s; {self.target}: {failure}")
+            await self.retry.sleep(delay)
+            if self._closed:
+                raise ClientClosed("the client was closed before the answer came") from failure

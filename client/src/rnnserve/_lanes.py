@@ -1,22 +1,40 @@
-"""What one stream says and hears, without I/O: wishes become StreamRequests, StreamResponses become answers.
+"""What one connection says and hears, without I/O: wishes become StreamRequests, StreamResponses become answers.
 
 `Lanes` holds everything that is wished and not yet sent, and everything that is sent and not yet answered. Its caller
 asks `flush` for the next message whenever the stream can take one, so whatever was wished since the last message
 leaves in one; and gives `receive` every message that comes. It has no clock, no socket and no thread.
 
-A chunk is kept whole until it is answered, with the step at which it starts, so that it can be sent again.
+It outlives its streams. A chunk is kept whole until it is answered, with the step at which it starts. When a stream is
+lost, `lost` makes everything unanswered a wish again: the next stream first opens the lanes that are needed, by the ids
+of their sessions, and then sends the chunks anew, in their order and each from its own first step. The server applies
+what it has not applied, and answers what it has with the same reply, so that each chunk is applied once. A lane on
+which nothing is wished is opened again with the next wish, and not before.
 """
 
 from __future__ import annotations
 
+import copy
 import heapq
 from collections import deque
 from collections.abc import Hashable
 from typing import Any
 
-from rnnserve._chunks import Answer, Chunk, Columns, Gather, Lane, Pending, write_frame
+import grpc
+
+from rnnserve._chunks import (
+    OVERHEAD,
+    REPLAY_WINDOW,
+    Answer,
+    Chunk,
+    Columns,
+    Gather,
+    Lane,
+    Pending,
+    left_over,
+    write_frame,
+)
 from rnnserve.codec import decode_named
-from rnnserve.errors import StepMismatch, from_status
+from rnnserve.errors import RequestError, SessionExists, StepMismatch, from_status
 from rnnserve.v1 import inference_pb2, session_pb2
 
 #: A message takes chunks up to this size, well under gRPC's usual limit of 4 MiB; a larger chunk travels alone.
@@ -25,35 +43,72 @@ MESSAGE_BYTES = 1 << 20
 #: Rows that may be sent and not yet answered. Beyond it wishes wait, and leave in fuller frames.
 ROWS_IN_FLIGHT = 4096
 
+#: Opens of one message.
+OPENS_IN_MESSAGE = 1024
+
+#: The generation of a chunk that was sent behind one that failed, and will fail for that reason.
+_DOOMED = -1
+
 
 class ProtocolViolation(Exception):
     """The server answered something that was not asked."""
 
 
 class Lanes:
-    """The lanes of one stream."""
+    """The lanes of one connection.
 
-    def __init__(self, message_bytes: int = MESSAGE_BYTES, rows_in_flight: int = ROWS_IN_FLIGHT) -> None:
+    No more of a session's chunks are on their way than their answers fit into `window`, where a chunk's weight is the
+    bytes of its answer, or a share of what the server remembers: it must still have all of them if the stream is lost.
+    With `resume` False nothing is asked again for the server's sake: UNAVAILABLE on a lane is an answer like others.
+
+    Attributes:
+        in_flight: rows that are sent on this stream and not answered.
+        held: bytes that unanswered chunks take, roughly.
+        broken: why the stream is of no more use although it goes on, or None.
+        put_off: lanes that the server will not open now, with what it said: try `open_again`, or `refuse`.
+    """
+
+    def __init__(
+        self,
+        message_bytes: int = MESSAGE_BYTES,
+        rows_in_flight: int = ROWS_IN_FLIGHT,
+        window: int = REPLAY_WINDOW,
+        *,
+        resume: bool = True,
+    ) -> None:
         self._message_bytes = message_bytes
         self._rows_allowed = rows_in_flight
+        self._window = window
+        self._resume = resume
         self._lanes: dict[int, Lane] = {}
         self._free: list[int] = []
-        self._opens: deque[inference_pb2.LaneOpen] = deque()
+        self._opens: deque[Lane] = deque()
         self._chunks: deque[Chunk] = deque()
-        self._closes: list[inference_pb2.LaneClose] = []
+        self._parked: list[Chunk] = []  # in order; on lanes that are not open, or behind such a chunk
+        self._crowded = False  # a parked chunk waits for the answers to others
+        self._stale = False  # rows of parked chunks were answered or have another first step
+        self._closes: list[Lane] = []
         self._answers: list[Answer] = []
+        self._count = 0
         self.in_flight = 0
+        self.held = 0
+        self.broken: RequestError | None = None
+        self.put_off: list[tuple[Lane, RequestError]] = []
 
     # Wishes
 
     def open(self, target: session_pb2.SessionConfig | str, ticket: Any) -> Lane:
-        """Wishes a lane for a new session, or for a live one by its id."""
+        """Wishes a lane for a new session, or for a live one by its id.
+
+        A new session should be given an id: without one, a create whose answer is lost may make a second session.
+        """
         number = heapq.heappop(self._free) if self._free else len(self._lanes)
-        lane = self._lanes[number] = Lane(number, ticket)
         if isinstance(target, str):
-            self._opens.append(inference_pb2.LaneOpen(lane=number, session_id=target))
+            request = inference_pb2.LaneOpen(lane=number, session_id=target)
         else:
-            self._opens.append(inference_pb2.LaneOpen(lane=number, create=target))
+            request = inference_pb2.LaneOpen(lane=number, create=target)
+        lane = self._lanes[number] = Lane(number, request, ticket)
+        self._want(lane)
         return lane
 
     def step(self, lane: Lane, chunk: Chunk) -> None:
@@ -62,18 +117,35 @@ class Lanes:
         lane.next_step = first + chunk.timesteps
         chunk.lanes = [lane]
         chunk.first_steps = [first]
+        chunk.number = self._count = self._count + 1
+        self.held += chunk.nbytes + OVERHEAD
         lane.pending.append(Pending(first, lane.generation, chunk, 0, None, chunk.ticket))
-        self._chunks.append(chunk)
+        if lane.ready:
+            active = lane.active + chunk.weight
+            if (active <= self._window or not lane.active) and lane.backlog is None:
+                lane.active = active
+                self._chunks.append(chunk)
+            else:
+                self._queue(lane, chunk)
+        else:
+            self._park(chunk)
 
     def step_all(self, lanes: list[Lane], chunk: Chunk) -> None:
         """Wishes a chunk with a row for each of these lanes; it has one answer, when every lane has its own."""
         chunk.lanes = lanes
         chunk.first_steps = [lane.next_step for lane in lanes]
+        chunk.number = self._count = self._count + 1
+        self.held += chunk.nbytes + OVERHEAD
         gather = Gather(len(lanes))
         for row, lane in enumerate(lanes):
             lane.pending.append(Pending(lane.next_step, lane.generation, chunk, row, gather, chunk.ticket))
             lane.next_step += chunk.timesteps
-        self._chunks.append(chunk)
+        room = self._window - chunk.weight
+        if all(lane.ready and lane.backlog is None and (lane.active <= room or not lane.active) for lane in lanes):
+            self._send(chunk)
+        else:
+            self._park(chunk)
+            self._crowded = True
 
     def barrier(self, lane: Lane, ticket: Any) -> bool:
         """Wishes to know when every chunk wished on the lane so far is answered. False: all are, no answer comes."""
@@ -81,13 +153,50 @@ class Lanes:
             lane.pending.append(Pending(-1, lane.generation, None, 0, None, ticket))
         return bool(lane.pending)
 
-    def close(self, lane: Lane, delete_session: bool, ticket: Any) -> None:
-        """Wishes the lane closed, once what was wished on it before is answered."""
-        lane.open = False
+    def close(self, lane: Lane, delete_session: bool, ticket: Any) -> bool:
+        """Wishes the lane closed, once what was wished on it before is answered. False: it is, no answer comes."""
+        lane.closing = True
+        lane.delete_session = delete_session
         lane.close_ticket = ticket
-        self._closes.append(inference_pb2.LaneClose(lane=lane.number, delete_session=delete_session))
+        if not (lane.open or lane.opening or lane.pending or delete_session):
+            self._release(lane)
+            return False
+        self._closes.append(lane)
+        self._want(lane)
+        return True
+
+    def withdraw(self, lane: Lane) -> bool:
+        """Takes back the wish of a new lane, if no server can have heard of it."""
+        if lane.tries or not lane.opening:
+            return False
+        self._opens.remove(lane)
+        self._release(lane)
+        return True
+
+    def open_again(self, lane: Lane) -> None:
+        """Wishes a lane open that was put off, if it still is."""
+        if self._lanes.get(lane.number) is lane:
+            self._want(lane)
+
+    def refuse(self, lane: Lane, cause: RequestError) -> list[Answer]:
+        """Fails everything that is wished on a lane that was put off, if it still is; gives the answers."""
+        answers = self._answers = []
+        if self._lanes.get(lane.number) is lane and not (lane.open or lane.opening):
+            self._refuse(lane, cause)
+            self._unpark()
+        return answers
 
     # The stream
+
+    @property
+    def wishes(self) -> bool:
+        """Whether something is to be sent, be it now or on the next stream."""
+        return bool(self._opens or self._chunks or self._closes)
+
+    @property
+    def unanswered(self) -> tuple[int, int]:
+        """After a loss: how many chunks are to be sent again, and on how many lanes."""
+        return len(self._parked), len({lane for chunk in self._parked for lane in chunk.lanes})
 
     def flush(self) -> inference_pb2.StreamRequest | None:
         """The next message: everything wished since the last one, or as much as one message takes; None: nothing."""
@@ -96,11 +205,14 @@ class Lanes:
         request = inference_pb2.StreamRequest()
         room = self._message_bytes
         while self._opens:
-            size = self._opens[0].ByteSize()
-            if request.opens and size > room:
+            lane = self._opens[0]
+            size = lane.request.ByteSize()
+            if request.opens and (size > room or len(request.opens) >= OPENS_IN_MESSAGE):
                 return request
             room -= size
-            request.opens.append(self._opens.popleft())
+            lane.tries += 1
+            request.opens.append(lane.request)
+            self._opens.popleft()
         # A frame names a lane once, so a lane's second chunk goes to a later frame than its first.
         frames: dict[tuple[int, Hashable], list[Chunk]] = {}
         rounds: dict[Lane, int] = {}
@@ -123,8 +235,10 @@ class Lanes:
         for _, chunks in sorted(frames.items(), key=lambda item: item[0][0]):
             write_frame(request.frames.add(), chunks)
         if self._closes and not self._chunks:  # a close stays behind the chunks that were wished before it
-            request.closes.extend(self._closes)
-            self._closes.clear()
+            for lane in self._closes:
+                if lane.ready:
+                    request.closes.add(lane=lane.number, delete_session=lane.delete_session)
+            self._closes = [lane for lane in self._closes if not lane.ready]
         return request if request.opens or request.frames or request.closes else None
 
     def receive(self, response: inference_pb2.StreamResponse) -> list[Answer]:
@@ -136,37 +250,72 @@ class Lanes:
         """
         answers = self._answers = []
         for opened in response.opened:
-            lane = self._lane(opened.lane)
-            lane.open = True
-            lane.next_step = opened.session.step
-            answers.append(Answer(lane.open_ticket, opened.session))
-            lane.open_ticket = None
+            self._receive_opened(opened)
         for frame in response.frames:
             self._receive_frame(frame)
         for error in response.errors:
             self._receive_error(error)
         for closed in response.closed:
-            lane = self._lane(closed.lane)
-            self._release(lane)
-            answers.append(Answer(lane.close_ticket, None))
+            self._receive_closed(self._lane(closed.lane), None)
+        if self._parked and (self._crowded or response.opened or response.errors):
+            self._unpark()
         return answers
 
-    def lost(self) -> list[Any]:
-        """The tickets of everything unanswered, each once, in the order of the wishes on each lane.
-
-        For when the stream is lost: every lane is closed for good.
-        """
-        tickets: dict[int, Any] = {}
-        for lane in self._lanes.values():
-            lane.open = False
-            for ticket in (lane.open_ticket, *[pending.ticket for pending in lane.pending], lane.close_ticket):
-                if ticket is not None:
-                    tickets[id(ticket)] = ticket
-        self._lanes.clear()
+    def lost(self) -> list[Answer]:
+        """The stream is lost: makes what is unanswered a wish again. Gives the answers that are known without it."""
+        answers = self._answers = []
+        self.in_flight = 0
+        self.broken = None
+        self.put_off.clear()
         self._opens.clear()
         self._chunks.clear()
         self._closes.clear()
+        for lane in list(self._lanes.values()):
+            lane.open = lane.opening = lane.ready = False
+            lane.active, lane.backlog = 0, None
+            self._fail_doomed(lane)
+            if lane.closing:
+                if lane.pending or lane.delete_session:
+                    self._closes.append(lane)
+                else:  # it is closed, like every lane of a stream that is no more
+                    self._receive_closed(lane, None)
+                    continue
+            if lane.fresh or lane.closing or lane.pending:
+                self._want(lane)
+        self._park_all()
+        return answers
+
+    def give_up(self, *, keep: bool) -> list[Any]:
+        """The tickets of everything unanswered, each once, in the order of the wishes on each lane.
+
+        For after `lost`, when no other stream is to be had. Opens and closes are given up. With `keep` the chunks keep
+        their places: whether they were applied nobody knows, so they are settled on the next stream, ahead of
+        anything wished later, though nobody waits for them. Without, they are dropped, and what is wished next starts
+        wherever its session is then.
+        """
+        tickets: dict[int, Any] = {}
+        self._opens.clear()
+        self._closes.clear()
+        for lane in list(self._lanes.values()):
+            for ticket in (lane.open_ticket, *[pending.ticket for pending in lane.pending], lane.close_ticket):
+                if ticket is not None:
+                    tickets[id(ticket)] = ticket
+            lane.opening = False
+            if lane.fresh or lane.closing:
+                lane.pending.clear()
+                self._release(lane)
+            elif not keep:
+                lane.pending.clear()
+                lane.known = False
+            elif lane.pending:
+                lane.pending = deque([pending for pending in lane.pending if pending.chunk is not None])
+                self._want(lane)
+        self._park_all()
+        kept = {pending.chunk for lane in self._lanes.values() for pending in lane.pending if pending.chunk is not None}
+        self.held = sum([chunk.nbytes + OVERHEAD for chunk in kept])
         return list(tickets.values())
+
+    # Lanes
 
     def _lane(self, number: int) -> Lane:
         lane = self._lanes.get(number)
@@ -174,13 +323,138 @@ class Lanes:
             raise ProtocolViolation(f"the server named lane {number}, which is not open")
         return lane
 
+    def _want(self, lane: Lane) -> None:
+        if not (lane.open or lane.opening):
+            lane.opening = True
+            self._opens.append(lane)
+
     def _release(self, lane: Lane) -> None:
-        lane.open = False
+        lane.open = lane.opening = lane.ready = False
+        lane.closing = True
         del self._lanes[lane.number]
         if self._lanes:
             heapq.heappush(self._free, lane.number)
         else:
             self._free.clear()
+
+    def _refuse(self, lane: Lane, cause: RequestError) -> None:
+        """The lane cannot be opened: nothing that is wished on it can be had."""
+        lane.opening = lane.known = False
+        waiting, lane.pending = lane.pending, deque()
+        for pending in waiting:
+            if pending.chunk is None:
+                self._answers.append(Answer(pending.ticket, None))
+            else:
+                self._stale = True
+                self._fail(pending, copy.copy(cause))
+        if lane.closing:
+            self._closes.remove(lane)
+            self._receive_closed(lane, cause)
+        elif lane.fresh:
+            self._release(lane)
+            self._answers.append(Answer(lane.open_ticket, None, cause))
+
+    def _receive_opened(self, opened: inference_pb2.LaneOpened) -> None:
+        lane = self._lane(opened.lane)
+        session = opened.session
+        lane.open, lane.ready, lane.opening = True, True, False
+        if not lane.known:
+            lane.known = True
+            self._number(lane, session.step)
+        if not lane.fresh:
+            return
+        lane.fresh = False
+        ticket, lane.open_ticket = lane.open_ticket, None
+        if lane.claim is not None and not _made_by(lane.claim[0], session):
+            self._answers.append(Answer(ticket, None, lane.claim[1]))
+            self.close(lane, False, None)
+        else:
+            lane.request = inference_pb2.LaneOpen(lane=lane.number, session_id=session.session_id)
+            self._answers.append(Answer(ticket, session))
+
+    def _receive_refused(self, lane: Lane, cause: RequestError) -> None:
+        lane.opening = False
+        ours = lane.fresh and lane.tries > 1 and lane.request.WhichOneof("target") == "create"
+        if ours and isinstance(cause, SessionExists):
+            # An earlier try has made it, and its answer was lost. The id tells, but a given one is not proof enough.
+            config = lane.request.create
+            lane.claim = config, cause
+            lane.request = inference_pb2.LaneOpen(lane=lane.number, session_id=config.session_id)
+            self._want(lane)
+        elif self._resume and (
+            cause.status is grpc.StatusCode.UNAVAILABLE or (cause.retry_after is not None and not lane.fresh)
+        ):
+            self.put_off.append((lane, cause))
+        else:
+            self._refuse(lane, cause)
+
+    def _receive_closed(self, lane: Lane, cause: RequestError | None) -> None:
+        self._release(lane)
+        if lane.close_ticket is not None:
+            self._answers.append(Answer(lane.close_ticket, None, cause))
+
+    # Chunks
+
+    def _send(self, chunk: Chunk) -> None:
+        for lane in chunk.lanes:
+            lane.active += chunk.weight
+        self._chunks.append(chunk)
+
+    def _queue(self, lane: Lane, chunk: Chunk) -> None:
+        """Puts a chunk of one lane behind those that are on their way. (A chunk of several is parked.)"""
+        if lane.backlog is None:
+            lane.backlog = deque()
+        lane.backlog.append(chunk)
+
+    def _next(self, lane: Lane, backlog: deque[Chunk]) -> None:
+        """Lets go what waits on a lane for answers to others, as far as there is room."""
+        while backlog and (not lane.active or lane.active + backlog[0].weight <= self._window):
+            self._send(backlog.popleft())
+        if not backlog:
+            lane.backlog = None
+
+    def _park(self, chunk: Chunk) -> None:
+        self._parked.append(chunk)
+        for lane in chunk.lanes:
+            lane.ready = False
+            self._want(lane)
+
+    def _park_all(self) -> None:
+        self._parked = left_over(self._lanes.values())
+        self._stale = False
+
+    def _unpark(self) -> None:
+        """Lets go the parked chunks whose lanes are all open, unless one that is still parked was wished before."""
+        if self._stale:
+            self._stale = False
+            self._parked = left_over(self._lanes.values(), {chunk.number for chunk in self._parked})
+        parked, self._parked = self._parked, []
+        self._crowded = False
+        behind: set[Lane] = set()
+        for chunk in parked:
+            lanes, room = chunk.lanes, self._window - chunk.weight
+            if behind.isdisjoint(lanes) and all(lane.open for lane in lanes):
+                if all(lane.backlog is None and (lane.active <= room or not lane.active) for lane in lanes):
+                    self._send(chunk)
+                    continue
+                if len(lanes) == 1:
+                    self._queue(lanes[0], chunk)
+                    continue
+                self._crowded = True
+            self._parked.append(chunk)
+            behind.update(lanes)
+        for chunk in parked:
+            for lane in chunk.lanes:
+                lane.ready = lane.open and lane not in behind
+
+    def _number(self, lane: Lane, step: int) -> None:
+        """Numbers what is wished on a lane from the step at which its session is."""
+        for index, pending in enumerate(lane.pending):
+            if pending.chunk is not None:
+                lane.pending[index] = pending._replace(first_step=step)
+                step += pending.chunk.timesteps
+                self._stale = True
+        lane.next_step = step
 
     def _receive_frame(self, frame: inference_pb2.ResultFrame) -> None:
         columns = Columns(decode_named(frame.outputs, "outputs"), decode_named(frame.states, "states"))
@@ -189,56 +463,99 @@ class Lanes:
             for name, array in arrays.items():
                 if array.ndim < 2 or len(array) != len(lanes):
                     raise ProtocolViolation(f"{name!r} has shape {array.shape} for {len(lanes)} lanes")
-        gathered: dict[Gather, tuple[Any, list[int], list[int]]] = {}
+        gathered: dict[Gather, tuple[Pending, list[int], list[int]]] = {}
         for source, (number, first_step) in enumerate(zip(lanes, frame.first_steps, strict=True)):
             pending = self._take(self._lane(number), first_step)
             if pending.gather is None:
+                self.held -= pending.chunk.nbytes + OVERHEAD  # type: ignore[union-attr]  # not a barrier
                 self._answers.append(Answer(pending.ticket, (columns, source)))
             else:
-                _, rows, sources = gathered.setdefault(pending.gather, (pending.ticket, [], []))
+                _, rows, sources = gathered.setdefault(pending.gather, (pending, [], []))
                 rows.append(pending.row)
                 sources.append(source)
-        for gather, (ticket, rows, sources) in gathered.items():
+        for gather, (pending, rows, sources) in gathered.items():
             gather.put(columns, rows, sources)
             if not gather.left:
-                self._answers.append(gather.answer(ticket))
+                self.held -= pending.chunk.nbytes + OVERHEAD  # type: ignore[union-attr]
+                self._answers.append(gather.answer(pending.ticket))
 
     def _receive_error(self, error: inference_pb2.LaneError) -> None:
         lane = self._lane(error.lane)
         cause = from_status(error.status)
         if error.operation == inference_pb2.LANE_OPERATION_OPEN:
-            self._release(lane)
-            self._answers.append(Answer(lane.open_ticket, None, cause))
+            self._receive_refused(lane, cause)
         elif error.operation == inference_pb2.LANE_OPERATION_CLOSE:
-            self._release(lane)
-            self._answers.append(Answer(lane.close_ticket, None, cause))
+            self._receive_closed(lane, cause)
+        elif self._resume and cause.status is grpc.StatusCode.UNAVAILABLE:
+            # Whoever says so will not run what comes behind it either: all of it is for another stream.
+            self.broken = cause
         else:
             first_step = error.first_step if error.HasField("first_step") else None
-            pending = self._take(lane, first_step)
-            if pending.generation == lane.generation:
+            past = isinstance(cause, StepMismatch) and cause.past
+            pending = self._take(lane, first_step, failed=not past)
+            expected = cause.expected_step if isinstance(cause, StepMismatch) else None
+            if past:
+                # The session is beyond it already: that does no harm to what was wished behind it.
+                lane.next_step = max(lane.next_step, expected or 0)
+            elif pending.generation == lane.generation:
                 # The session is where this chunk found it; what was wished behind it will fail too.
                 lane.generation += 1
-                expected = cause.expected_step if isinstance(cause, StepMismatch) else None
                 lane.next_step = pending.first_step if expected is None else expected
-            if pending.gather is None:
-                self._answers.append(Answer(pending.ticket, None, cause))
-            else:
-                pending.gather.errors[pending.row] = cause
-                pending.gather.left -= 1
-                if not pending.gather.left:
-                    self._answers.append(pending.gather.answer(pending.ticket))
+            self._fail(pending, cause)
 
-    def _take(self, lane: Lane, first_step: int | None) -> Pending:
+    def _fail(self, pending: Pending, cause: RequestError) -> None:
+        assert pending.chunk is not None
+        gather = pending.gather
+        if gather is None:
+            self._answers.append(Answer(pending.ticket, None, cause))
+        else:
+            gather.errors[pending.row] = cause
+            gather.left -= 1
+            if gather.left:
+                return
+            self._answers.append(gather.answer(pending.ticket))
+        self.held -= pending.chunk.nbytes + OVERHEAD
+
+    def _fail_doomed(self, lane: Lane) -> None:
+        """Fails what was sent behind a chunk that failed.
+
+        Sent again it might be taken, for what was wished after the failure may have brought the session to its step.
+        """
+        if any(pending.generation == _DOOMED for pending in lane.pending):
+            waiting, lane.pending = lane.pending, deque()
+            for pending in waiting:
+                if pending.generation != _DOOMED:
+                    lane.pending.append(pending)
+                elif pending.chunk is not None:
+                    message = f"the chunk at step {pending.first_step} was sent behind one that failed"
+                    self._fail(pending, StepMismatch(message, metadata={"got": str(pending.first_step)}))
+                elif lane.pending:
+                    lane.pending.append(pending._replace(generation=lane.generation))
+                else:
+                    self._answers.append(Answer(pending.ticket, None))
+
+    def _take(self, lane: Lane, first_step: int | None, *, failed: bool = False) -> Pending:
         """Takes the earliest unanswered chunk of the lane that starts there, and passes the barriers that it held."""
         waiting = lane.pending
         for index, pending in enumerate(waiting):
             if pending.chunk is not None and (first_step is None or pending.first_step == first_step):
+                if failed and pending.generation == lane.generation:
+                    for behind in range(index + 1, len(waiting)):
+                        waiting[behind] = waiting[behind]._replace(generation=_DOOMED)
                 if index:
                     del waiting[index]
                 else:
                     waiting.popleft()
                 self.in_flight -= 1
+                lane.active -= pending.chunk.weight
+                if lane.backlog is not None:
+                    self._next(lane, lane.backlog)
                 while waiting and waiting[0].chunk is None:
                     self._answers.append(Answer(waiting.popleft().ticket, None))
                 return pending
         raise ProtocolViolation(f"the server answered step {first_step} of lane {lane.number}, which was not asked")
+
+
+def _made_by(config: session_pb2.SessionConfig, session: session_pb2.Session) -> bool:
+    """Whether a session may be what this wish has just made: of its kind, and never stepped."""
+    return session.step == 0 and session.model == config.model and session.batch_size == (config.batch_size or 1)

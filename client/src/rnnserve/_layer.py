@@ -14,7 +14,7 @@ from rnnserve._connection import Connection
 from rnnserve._live import Live, Wish
 from rnnserve._signature import Signature, flat_states, zero_states
 from rnnserve.codec import Array, decode_named, encode_into, encode_named
-from rnnserve.errors import InvalidInput, RequestError
+from rnnserve.errors import DeadlineExceeded, InvalidInput, RequestError, Unavailable
 from rnnserve.models import Model
 from rnnserve.options import LayerOptions
 from rnnserve.v1 import inference_pb2
@@ -48,6 +48,7 @@ class Layer:
         self._idle_lifetime = idle_lifetime
         self._signatures: list[Signature] = []
         self._live: list[Live] = []
+        self._undo: list[tuple[Live, nest.Nest]] = []  # what a call that failed has moved, and where it was
         self._initial: nest.Nest = None
         self._turn = asyncio.Lock()  # calls of a stateful layer follow one another
         self._closed = False
@@ -180,18 +181,19 @@ class Layer:
             await self._start(self._signatures[0].batch_of(x), initial_state, limit)
         elif initial_state is not None:
             await self._reset(initial_state, limit)
+        while self._undo:
+            live, states = self._undo[-1]
+            await live.reset(states, limit)
+            self._undo.pop()
         before = self._split(self.states)
         found: list[nest.Nest] = []
         for place, live in enumerate(self._live):
             try:
                 chunk = live.signature.chunk(x, mask, asyncio.get_running_loop().create_future())
                 live.submit(chunk)
-                result = live.signature.chunk_result(*await self._connection.wait(chunk.ticket, limit))
-            except RequestError:
-                # The layers below have moved on already: put them back, or the stack would be out of step.
-                for lower, states in zip(self._live[:place], before[:place], strict=True):
-                    if lower.signature.options.return_state:
-                        await lower.reset(states, limit)
+                result = live.signature.chunk_result(*await live.answer(chunk, limit))
+            except BaseException as error:
+                self._undo = self._moved(place, before, error)
                 raise
             x = result
             if live.signature.options.return_state:
@@ -200,6 +202,18 @@ class Layer:
             mask = self._mask_above(chunk.mask, place)
         self.states = self._nested(found) if len(found) == len(self._live) else None
         return [x, *(self.states or [])] if self.options.return_state else x
+
+    def _moved(self, place: int, before: list[nest.Nest], error: BaseException) -> list[tuple[Live, nest.Nest]]:
+        """The sessions that have moved on, or may have, when the one at `place` failed, each with where it was.
+
+        They are put back before the next call: a call that failed, or was not answered, is as if it had not been. Not
+        so where a model cannot show its states.
+        """
+        if not all(live.signature.options.return_state for live in self._live):
+            return []
+        unknown = not isinstance(error, RequestError) or isinstance(error, (DeadlineExceeded, Unavailable))
+        count = place + 1 if unknown else place
+        return list(zip(self._live[:count], before[:count], strict=True))
 
     async def _start(self, batch_size: int, initial_state: nest.Nest, limit: float | None) -> None:
         """Makes the sessions. They always return their states, which `states` shows, if the model can."""
@@ -231,6 +245,7 @@ class Layer:
         for live, part in zip(self._live, self._split(states), strict=True):
             await live.reset(part, limit)
         self.states = states
+        self._undo.clear()
 
     def _mask_above(self, mask: Array | None, place: int) -> Array | None:
         """The mask of the next layer, in the order in which this one returned its sequence."""

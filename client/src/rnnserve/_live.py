@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import copy
+import uuid
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,14 @@ from rnnserve._connection import Connection
 from rnnserve._link import Link, deliver
 from rnnserve._signature import Signature, flat_states
 from rnnserve.codec import encode_named
-from rnnserve.errors import GroupError, SessionClosed, SessionNotFound
+from rnnserve.errors import (
+    ClientClosed,
+    DeadlineExceeded,
+    GroupError,
+    SessionClosed,
+    SessionNotFound,
+    StepMismatch,
+)
 from rnnserve.models import Model
 from rnnserve.options import LayerOptions
 from rnnserve.v1 import options_pb2, session_pb2
@@ -61,7 +68,7 @@ class Wish:
 class Live:
     """One session, or several of one kind that take their chunks together. Its methods belong to the event loop.
 
-    It outlives its stream: what comes after a loss waits until the sessions are open on a new one.
+    It outlives its streams: its lanes are opened again, and what was not answered is sent again, when one is lost.
     """
 
     def __init__(
@@ -80,8 +87,6 @@ class Live:
         self._link = link
         self._lanes = [lane for lane, _ in opened]
         self._group = group
-        self._waiting: list[Chunk] = []
-        self._attaching: asyncio.Task[None] | None = None
 
     @classmethod
     async def create(
@@ -91,8 +96,11 @@ class Live:
         model = None
         if wish.initial_state is not None:
             model = await connection.newest(wish.model, wish.version, limit, known=True)
-        config = wish.config(model)
-        return await connection.limited(cls._open(connection, [config] * count, group), limit)
+        configs = [wish.config(model) for _ in range(count)]
+        for config in configs:
+            # An id of ours makes it safe to ask again when the answer is lost: what exists then, we have made.
+            config.session_id = config.session_id or uuid.uuid4().hex
+        return await connection.limited(cls._open(connection, configs, group), limit)
 
     @classmethod
     async def attach(cls, connection: Connection, session_id: str, limit: float | None) -> Live:
@@ -117,30 +125,91 @@ class Live:
         """The step at which each session's next chunk starts."""
         return [lane.next_step for lane in self._lanes]
 
+    @property
+    def full(self) -> bool:
+        """Whether a chunk that is submitted now would wait in line, because too many are not answered."""
+        return self._link.full
+
     def submit(self, chunk: Chunk) -> None:
         """Sends a chunk; the answer goes to its ticket, and so does any failure."""
         if self.closed:
             deliver(chunk.ticket, None, SessionClosed(f"session {self.session_ids[0]} was closed by this client"))
-        elif self._link.alive and not self._waiting:
-            self._link.step(self._lanes, chunk, self._group)
+        elif self._link.closed:
+            deliver(chunk.ticket, None, ClientClosed("the client is closed"))
         else:
-            self._waiting.append(chunk)
-            self._attach()
+            self._link.step(self._lanes, chunk, self._group)
+
+    async def answer(self, chunk: Chunk, limit: float | None) -> Any:
+        """The answer to a chunk that was submitted, or DeadlineExceeded. Costs no task.
+
+        Whoever stops waiting may write to the arrays again, but the chunk may have to be sent again: it takes a copy.
+        """
+        seconds = self.connection.seconds(limit)
+        timer = None
+        if seconds is not None:
+            timer = asyncio.get_running_loop().call_later(seconds, self._expire, chunk, seconds)
+        try:
+            return await chunk.ticket
+        except asyncio.CancelledError:
+            self.abandon(chunk)
+            raise
+        finally:
+            if timer is not None:
+                timer.cancel()
+
+    def abandon(self, chunk: Chunk) -> bool:
+        """Gives up the answer to a chunk; whether the chunk keeps its place, or was not taken yet and never is."""
+        if not chunk.ticket.cancel() and not chunk.ticket.cancelled() and isinstance(chunk.ticket, asyncio.Future):
+            chunk.ticket.exception()  # seen, so that asyncio does not report it as never retrieved
+        chunk.own()
+        return not self._link.withdraw(chunk)
+
+    def late(self, chunk: Chunk, seconds: float, *, taken: bool) -> DeadlineExceeded:
+        """The error for a chunk that was not answered in time."""
+        told = self.connection.late(seconds)
+        if not taken:
+            told += "; the chunk was not sent, for too many are not answered: the session is as it was"
+            return DeadlineExceeded(told, metadata={"session_id": self.session_ids[0]})
+        step = chunk.first_steps[0]
+        told += f"; the chunk at step {step} keeps its place and is applied once: go on with the next, do not repeat it"
+        return DeadlineExceeded(told, metadata={"session_id": self.session_ids[0], "first_step": str(step)})
+
+    def _expire(self, chunk: Chunk, seconds: float) -> None:
+        if not chunk.ticket.done():
+            chunk.own()
+            chunk.ticket.set_exception(self.late(chunk, seconds, taken=not self._link.withdraw(chunk)))
 
     async def settled(self) -> None:
         """Waits until every chunk submitted so far is answered."""
-        if self._attaching is not None:
-            await asyncio.shield(self._attaching)
-        if self._link.alive:
-            for lane in self._lanes:
-                await self._link.settled(lane)
+        await self._link.admitted()
+        for lane in self._lanes:
+            await self._link.settled(lane)
 
     async def reset(self, states: nest.Nest, limit: float | None) -> None:
         """Puts the states of every session to given values, or back to the model's default."""
         named = [] if states is None else self._named(states)
+        await self.connection.limited(self._reset(named, limit), limit)
+
+    async def _reset(self, states: list[Any], limit: float | None) -> None:
         await self.settled()
-        requests = [session_pb2.ResetSessionRequest(session_id=each, states=named) for each in self.session_ids]
-        await asyncio.gather(*[self.connection.reset_session(request, limit) for request in requests])
+        resets = [
+            self._reset_one(session_pb2.ResetSessionRequest(session_id=each, states=states), lane, limit)
+            for each, lane in zip(self.session_ids, self._lanes, strict=True)
+        ]
+        await asyncio.gather(*resets)
+
+    async def _reset_one(self, request: session_pb2.ResetSessionRequest, lane: Lane, limit: float | None) -> None:
+        """Asks for the reset at a step, so that one whose answer was lost cannot strike twice, or late."""
+        if not lane.known:  # dropped with a stream: the session is wherever it is
+            return await self.connection.reset_session(request, limit, retry=False)
+        request.step = lane.next_step
+        try:
+            await self.connection.reset_session(request, limit)
+        except StepMismatch as mismatch:  # somebody else has stepped the session; that was never in the way
+            if mismatch.expected_step is None:
+                raise
+            request.step = mismatch.expected_step
+            await self.connection.reset_session(request, limit)
 
     def moved(self, step: int) -> None:
         """The session was taken to another step: what is submitted from now on starts there."""
@@ -153,48 +222,17 @@ class Live:
         if self.closed:
             return
         self.closed = True
-        if self._attaching is not None:
-            await asyncio.shield(self._attaching)
         await self.connection.limited(self._leave(delete), limit)
 
     async def _leave(self, delete: bool) -> None:
-        results: list[BaseException | None] = []
-        if self._link.alive:
-            closes = [self._link.close_lane(lane, delete) for lane in self._lanes]
-            results = await asyncio.gather(*closes, return_exceptions=True)
-        if not self._link.alive:  # lanes went with the stream; whether the server heard the last closes, nobody knows
-            deletes = [self.connection.delete_session(each, None) for each in self.session_ids] if delete else []
-            results = await asyncio.gather(*deletes, return_exceptions=True)
-        for result in results:
+        await self._link.admitted()
+        closes = [self._link.close_lane(lane, delete) for lane in self._lanes]
+        for result in await asyncio.gather(*closes, return_exceptions=True):
             if isinstance(result, BaseException) and not isinstance(result, SessionNotFound):
                 raise result
 
     def _named(self, states: nest.Nest) -> list[Any]:
         return encode_named(flat_states(self.signature.model, states, self.signature.batch_size or 1))
-
-    def _attach(self) -> None:
-        if self._attaching is None:
-            self._attaching = asyncio.get_running_loop().create_task(self._attach_again())
-
-    async def _attach_again(self) -> None:
-        try:
-            link = self.connection.link()
-            opened = await _open_all(link, self.session_ids)
-        except Exception as error:  # whatever it is, those who wait must hear of it
-            for chunk in self._waiting:
-                deliver(chunk.ticket, None, copy.copy(error))
-        except asyncio.CancelledError:
-            for chunk in self._waiting:
-                chunk.ticket.cancel()
-            raise
-        else:
-            self._link = link
-            self._lanes = [lane for lane, _ in opened]
-            for chunk in self._waiting:
-                link.step(self._lanes, chunk, self._group)
-        finally:
-            self._waiting.clear()
-            self._attaching = None
 
     def group_result(self, answer: Columns | GroupError, *, step: bool) -> Any:
         """The result of a group's chunk; raises the GroupError with its partial result in shape."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable
-from typing import Any, TypeVar
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable
+from typing import Any
 
-T = TypeVar("T")
-Send = Callable[[Any], "asyncio.Future[T]"]
+from rnnserve._chunks import Chunk
+from rnnserve._live import Live
+
+ChunkOf = Callable[[Any], Chunk]
 
 #: Steps that `stream` sends ahead unless told otherwise.
 WINDOW = 32
@@ -21,20 +23,19 @@ def check_window(window: int) -> None:
 
 
 async def pipelined(
+    live: Live,
     frames: Iterable[Any] | AsyncIterable[Any],
-    send: Send[T],
-    wait: Callable[[asyncio.Future[T]], Awaitable[T]],
+    chunk_of: ChunkOf,
     window: int,
-) -> AsyncIterator[T]:
+    limit: float | None,
+) -> AsyncIterator[Any]:
     """The answers to frames, in order, with at most `window` frames sent and not yet answered.
 
-    What is left unanswered when the caller stops early is given up; it may have been applied.
+    Where too many chunks of the client are not answered, that is a window of 1. What is left unanswered when the
+    caller stops early is given up: it is applied, and its answers are lost.
     """
     check_window(window)
-    if isinstance(frames, AsyncIterable):
-        source = _pipelined_async(frames, send, wait, window)
-    else:
-        source = _pipelined_sync(frames, send, wait, window)
+    source = (_from_async if isinstance(frames, AsyncIterable) else _from_plain)(live, frames, chunk_of, window, limit)
     try:
         async for answer in source:
             yield answer
@@ -42,37 +43,45 @@ async def pipelined(
         await source.aclose()
 
 
-async def _pipelined_sync(frames: Iterable[Any], send: Send[T], wait: Any, window: int) -> Any:
-    sent: deque[asyncio.Future[T]] = deque()
+async def _from_plain(live: Live, frames: Any, chunk_of: ChunkOf, window: int, limit: float | None) -> Any:
+    sent: deque[Chunk] = deque()
     try:
         for frame in frames:
-            sent.append(send(frame))
-            while sent and (len(sent) >= window or sent[0].done()):
-                yield await wait(sent.popleft())
+            chunk = chunk_of(frame)
+            live.submit(chunk)
+            sent.append(chunk)
+            while sent and (len(sent) >= window or sent[0].ticket.done() or live.full):
+                yield await live.answer(sent.popleft(), limit)
         while sent:
-            yield await wait(sent.popleft())
+            yield await live.answer(sent.popleft(), limit)
     finally:
-        _give_up(sent)
+        for chunk in sent:
+            live.abandon(chunk)
 
 
-async def _pipelined_async(frames: AsyncIterable[Any], send: Send[T], wait: Any, window: int) -> Any:
+async def _from_async(live: Live, frames: Any, chunk_of: ChunkOf, window: int, limit: float | None) -> Any:
     """A live source has no next frame yet, so a task waits for it while the answers are handed out."""
-    sent: asyncio.Queue[asyncio.Future[T] | None] = asyncio.Queue()
+    sent: asyncio.Queue[Chunk | None] = asyncio.Queue()
     room = asyncio.Semaphore(window)
 
     async def pump() -> None:
+        last: Chunk | None = None
         try:
             async for frame in frames:
                 await room.acquire()
-                sent.put_nowait(send(frame))
+                if live.full and last is not None and not last.ticket.done():
+                    await asyncio.wait([last.ticket])
+                last = chunk_of(frame)
+                live.submit(last)
+                sent.put_nowait(last)
         finally:
             sent.put_nowait(None)
 
     pumping = asyncio.get_running_loop().create_task(pump())
-    current: asyncio.Future[T] | None = None
+    current: Chunk | None = None
     try:
         while (current := await sent.get()) is not None:
-            answer = await wait(current)
+            answer = await live.answer(current, limit)
             room.release()
             yield answer
         await pumping  # what the frames raised
@@ -81,12 +90,7 @@ async def _pipelined_async(frames: AsyncIterable[Any], send: Send[T], wait: Any,
         await asyncio.gather(pumping, return_exceptions=True)
         left = [current] if current is not None else []
         while not sent.empty():
-            if (future := sent.get_nowait()) is not None:
-                left.append(future)
-        _give_up(left)
-
-
-def _give_up(futures: Iterable[asyncio.Future[Any]]) -> None:
-    for future in futures:
-        if not future.cancel() and not future.cancelled():
-            future.exception()  # seen, so that asyncio does not report it as never retrieved
+            if (chunk := sent.get_nowait()) is not None:
+                left.append(chunk)
+        for chunk in left:
+            live.abandon(chunk)

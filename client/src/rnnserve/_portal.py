@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import threading
 from collections import deque
 from collections.abc import Coroutine
@@ -52,6 +53,22 @@ class Portal:
                 self._loop.call_soon_threadsafe(self._empty)
             except RuntimeError:  # closed since the check above
                 raise ClientClosed("the client is closed") from None
+
+    def abandon(self, live: Live, chunk: Chunk) -> bool:
+        """Gives up the answer to a chunk that was submitted; whether the chunk keeps its place all the same."""
+
+        async def give_up() -> bool:
+            return live.abandon(chunk)
+
+        try:
+            return self.run(give_up())
+        except ClientClosed:
+            return True
+
+    def forget(self, live: Live, chunk: Chunk) -> None:
+        """Does the same without waiting to hear of it."""
+        with contextlib.suppress(RuntimeError):  # closed: nothing is kept
+            self._loop.call_soon_threadsafe(live.abandon, chunk)
 
     def close(self, last: Coroutine[Any, Any, None]) -> None:
         """Runs a last coroutine, stops the loop and joins the thread. Closes once."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -36,6 +37,10 @@ class Signature:
         self._step_shapes = tuple([(*lead, *spec.shape) for spec in model.inputs])
         self._step_bare = tuple([(*bare, *spec.shape) for spec in model.inputs])
         self._step_key = self._key(self._step_shapes, masked=False)
+        reply = sum([_nbytes(spec) for spec in model.outputs]) * rows
+        states = sum([_nbytes(spec) for spec in model.states]) * rows if options.return_state else 0
+        self._reply = (states, reply) if options.return_sequences else (states + reply, 0)  # and for each time step
+        self._step_reply = sum(self._reply)
         # Where one step of one row stands in a result: without the axes of length 1 that the step did not have.
         every: tuple[Any, ...] = (0,) if rows == 1 else (slice(None),)
         timed = (0, *every) if options.time_major else (*every, 0)
@@ -49,7 +54,7 @@ class Signature:
         for array, spec, shape in zip(arrays, self.model.inputs, self._step_bare, strict=True):
             if array.shape != shape:
                 raise self._wrong_shape(spec, shape, array, "a step" if self.batch_size == 1 else "a step [batch, ...]")
-        return Chunk(self._names, arrays, None, self._step_shapes, 1, self._step_key, ticket)
+        return Chunk(self._names, arrays, None, self._step_shapes, 1, self._step_key, ticket, self._step_reply)
 
     def step_all(self, x: Any, sessions: int, ticket: Any = None) -> Chunk:
         """One time step for each of several sessions: each input as for `step`, with a leading axis of sessions."""
@@ -57,19 +62,25 @@ class Signature:
         for array, spec, shape in zip(arrays, self.model.inputs, self._step_bare, strict=True):
             if array.shape != (sessions, *shape):
                 raise self._wrong_shape(spec, (sessions, *shape), array, "a step [sessions, ...]")
-        return Chunk(self._names, arrays, None, self._step_shapes, 1, self._step_key, ticket)
+        return Chunk(self._names, arrays, None, self._step_shapes, 1, self._step_key, ticket, self._step_reply)
 
     def chunk(self, x: Any, mask: Any = None, ticket: Any = None) -> Chunk:
         """Time steps for one session: each input [batch, time, *features], mask [batch, time]."""
         arrays, shapes, time = self._checked(x, ())
         valid = None if mask is None else self._mask(mask, shapes[0][:2], ())
-        return Chunk(self._names, arrays, valid, shapes, time, self._key(shapes, masked=valid is not None), ticket)
+        return self._whole(arrays, valid, shapes, time, ticket)
 
     def chunk_all(self, x: Any, sessions: int, mask: Any = None, ticket: Any = None) -> Chunk:
         """Time steps for each of several sessions: inputs and mask as for `chunk`, with a leading axis of sessions."""
         arrays, shapes, time = self._checked(x, (sessions,))
         valid = None if mask is None else self._mask(mask, shapes[0][:2], (sessions,))
-        return Chunk(self._names, arrays, valid, shapes, time, self._key(shapes, masked=valid is not None), ticket)
+        return self._whole(arrays, valid, shapes, time, ticket)
+
+    def _whole(
+        self, arrays: list[Array], valid: Array | None, shapes: tuple[tuple[int, ...], ...], time: int, ticket: Any
+    ) -> Chunk:
+        key, (once, each) = self._key(shapes, masked=valid is not None), self._reply
+        return Chunk(self._names, arrays, valid, shapes, time, key, ticket, once + each * time)
 
     def call(self, x: Any, mask: Any = None) -> tuple[dict[str, Array], Array | None, int]:
         """A call without a session: the inputs by name, the mask as bool [batch, time], and the batch size."""
@@ -224,6 +235,10 @@ def flat_states(model: Model, states: nest.Nest, batch_size: int) -> dict[str, A
 def zero_states(specs: Sequence[StateSpec], batch_size: int) -> list[nest.Nest]:
     """Zeros [batch_size, ...] in Keras's nesting."""
     return nest.pack(specs, lambda spec: np.zeros((batch_size, *spec.shape), spec.dtype))
+
+
+def _nbytes(spec: TensorSpec | StateSpec) -> int:
+    return math.prod(spec.shape) * spec.dtype.itemsize
 
 
 def _cast(value: Any, spec: TensorSpec | StateSpec, field: str) -> Array:

@@ -31,8 +31,10 @@ from rnnserve._chunks import Chunk
 from rnnserve._connection import Connection
 from rnnserve._faces import GroupFace, LayerFace, LiveFace, SessionFace
 from rnnserve._layer import Layer
+from rnnserve._link import REPLAY_BYTES
 from rnnserve._live import Live, Wish
 from rnnserve._pipeline import WINDOW, pipelined
+from rnnserve._retry import RETRY_FOR
 from rnnserve._states import Rollout
 from rnnserve.errors import GroupError, RequestError
 from rnnserve.models import Model, SessionInfo
@@ -50,9 +52,21 @@ class Client:
         timeout: seconds that a call may take unless it is given its own; None for no limit.
         credentials: for TLS; without them the connection is not encrypted.
         options: gRPC channel options.
+        retry_for: seconds of trying to reach the server again before those who wait are told Unavailable; None for
+            ever, 0 to tell them at once. See below.
+        replay_bytes: memory for chunks that are not answered and may have to be sent again. Beyond it, steps wait.
 
     Attributes:
         models: called, lists what the server hosts; deploys, unloads and reloads models where the server allows it.
+
+    A lost connection is a pause. The client connects again, after a time that grows from try to try and is left to
+    chance, or as the server asks; takes up its sessions, and sends what was not answered. Each chunk is applied once,
+    in its place, and answered as if nothing had happened. A call whose `timeout` passes meanwhile raises
+    DeadlineExceeded, and after `retry_for` every waiting call raises Unavailable. Their chunks keep their places: they
+    are settled before anything that is sent later, and only their outputs are lost. So go on with the next chunk; the
+    same one again would be a further step. With `retry_for=0` unanswered chunks are dropped, and the next call starts
+    where the server has the session. A server that has forgotten the sessions is told by SessionNotFound. The logger
+    "rnnserve" says when the connection is lost and when it is back.
 
     Every call raises the exceptions of `rnnserve.errors`.
     """
@@ -64,8 +78,10 @@ class Client:
         timeout: float | None = None,
         credentials: grpc.ChannelCredentials | None = None,
         options: Sequence[tuple[str, Any]] = (),
+        retry_for: float | None = RETRY_FOR,
+        replay_bytes: int = REPLAY_BYTES,
     ) -> None:
-        self._connection = Connection(target, timeout, credentials, options)
+        self._connection = Connection(target, timeout, credentials, options, retry_for, replay_bytes)
         self.models = Models(Catalogue(self._connection))
 
     async def __aenter__(self) -> Self:
@@ -257,6 +273,9 @@ class RNN(LayerFace):
 
     With stateful=True the state stays on the server, in a session that is made by the first call and has that call's
     batch size from then on; `async with` or `close` ends it.
+
+    A call that raises is as if it had not been, even if it was not answered: what it may have moved is put back before
+    the next one. Not so for a model that cannot show its states: there it keeps its place, as a session's step does.
     """
 
     def __init__(self, layer: Layer) -> None:
@@ -357,9 +376,10 @@ class _Entered(LiveFace):
 class Session(_Entered, SessionFace):
     """A stateful layer on the server, made by `Client.session` or `Client.attach`.
 
-    A step that fails leaves the session as it was; the steps that were sent behind it fail with StepMismatch. When
-    the connection is lost, what was not answered fails with Unavailable, and the next call takes the session up again
-    on a new one.
+    A step that fails leaves the session as it was; the steps that were sent behind it fail with StepMismatch. A step
+    that is given up, because it is cancelled or because it raises DeadlineExceeded or Unavailable, keeps its place: it
+    is applied once, before any later one, and only its output is lost. What is said of lost connections at the client
+    holds.
     """
 
     async def step(self, x: Any, *, timeout: float | None = None) -> Any:
@@ -371,16 +391,18 @@ class Session(_Entered, SessionFace):
         """
         live = self._live
         ticket = asyncio.get_running_loop().create_future()
-        live.submit(live.signature.step(x, ticket))
-        columns, row = await live.connection.wait(ticket, timeout)
+        chunk = live.signature.step(x, ticket)
+        live.submit(chunk)
+        columns, row = await live.answer(chunk, timeout)
         return live.signature.step_result(columns, row)
 
     async def __call__(self, x: Any, *, mask: Any = None, timeout: float | None = None) -> Any:
         """A chunk of time steps: arrays and results as for `RNN.__call__`."""
         live = self._live
         ticket = asyncio.get_running_loop().create_future()
-        live.submit(live.signature.chunk(x, mask, ticket))
-        columns, row = await live.connection.wait(ticket, timeout)
+        chunk = live.signature.chunk(x, mask, ticket)
+        live.submit(chunk)
+        columns, row = await live.answer(chunk, timeout)
         return live.signature.chunk_result(columns, row)
 
     async def stream(
@@ -394,12 +416,10 @@ class Session(_Entered, SessionFace):
         """
         live = self._live
 
-        def send(frame: Any) -> asyncio.Future[Any]:
-            ticket = asyncio.get_running_loop().create_future()
-            live.submit(live.signature.step(frame, ticket).own())
-            return ticket
+        def chunk_of(frame: Any) -> Chunk:
+            return live.signature.step(frame, asyncio.get_running_loop().create_future()).own()
 
-        async for columns, row in pipelined(frames, send, lambda it: live.connection.wait(it, timeout), window):
+        async for columns, row in pipelined(live, frames, chunk_of, window, timeout):
             yield live.signature.step_result(columns, row)
 
     async def info(self, *, timeout: float | None = None) -> SessionInfo:
@@ -501,7 +521,7 @@ class SessionGroup(_Entered, GroupFace):
         live = self._live
         live.submit(chunk)
         try:
-            answer = await live.connection.wait(chunk.ticket, timeout)
+            answer = await live.answer(chunk, timeout)
         except GroupError as error:
             answer = error
         return live.group_result(answer, step=step)

@@ -15,7 +15,6 @@ Arrays that come back are read-only views of what arrived.
 
 from __future__ import annotations
 
-import concurrent.futures
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from os import PathLike
@@ -31,11 +30,13 @@ from rnnserve._chunks import Chunk
 from rnnserve._connection import Connection
 from rnnserve._faces import GroupFace, LayerFace, LiveFace, SessionFace
 from rnnserve._layer import Layer
+from rnnserve._link import REPLAY_BYTES
 from rnnserve._live import Live, Wish
 from rnnserve._pipeline import WINDOW, check_window
 from rnnserve._portal import Portal, new_ticket
+from rnnserve._retry import RETRY_FOR
 from rnnserve._states import Rollout
-from rnnserve.errors import DeadlineExceeded, GroupError, RequestError
+from rnnserve.errors import GroupError, RequestError, RnnserveError
 from rnnserve.models import Model, SessionInfo
 from rnnserve.nest import Nest
 from rnnserve.options import LayerOptions, SessionOptions, given_options
@@ -51,9 +52,21 @@ class Client:
         timeout: seconds that a call may take unless it is given its own; None for no limit.
         credentials: for TLS; without them the connection is not encrypted.
         options: gRPC channel options.
+        retry_for: seconds of trying to reach the server again before those who wait are told Unavailable; None for
+            ever, 0 to tell them at once. See below.
+        replay_bytes: memory for chunks that are not answered and may have to be sent again. Beyond it, steps wait.
 
     Attributes:
         models: called, lists what the server hosts; deploys, unloads and reloads models where the server allows it.
+
+    A lost connection is a pause. The client connects again, after a time that grows from try to try and is left to
+    chance, or as the server asks; takes up its sessions, and sends what was not answered. Each chunk is applied once,
+    in its place, and answered as if nothing had happened. A call whose `timeout` passes meanwhile raises
+    DeadlineExceeded, and after `retry_for` every waiting call raises Unavailable. Their chunks keep their places: they
+    are settled before anything that is sent later, and only their outputs are lost. So go on with the next chunk; the
+    same one again would be a further step. With `retry_for=0` unanswered chunks are dropped, and the next call starts
+    where the server has the session. A server that has forgotten the sessions is told by SessionNotFound. The logger
+    "rnnserve" says when the connection is lost and when it is back.
 
     Every call raises the exceptions of `rnnserve.errors`.
     """
@@ -65,8 +78,10 @@ class Client:
         timeout: float | None = None,
         credentials: grpc.ChannelCredentials | None = None,
         options: Sequence[tuple[str, Any]] = (),
+        retry_for: float | None = RETRY_FOR,
+        replay_bytes: int = REPLAY_BYTES,
     ) -> None:
-        self._connection = Connection(target, timeout, credentials, options)
+        self._connection = Connection(target, timeout, credentials, options, retry_for, replay_bytes)
         self._portal = Portal()
         self.models = Models(self._portal, Catalogue(self._connection))
 
@@ -264,6 +279,9 @@ class RNN(LayerFace):
 
     With stateful=True the state stays on the server, in a session that is made by the first call and has that call's
     batch size from then on; a `with` block or `close` ends it.
+
+    A call that raises is as if it had not been, even if it was not answered: what it may have moved is put back before
+    the next one. Not so for a model that cannot show its states: there it keeps its place, as a session's step does.
     """
 
     def __init__(self, portal: Portal, layer: Layer) -> None:
@@ -346,25 +364,34 @@ class _Entered(LiveFace):
 
     def _run(self, chunk: Chunk, timeout: float | None) -> Any:
         self._portal.submit(self._live, chunk)
-        return self._wait(chunk.ticket, timeout)
+        return self._wait(chunk, timeout)
 
-    def _wait(self, ticket: concurrent.futures.Future[Any], timeout: float | None) -> Any:
+    def _wait(self, chunk: Chunk, timeout: float | None) -> Any:
         seconds = self._live.connection.seconds(timeout)
         try:
-            return ticket.result(seconds)
-        except DeadlineExceeded:
+            return chunk.ticket.result(seconds)
+        except RnnserveError:
             raise
         except TimeoutError:
-            ticket.cancel()
-            raise DeadlineExceeded(f"no answer within {seconds:g} s") from None
+            assert seconds is not None
+            raise self._live.late(chunk, seconds, taken=self._give_up(chunk)) from None
+        except BaseException:  # the thread was interrupted
+            self._give_up(chunk)
+            raise
+
+    def _give_up(self, chunk: Chunk) -> bool:
+        """Gives up the answer to a chunk, before the caller writes to its arrays; whether the chunk keeps its place."""
+        chunk.own()
+        return self._portal.abandon(self._live, chunk)
 
 
 class Session(_Entered, SessionFace):
     """A stateful layer on the server, made by `Client.session` or `Client.attach`.
 
-    A step that fails leaves the session as it was; the steps that were sent behind it fail with StepMismatch. When
-    the connection is lost, what was not answered fails with Unavailable, and the next call takes the session up again
-    on a new one.
+    A step that fails leaves the session as it was; the steps that were sent behind it fail with StepMismatch. A step
+    that is given up, because it is cancelled or because it raises DeadlineExceeded or Unavailable, keeps its place: it
+    is applied once, before any later one, and only its output is lost. What is said of lost connections at the client
+    holds.
     """
 
     def step(self, x: Any, *, timeout: float | None = None) -> Any:
@@ -389,23 +416,24 @@ class Session(_Entered, SessionFace):
 
         At most `window` steps are sent ahead of the output that is yielded, so the next frame is asked for before the
         output of the last one is there; for a live source use window=1. What is left unanswered when the caller stops
-        early is given up; it may have been applied.
+        early is given up: it is applied, and its outputs are lost.
         """
         check_window(window)
         signature = self._live.signature
-        sent: deque[concurrent.futures.Future[Any]] = deque()
+        sent: deque[Chunk] = deque()
         try:
             for frame in frames:
                 chunk = signature.step(frame, new_ticket()).own()
                 self._portal.submit(self._live, chunk)
-                sent.append(chunk.ticket)
-                while sent and (len(sent) >= window or sent[0].done()):
+                sent.append(chunk)
+                while sent and (len(sent) >= window or sent[0].ticket.done() or self._live.full):
                     yield signature.step_result(*self._wait(sent.popleft(), timeout))
             while sent:
                 yield signature.step_result(*self._wait(sent.popleft(), timeout))
         finally:
-            for ticket in sent:
-                ticket.cancel()
+            for chunk in sent:
+                chunk.ticket.cancel()
+                self._portal.forget(self._live, chunk)
 
     def info(self, *, timeout: float | None = None) -> SessionInfo:
         """The session as the server has it now."""

@@ -193,8 +193,20 @@ class StepMismatch(RequestError):
     @property
     def expected_step(self) -> int | None:
         """The step at which the session's next chunk starts; None when the server did not say."""
-        text = self.metadata.get("expected_step", "")
+        text = self.metadata.get("expected_step") or self.metadata.get("expected", "")
         return int(text) if text.isdecimal() else None
+
+    @property
+    def past(self) -> bool:
+        """Whether the session is beyond the chunk: its answer to it is forgotten, or it took another one there."""
+        return self.reason in ("STEP_BEHIND", "STEP_CONFLICT")
+
+
+class StepConflict(StepMismatch):
+    """The session has taken another chunk at this step: somebody else stepped it."""
+
+    status = grpc.StatusCode.ABORTED
+    reason = "STEP_CONFLICT"
 
 
 class ServerBusy(RequestError):
@@ -212,7 +224,11 @@ class TooLarge(RequestError):
 
 
 class DeadlineExceeded(RequestError, TimeoutError):
-    """No answer in time. For a chunk of a session: it may still be applied, and the session goes on after it."""
+    """No answer in time.
+
+    A chunk of a session keeps its place: it may be applied already or be applied later, once, and the session goes on
+    after it. `metadata["first_step"]` is its step. Where that is missing the chunk was never sent, nor is it later.
+    """
 
     status = grpc.StatusCode.DEADLINE_EXCEEDED
     reason = "DEADLINE_PASSED"
@@ -226,7 +242,7 @@ class Cancelled(RequestError):
 
 
 class Unavailable(RequestError):
-    """The server cannot be reached, is shutting down, or the connection to it broke."""
+    """The server cannot be reached, is shutting down, or the connection to it broke, and trying again did not help."""
 
     status = grpc.StatusCode.UNAVAILABLE
 
@@ -281,6 +297,7 @@ _BY_REASON: dict[str, type[RequestError]] = {
     "SESSIONS_FULL": ServerBusy,
     "STEP_AHEAD": StepMismatch,
     "STEP_BEHIND": StepMismatch,
+    "STEP_CONFLICT": StepConflict,
     "QUEUE_FULL": ServerBusy,
     "TOO_LARGE": TooLarge,
     "DEADLINE_PASSED": DeadlineExceeded,
@@ -306,7 +323,17 @@ _BY_STATUS: dict[grpc.StatusCode, type[RequestError]] = {
 _CODES: dict[int, grpc.StatusCode] = {code.value[0]: code for code in grpc.StatusCode}
 
 # A stream that ends with one of these has lost its server, whoever put it so: gRPC, a proxy or the server itself.
-_LOST = {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.INTERNAL, grpc.StatusCode.CANCELLED, grpc.StatusCode.OK}
+# Nobody has asked for its end: the client gives it no deadline, and does not listen any more when it cancels it.
+_LOST = {
+    grpc.StatusCode.UNAVAILABLE,
+    grpc.StatusCode.INTERNAL,
+    grpc.StatusCode.CANCELLED,
+    grpc.StatusCode.DEADLINE_EXCEEDED,
+    grpc.StatusCode.OK,
+}
+
+# What gRPC says, with UNKNOWN, of a stream that went with its connection.
+_REMOVED = "Stream removed"
 
 
 def from_status(status: error_pb2.Status) -> RequestError:
@@ -363,9 +390,15 @@ def from_lost_stream(error: grpc.RpcError | None) -> RequestError:
     if error is None:
         return Unavailable("the server ended the stream before it answered")
     found = from_rpc_error(error)
-    if found.status in _LOST and not isinstance(found, Unavailable):
-        message = f"the stream to the server broke: {found.message}"
-        return Unavailable(message, status=found.status, reason=found.reason, metadata=found.metadata)
+    removed = found.status is grpc.StatusCode.UNKNOWN and _REMOVED in found.message
+    if (found.status in _LOST or removed) and not isinstance(found, Unavailable):
+        return Unavailable(
+            f"the stream to the server broke: {found.message}",
+            status=found.status,
+            reason=found.reason,
+            metadata=found.metadata,
+            retry_after=found.retry_after,
+        )
     return found
 
 

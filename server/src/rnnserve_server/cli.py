@@ -47,10 +47,11 @@ def _serve(config: Path | None, **flags: Any) -> None:
 
     from rnnserve_models.errors import ModelError
     from rnnserve_server.server import serve
+    from rnnserve_server.store.base import StoreError
 
     try:
         uvloop.run(serve(settings))
-    except (ModelError, OSError) as error:
+    except (ModelError, StoreError, OSError) as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(1) from error
 

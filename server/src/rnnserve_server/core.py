@@ -10,7 +10,7 @@ import math
 import re
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 import numpy as np
 
@@ -34,7 +34,7 @@ from rnnserve_server.errors import (
     step_mismatch,
 )
 from rnnserve_server.intake import Frame
-from rnnserve_server.keeper import Keeper
+from rnnserve_server.keeper import Keeper, session_bytes
 from rnnserve_server.layout import check_call, check_states, faults, signature, to_call
 from rnnserve_server.replay import Limits
 from rnnserve_server.repository import Repository
@@ -79,7 +79,7 @@ class Core:
 
     # Sessions
 
-    def create_sessions(
+    async def create_sessions(
         self,
         model: str,
         version: str,
@@ -111,6 +111,7 @@ class Core:
         resolved = resolve_options(loaded, options, stateful=True)
         if initial_states:
             check_states(loaded.engine.states, initial_states, batch_size, "initial_states")
+        await self.make_room(loaded, batch_size, count)
         idle = self.settings.idle_lifetime if idle_lifetime is None else idle_lifetime
         return self.sessions.create_many(
             loaded,
@@ -130,6 +131,15 @@ class Core:
         if asked is None:
             return Limits(settings.replay_chunks, settings.replay_bytes)
         return Limits(min(asked.replies, settings.replay_chunks), min(asked.bytes, settings.replay_bytes))
+
+    async def make_room(self, model: LoadedModel, batch_size: int, count: int) -> None:
+        """Has sessions that rest leave memory, if there is a store and N more would not fit.
+
+        Raises:
+            StoreDown: the store cannot be reached.
+        """
+        if self.keeper is not None:
+            await self.keeper.make_room(count, session_bytes(model, batch_size), self._line_up)
 
     def check_new(self, session_ids: Sequence[str]) -> None:
         """Raises InvalidRequest for ids that no session can have, and Draining when no session can be made."""
@@ -165,17 +175,23 @@ class Core:
         """
         if self.keeper is None or not len(slots):
             return np.ones(len(slots), np.bool_)
+        generations = group.generation[slots]
         try:
             made = np.array(await self.keeper.create(group, slots))
-        except StoreDown:
-            self.sessions.forget(group, slots)
+        except BaseException:  # cancelled too: if they were stored, they are found there
+            self.sessions.forget(group, slots[group.generation[slots] == generations])
             raise
-        if len(taken := slots[~made]):
-            self.sessions.forget(group, taken)
-        return made
+        alive = group.generation[slots] == generations  # the others were deleted meanwhile: an id may be known
+        self.sessions.forget(group, slots[~made & alive])
+        kept: Array = made & alive
+        return kept
 
-    async def attach(self, ids: Sequence[str]) -> dict[str, ServiceError]:
+    async def attach(self, ids: Sequence[str], *, sure: bool = False) -> dict[str, ServiceError]:
         """Brings sessions into memory that are in the store, if there is one, and takes them over.
+
+        Args:
+            ids: the sessions.
+            sure: look at those that are in memory too, whether they are still this server's.
 
         Returns:
             Why it could not, by id.
@@ -184,19 +200,21 @@ class Core:
             StoreDown: the store cannot be reached.
             Draining: the server is shutting down.
         """
-        if self.keeper is None or all(each in self.sessions for each in ids):
+        if self.keeper is not None and sure:
+            await self.keeper.verify(ids)
+        if self.keeper is None or all(self.sessions.is_stored(each) for each in ids):
             return {}
         if self.draining.is_set():
             raise Draining("the server is shutting down; open the session elsewhere", retry_after=1.0)
-        return await self.keeper.attach(ids)
+        return await self.keeper.attach(ids, self._line_up)
 
-    async def session(self, session_id: str) -> Session:
-        """Finds a session, in memory or in the store.
+    async def session(self, session_id: str, *, sure: bool = False) -> Session:
+        """Finds a session, in memory or in the store. Arguments as `attach`.
 
         Raises:
             ServiceError: there is none, or it cannot be had; and why.
         """
-        if error := (await self.attach([session_id])).get(session_id):
+        if error := (await self.attach([session_id], sure=sure)).get(session_id):
             raise error
         return self.sessions.get(session_id)
 
@@ -206,13 +224,25 @@ class Core:
         Raises:
             ServiceError: there is none, and why.
         """
+        if self.keeper is not None:
+            with suppress(StoreDown):
+                await self.keeper.verify([session_id])
         if self.keeper is None or session_id in self.sessions:
             return self.sessions.get(session_id)
         return await self.keeper.peek(session_id)
 
+    async def save_all(self) -> None:
+        """Has the store keep what is in memory and not stored, if there is one.
+
+        Raises:
+            StoreDown: the store cannot be reached.
+        """
+        if self.keeper is not None:
+            await self.keeper.save_all()
+
     async def delete_session(self, session_id: str) -> None:
         """Ends a session; see DeleteSession for the rules."""
-        await self.session(session_id)
+        await self.session(session_id, sure=True)
         self.sessions.delete(session_id)
         await self.settle()
 
@@ -227,7 +257,7 @@ class Core:
 
     async def reset_session(self, session_id: str, states: Arrays | None, step: int | None) -> Session:
         """Resets a session's states when its turn has come; see ResetSession for the rules."""
-        session = await self.session(session_id)
+        session = await self.session(session_id, sure=True)
         if states:
             check_states(session.group.model.engine.states, states, session.group.batch_size, "states")
         async with self.turn(session):
@@ -344,6 +374,10 @@ class Core:
             )
         return self._workers[key]
 
+    def _line_up(self, group: Group) -> None:
+        """Has sessions for which work has come show as busy."""
+        self.worker(group.model).line_up()
+
     # Flow
 
     @property
@@ -387,7 +421,7 @@ class Core:
         self.sessions.trim_replays(self.settings.max_replay_bytes)
         if self.keeper is not None:
             await self.keeper.sweep()
-            await self.keeper.rest(self.settings.rest_seconds, lambda group: self.worker(group.model).line_up())
+            await self.keeper.rest(self.settings.rest_seconds, self._line_up)
         for key, worker in list(self._workers.items()):
             if worker.idle and worker.model not in self.repository and not self.sessions.uses(worker.model):
                 del self._workers[key]

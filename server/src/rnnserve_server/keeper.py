@@ -102,23 +102,27 @@ class Keeper:
         Raises:
             StoreDown: the store cannot be reached; whether any is stored is not known.
         """
-        group.epoch[slots] = [first_epoch() for _ in range(len(slots))]
-        group.revision[slots] = 0
+        epochs = [first_epoch() for _ in range(len(slots))]
         blobs = pack_states(group, group.arena.gather(slots), len(slots))
         records = []
-        for slot, blob in zip(slots.tolist(), blobs, strict=True):
+        for slot, epoch, blob in zip(slots.tolist(), epochs, blobs, strict=True):
             session = self._sessions.at(group, slot)
-            epoch = int(group.epoch[slot])
             records.append(
                 Record(session.id, meta_of(session), epoch, 0, session.step, last_used=session.create_time, states=blob)
             )
-        try:
-            return await self.store.create(records)
-        except StoreError as error:
-            raise StoreDown(error) from error
+        generations = group.generation[slots]
+        async with self._attaching:
+            try:
+                made = await self.store.create(records)
+            except StoreError as error:
+                raise StoreDown(error) from error
+            alive = group.generation[slots] == generations
+            group.epoch[slots[alive]] = np.array(epochs)[alive]
+            group.revision[slots[alive]] = 0
+        return made
 
-    async def attach(self, ids: Sequence[str]) -> dict[str, ServiceError]:
-        """Brings sessions into memory, and takes them over from whoever owned them.
+    async def attach(self, ids: Sequence[str], line_up: Callable[[Group], None]) -> dict[str, ServiceError]:
+        """Brings sessions into memory, and takes them over from whoever owned them. Arguments as `rest`.
 
         Returns:
             Why it could not, by id.
@@ -127,19 +131,20 @@ class Keeper:
             StoreDown: the store cannot be reached.
         """
         async with self._attaching:  # or two streams that ask for one session would take it from each other
-            missing = [each for each in dict.fromkeys(ids) if each not in self._sessions]
+            missing = [each for each in dict.fromkeys(ids) if not self._sessions.is_stored(each)]
             if not missing:
                 return {}
             try:
-                return await self._attach(missing)
+                return await self._attach(missing, line_up)
             except StoreError as error:
                 raise StoreDown(error) from error
 
-    async def _attach(self, ids: list[str]) -> dict[str, ServiceError]:
+    async def _attach(self, ids: list[str], line_up: Callable[[Group], None]) -> dict[str, ServiceError]:
         failed: dict[str, ServiceError] = {}
         models: dict[str, LoadedModel] = {}
         await self._settle()  # what ended here has to be so in the store
-        for session_id, head in zip(ids, await self.store.peek(ids), strict=True):
+        heads = await self.store.peek(ids)
+        for session_id, head in zip(ids, heads, strict=True):
             if head is None:
                 continue
             try:
@@ -148,17 +153,42 @@ class Keeper:
                 failed[session_id] = error
         now = self._wall_clock()
         wanted = [each for each in ids if each in models]
-        for session_id, record in zip(wanted, await self.store.take(wanted, now), strict=True):
-            if record is None:
-                continue
-            try:
-                self._adopt(record, models[session_id])
-            except ServiceError as error:
-                failed[session_id] = error
-        gone = [each for each in ids if each not in self._sessions and each not in failed]
-        for session_id, ended in zip(gone, await self.store.ended(gone, now), strict=True):
+        if wanted:
+            largest = max(
+                session_bytes(models[head.id], head.meta.batch_size) for head in heads if head and head.id in models
+            )
+            await self.make_room(len(wanted), largest, line_up)
+        records = [record for record in await self.store.take(wanted, now) if record is not None]
+        taken = {record.id for record in records}
+        gone = [each for each in ids if each not in taken and each not in failed]
+        for session_id, ended in zip(gone, await self.store.ended(gone, now) if gone else (), strict=True):
             failed[session_id] = (SessionUnknown if ended is None else _ERRORS[ended.why])(session_id)
+        for record in records:  # from here to where they are used nothing is awaited, or they might rest again
+            try:
+                self._adopt(record, models[record.id])
+            except ServiceError as error:
+                failed[record.id] = error
         return failed
+
+    async def verify(self, ids: Sequence[str]) -> None:
+        """Forgets those sessions in memory that another server has taken over: it shows only when they are written.
+
+        Raises:
+            StoreDown: the store cannot be reached.
+        """
+        here = [each for each in dict.fromkeys(ids) if self._sessions.is_stored(each)]
+        if not here:
+            return
+        before = [self._sessions.get(each) for each in here]
+        epochs = [int(session.group.epoch[session.slot]) for session in before]
+        try:
+            heads = await self.store.peek(here)
+        except StoreError as error:
+            raise StoreDown(error) from error
+        for session, epoch, head in zip(before, epochs, heads, strict=True):
+            group, slot = session.group, session.slot
+            if (head is None or head.epoch != epoch) and group.generation[slot] == session.generation:
+                await self.lose(group, np.array([slot]))
 
     def _adopt(self, record: Record, model: LoadedModel) -> None:
         meta = record.meta
@@ -221,26 +251,53 @@ class Keeper:
         except StoreError as error:
             raise StoreDown(error) from error
 
-    async def rest(self, idle_seconds: float, busy: Callable[[Group], None]) -> int:
+    async def rest(self, idle_seconds: float, line_up: Callable[[Group], None]) -> int:
         """Lets sessions that were not used for so long leave memory: how many have.
 
         Args:
             idle_seconds: how long.
-            busy: makes a group's sessions for which work has come show as busy.
+            line_up: has a group's sessions for which work has come show as busy.
 
         Raises:
             StoreDown: the store cannot be reached; they stay.
         """
         resting = 0
         for group in self._sessions.groups():
-            busy(group)
-            for slots in _pieces(self._sessions.resting(group, idle_seconds)):
-                generations = group.generation[slots]
-                await self.save(group, slots)
-                busy(group)
-                idle = (group.generation[slots] == generations) & (group.tail[slots] < 0) & ~group.dirty[slots]
-                self._sessions.forget(group, slots[idle])
-                resting += int(idle.sum())
+            line_up(group)
+            resting += await self._rest(group, self._sessions.resting(group, idle_seconds), line_up)
+        return resting
+
+    async def make_room(self, count: int, session_bytes: int, line_up: Callable[[Group], None]) -> None:
+        """Has the sessions that were not used for longest leave memory, if N more of so many bytes would not fit.
+
+        Raises:
+            StoreDown: the store cannot be reached; they stay.
+        """
+        lacking = self._sessions.lacking(count, session_bytes)
+        if lacking <= 0:
+            return
+        groups = self._sessions.groups()
+        for group in groups:
+            line_up(group)
+        idle = [self._sessions.resting(group, 0.0) for group in groups]
+        which = np.repeat(np.arange(len(groups)), [len(slots) for slots in idle])  # [N], the group of each
+        slots = np.concatenate([*idle, np.zeros(0, np.int64)])  # [N]
+        used = np.concatenate(
+            [*(group.last_used[found] for group, found in zip(groups, idle, strict=True)), np.zeros(0)]
+        )
+        oldest = np.argsort(used, kind="stable")[: max(lacking, _AT_ONCE)]
+        for number in np.unique(which[oldest]).tolist():
+            await self._rest(groups[number], slots[oldest[which[oldest] == number]], line_up)
+
+    async def _rest(self, group: Group, slots: Array, line_up: Callable[[Group], None]) -> int:
+        resting = 0
+        for piece in _pieces(slots):
+            generations = group.generation[piece]
+            await self.save(group, piece)
+            line_up(group)
+            idle = (group.generation[piece] == generations) & (group.tail[piece] < 0) & ~group.dirty[piece]
+            self._sessions.forget(group, piece[idle])
+            resting += int(idle.sum())
         return resting
 
     # Writing
@@ -279,11 +336,16 @@ class Keeper:
         ]
 
     async def save(self, group: Group, slots: Array) -> None:
-        """Stores what is in memory of the sessions in N slots, where it is not stored.
+        """Stores what is in memory of the sessions in N slots, where it is not stored. Once begun it is finished, even
+        if the caller is cancelled: else nobody would know what is stored.
 
         Raises:
             StoreDown: the store cannot be reached.
         """
+        if group.dirty[slots].any() or self._saving.locked():
+            await asyncio.shield(self._save(group, slots))
+
+    async def _save(self, group: Group, slots: Array) -> None:
         async with self._saving:
             for piece in _pieces(slots[group.dirty[slots]]):
                 generations = group.generation[piece]
@@ -327,15 +389,16 @@ class Keeper:
 
     async def lose(self, group: Group, slots: Array) -> list[ServiceError]:
         """The store says that sessions in N slots are not ours any more: ends them here, and says why."""
-        ids = [group.ids[slot] for slot in slots.tolist()]
+        ids, generations = [group.ids[slot] for slot in slots.tolist()], group.generation[slots].tolist()
         try:
             ended = await self.store.ended(ids, self._wall_clock())
         except StoreError:
             ended = [None] * len(ids)
         errors: list[ServiceError] = []
-        for slot, session_id, why in zip(slots.tolist(), ids, ended, strict=True):
+        for slot, generation, session_id, why in zip(slots.tolist(), generations, ids, ended, strict=True):
             kind = SessionTakenOver if why is None else _ERRORS[why.why]
-            self._sessions.lose(group, np.array([slot]), kind)
+            if group.generation[slot] == generation:  # else it has ended meanwhile, and the slot may be another's
+                self._sessions.lose(group, np.array([slot]), kind)
             errors.append(kind(session_id))
         log.warning("sessions are not ours any more", count=len(ids), taken=sum(why is None for why in ended))
         return errors
@@ -365,7 +428,7 @@ class Keeper:
             for why in End:
                 if owned := [(session_id, epoch) for session_id, epoch, reason in ended if reason is why]:
                     await self.store.delete(list(dict(owned).items()), why, self._wall_clock())
-        except StoreError:
+        except BaseException:  # cancelled too: it is tried again
             self._ended = ended + self._ended
             raise
 
@@ -385,6 +448,11 @@ class Keeper:
             await self.settle()
         finally:
             await self.store.close()
+
+
+def session_bytes(model: LoadedModel, batch_size: int) -> int:
+    """The bytes of a session's states."""
+    return sum(batch_size * spec.dtype.itemsize * int(np.prod(spec.shape)) for spec in model.engine.states)
 
 
 def _pieces(slots: Array) -> list[Array]:

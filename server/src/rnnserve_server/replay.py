@@ -41,6 +41,7 @@ class Limits:
     bytes: int
 
 
+_NONE = np.zeros(0, np.int64)
 NO_REPLAY = Limits(0, 0)
 
 
@@ -93,7 +94,7 @@ class Round:
         first_steps: uint64 [N], where the chunks began.
         timesteps: time steps of each chunk.
         number: int64 [N], how many chunks each session had been answered before.
-        before: int64 [N], how many bytes each session had been answered before.
+        before: int64 [N], how many bytes each session had been answered before; [0], if that is not counted.
         asked: what ran; or the chunk's digest, where that is not known any more and N is 1.
         start: where in it the chunks began.
         outputs: as `Answers` has them.
@@ -153,7 +154,7 @@ class Round:
             self.first_steps[index],
             self.timesteps,
             self.number[index],
-            self.before[index],
+            self.before[index] if len(self.before) else self.before,
             self.asked if isinstance(self.asked, bytes) else self.asked.thinned(index, len(self.slots)),
             self.start,
             {name: y[index] for name, y in self.outputs.items()},
@@ -175,6 +176,7 @@ class Window:
         self._recent: deque[Round] = deque()
         self._thinned: deque[Round] = deque()
         self._thinned_bytes = 0
+        self._bytes_count = False  # all answers so far are so small that only their number is limited
         self._look_again = _SLACK
 
     def remember(
@@ -219,11 +221,14 @@ class Window:
     ) -> None:
         if not self.limits.replies:
             return
-        number, before = group.answered[slots], group.answered_bytes[slots]
-        round_ = Round(slots, generations, first_steps, timesteps, number, before, asked, start, outputs, states)
+        number, before = group.answered[slots], _NONE
         group.answered[slots] = number + 1
-        answered = sum([array.nbytes for array in (*outputs.values(), *states.values())])
-        group.answered_bytes[slots] = before + answered // len(slots)
+        nbytes = sum([array.nbytes for array in (*outputs.values(), *states.values())]) // len(slots)
+        if self._bytes_count or nbytes * self.limits.replies > self.limits.bytes:
+            self._bytes_count = True
+            before = group.answered_bytes[slots]
+            group.answered_bytes[slots] = before + nbytes
+        round_ = Round(slots, generations, first_steps, timesteps, number, before, asked, start, outputs, states)
         self._recent.append(round_)
         self.nbytes += round_.nbytes
         self._forget(group)
@@ -273,13 +278,15 @@ class Window:
         if not places:
             return
         oldest, index = places[0]
-        group.answered[slot], group.answered_bytes[slot] = oldest.number[index], oldest.before[index]
+        group.answered[slot] = oldest.number[index]
+        group.answered_bytes[slot] = oldest.before[index] if len(oldest.before) else 0
         nobody: dict[Round, Round] = {}
         for round_, index in places:
             generations = nobody.get(round_, round_).generations.copy()  # others may hold on to it
             generations[index] = -1
             nobody[round_] = replace(round_, generations=generations)
-        self._recent = deque(nobody.get(round_, round_) for round_ in self._recent)
+        # Copies, so that `_forget` does not count the rounds that the session has lost as later than older ones.
+        self._recent = deque(replace(each := nobody.get(r, r), slots=each.slots.copy()) for r in self._recent)
         self._thinned = deque(nobody.get(round_, round_) for round_ in self._thinned)
 
     def drop_oldest(self) -> bool:
@@ -301,13 +308,19 @@ class Window:
         """bool [N]: which chunks of a round are in their session's window."""
         slots = round_.slots
         later = group.answered[slots] - round_.number  # [N], 1 for the last
-        within = (later <= self.limits.replies) & (group.answered_bytes[slots] - round_.before <= self.limits.bytes)
-        live: Array = (within | (later == 1)) & (group.generation[slots] == round_.generations)
+        within = later <= self.limits.replies
+        if self._bytes_count:
+            since = group.answered_bytes[slots] - (round_.before if len(round_.before) else 0)
+            within = (within & (since <= self.limits.bytes)) | (later == 1)
+        live: Array = within & (group.generation[slots] == round_.generations)
         return live
 
     def _forget(self, group: Group) -> None:
         """Lets go of rounds that are in no window, and of what is in none in rounds that few windows hold on to."""
         while len(self._recent) > self.limits.replies:  # before that, the oldest is in everybody's window
+            if sum([each.slots is self._recent[0].slots for each in self._recent]) > self.limits.replies:
+                self.nbytes -= self._recent.popleft().nbytes  # the same frame came again often enough
+                continue
             live = self._live(group, self._recent[0])
             if live.any() and len(self._recent) <= _SPREAD * self.limits.replies:
                 break
@@ -331,10 +344,11 @@ class Window:
 def digest(call: Compacted, position: int, chunks: int) -> bytes:
     """What tells one of N chunks from another for the same step: 16 bytes over its inputs and its mask (BLAKE2b)."""
     rows = slice(position * len(call.lengths) // chunks, (position + 1) * len(call.lengths) // chunks)
-    hashed = hashlib.blake2b(repr((call.timesteps, call.lengths[rows].tolist())).encode(), digest_size=16)
+    lengths = call.lengths[rows].tolist()
+    hashed = hashlib.blake2b(repr((call.timesteps, lengths)).encode(), digest_size=16)
     if call.mask is not None:
         hashed.update(call.mask[:, rows].tobytes())
     for name in sorted(call.inputs):
         hashed.update(f"{name}:".encode())
-        hashed.update(call.inputs[name][:, rows].tobytes())
+        hashed.update(call.inputs[name][: max(lengths), rows].tobytes())  # what follows is for longer ones beside it
     return hashed.digest()

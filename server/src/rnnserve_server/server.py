@@ -19,6 +19,7 @@ from rnnserve_server.api.models import ModelServicer
 from rnnserve_server.api.sessions import SessionServicer
 from rnnserve_server.config import Settings
 from rnnserve_server.core import Core
+from rnnserve_server.errors import StoreDown
 from rnnserve_server.repository import Repository
 
 log = structlog.get_logger(__name__)
@@ -57,7 +58,7 @@ class Server:
         self.port = 0
         self._health = HealthServicer()
         self._server: grpc.aio.Server | None = None
-        self._sweeper: asyncio.Task[None] | None = None
+        self._chores: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
         """Listens.
@@ -80,7 +81,9 @@ class Server:
             raise OSError(f"cannot listen on {address}: {error}") from error
         await server.start()
         self._server = server
-        self._sweeper = asyncio.create_task(self._sweep())
+        self._chores = [asyncio.create_task(self._sweep())]
+        if self.settings.store and self.settings.durability == "interval":
+            self._chores.append(asyncio.create_task(self._save()))
         for service in ("", *SERVICES):
             await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
         log.info("serving", address=f"{self.settings.host}:{self.port}", models=len(list(self.core.repository)))
@@ -90,8 +93,9 @@ class Server:
         log.info("draining", seconds=self.settings.drain_seconds, sessions=len(self.core.sessions))
         self.core.draining.set()
         await self._health.enter_graceful_shutdown()
-        if self._sweeper is not None:
-            self._sweeper.cancel()
+        for chore in self._chores:
+            chore.cancel()
+        await asyncio.gather(*self._chores, return_exceptions=True)  # none may still write when the store is closed
         if self._server is not None:
             await self._server.stop(self.settings.drain_seconds)
         await self.core.close()
@@ -100,8 +104,19 @@ class Server:
     async def _sweep(self) -> None:
         while True:
             await asyncio.sleep(_SWEEP_SECONDS)
-            if expired := await self.core.sweep():
-                log.info("sessions expired", count=expired)
+            try:
+                if expired := await self.core.sweep():
+                    log.info("sessions expired", count=expired)
+            except StoreDown as error:
+                log.warning("the store does not answer", error=str(error))
+
+    async def _save(self) -> None:
+        while True:
+            await asyncio.sleep(self.settings.store_interval)
+            try:
+                await self.core.save_all()
+            except StoreDown as error:
+                log.warning("the store does not answer", error=str(error))
 
 
 async def serve(settings: Settings) -> None:

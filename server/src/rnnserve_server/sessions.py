@@ -89,7 +89,7 @@ class Group:
         ended: how many of its sessions have ended.
         answered: int64 [capacity], chunks answered.
         answered_bytes: int64 [capacity], bytes of the answers.
-        epoch: int64 [capacity], the owner's, where sessions are stored.
+        epoch: int64 [capacity], the owner's; 0: the session is not stored.
         revision: int64 [capacity], the number of the last write, where sessions are stored.
         dirty: bool [capacity], what is in memory is not what is stored.
         window: what was answered lately.
@@ -140,6 +140,7 @@ class Group:
             self._grow(self.arena.capacity)
         self.step[slots] = 0
         self.dirty[slots] = False
+        self.epoch[slots] = 0
         self.last_used[slots] = now
         self.live += count  # tail stays: chunks of a slot's last session may still have to be told that it ended
         return slots
@@ -237,6 +238,11 @@ class SessionTable:
 
     def __len__(self) -> int:
         return self._live
+
+    def is_stored(self, session_id: str) -> bool:
+        """Whether a session is here, and is kept in a store too."""
+        place = self._part(session_id).get(session_id, -1)
+        return place >= 0 and bool(self._by_index[place >> 32].epoch[place & 0xFFFFFFFF] > 0)
 
     def create(
         self,
@@ -480,14 +486,22 @@ class SessionTable:
         group.dirty[slots] = not stored
         group.last_used[slots] = self._clock()
 
+    def lacking(self, count: int, session_bytes: int) -> int:
+        """How many sessions would have to go for N more of so many bytes; 0 or less: none."""
+        over = self.state_bytes + count * session_bytes - self._max_state_bytes
+        return max(self._live + count - self._max_sessions, -(-over // max(1, session_bytes)))
+
     def groups(self) -> list[Group]:
         """All groups."""
         return list(self._groups.values())
 
     def resting(self, group: Group, idle_seconds: float) -> Array:
-        """The slots of a group's sessions that were not used for so long and for which nothing is queued: int64 [N]."""
+        """The slots of a group's stored sessions that were not used for so long and for which nothing is queued:
+        int64 [N].
+        """
         slots = group.arena.all_used()
-        return slots[(group.last_used[slots] <= self._clock() - idle_seconds) & (group.tail[slots] < 0)]
+        idle = (group.last_used[slots] <= self._clock() - idle_seconds) & (group.tail[slots] < 0)
+        return slots[idle & (group.epoch[slots] > 0)]
 
     def forget(self, group: Group, slots: Array) -> None:
         """Lets sessions in N slots leave memory, which live on in a store."""
@@ -509,6 +523,8 @@ class SessionTable:
                 return
 
     def _gone(self, session_id: str) -> SessionError:
+        if self.is_stored(session_id):  # it left memory, and came back while this work waited
+            return SessionAway(session_id)
         end = -self._part(session_id).get(session_id, 0)
         return (_WHYS[end % len(_WHYS)] if end > 0 else SessionUnknown)(session_id)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 import numpy as np
 import structlog
@@ -175,7 +175,23 @@ class Worker:
                 block = block.take(left)
             self._scheduler.submit(block)
 
+    async def _verify(self, blocks: list[Block], keeper: Keeper) -> None:
+        """Looks whether sessions are still ours for which chunks come from further on: another server may have moved
+        them on.
+        """
+        for block in blocks:
+            sessions = block.sessions
+            if sessions is None or sessions.first_steps is None or block.begun:
+                continue
+            group, slots = sessions.group, sessions.slots
+            ahead = (sessions.first_steps > group.step[slots]) & (group.generation[slots] == sessions.generations)
+            if ahead.any():
+                with suppress(StoreDown):
+                    await keeper.verify([group.ids[slot] for slot in slots[ahead].tolist()])
+
     async def _tick(self, tick: Tick) -> None:
+        if self._keeper is not None:
+            await self._verify(tick.blocks, self._keeper)
         tick.blocks[:] = [begun for block in tick.blocks if (begun := self._begin(block))]
         if len(tick.blocks) == 1 and not tick.blocks[0].done:
             self._scheduler.absorb(tick.blocks[0], lambda block: not self._gone(block))

@@ -42,6 +42,8 @@ class Axes:
             EngineError: it is of another.
         """
         came = y.shape
+        if came == shape and not self._squeezed and self._inverse is None:
+            return y
         if y.ndim == len(self._axes) and all(came[index] == 1 for index in self._squeezed):
             if self._squeezed:
                 y = y[self._remove]

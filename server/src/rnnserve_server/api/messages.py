@@ -137,7 +137,7 @@ def _seconds(config: session_pb2.SessionConfig, field: str) -> float | None:
     return nanoseconds / 1e9
 
 
-def create_sessions(
+async def create_sessions(
     core: Core, config: session_pb2.SessionConfig, session_ids: Sequence[str]
 ) -> tuple[Group, Array, SessionsFull | None]:
     """Makes the sessions that a client asks for, alike but for their ids: see `Core.create_sessions`.
@@ -155,7 +155,7 @@ def create_sessions(
         window.max_chunks if window.HasField("max_chunks") else core.settings.replay_chunks,
         window.max_bytes if window.HasField("max_bytes") else core.settings.replay_bytes,
     )
-    return core.create_sessions(
+    return await core.create_sessions(
         config.model,
         config.version,
         config.batch_size,
@@ -175,7 +175,7 @@ async def create_session(core: Core, config: session_pb2.SessionConfig) -> Sessi
     Raises:
         ServiceError, TensorError: as CreateSession says.
     """
-    group, slots, full = create_sessions(core, config, [config.session_id])
+    group, slots, full = await create_sessions(core, config, [config.session_id])
     if full is not None:
         raise full
     if not (await core.keep(group, slots)).all():

@@ -124,7 +124,8 @@ class LaneStream:
     async def _receive(self, request: pb.StreamRequest) -> None:
         if request.opens:
             async for openings in self._turns(request.opens):
-                errors = await self._attach([each.session_id for each in openings if each.HasField("session_id")])
+                ids = [each.session_id for each in openings if each.HasField("session_id")]
+                errors = await self._attach(ids, sure=True)
                 for alike in _alike(openings):
                     await self._open(alike, errors)
         for frame in request.frames:
@@ -133,17 +134,20 @@ class LaneStream:
         if request.closes:
             async for closings in self._turns(request.closes):
                 if self._core.keeper is not None:
-                    await self._bring_back([closing.lane for closing in closings if closing.delete_session])
+                    lanes = [closing.lane for closing in closings if closing.delete_session]
+                    with suppress(StoreDown):  # then its end is settled later, if it is ours
+                        await self._core.keeper.verify([self._ids[lane] for lane in lanes if self._is_open(lane)])
+                    await self._bring_back(lanes)
                 self._close(closings)
             with suppress(StoreDown):  # it is told later
                 await self._core.settle()
 
-    async def _attach(self, ids: Sequence[str]) -> Mapping[str, ServiceError]:
-        """Brings sessions into memory: why it could not, by id."""
+    async def _attach(self, ids: Sequence[str], *, sure: bool = False) -> Mapping[str, ServiceError]:
+        """Brings sessions into memory: why it could not, by id. Arguments as `Core.attach`."""
         if not ids:
             return {}
         try:
-            return await self._core.attach(ids)
+            return await self._core.attach(ids, sure=sure)
         except ServiceError as error:
             return dict.fromkeys(ids, error)
 
@@ -199,7 +203,7 @@ class LaneStream:
             if opening.WhichOneof("target") is None:
                 raise InvalidRequest("target", "create or session_id", "neither")
             if opening.HasField("create"):
-                group, slots, full = create_sessions(self._core, opening.create, ids)
+                group, slots, full = await create_sessions(self._core, opening.create, ids)
                 made = await self._core.keep(group, slots)
                 for position in np.flatnonzero(~made).tolist():
                     self._fail_opens([lanes[position]], SessionExists(ids[position]))
@@ -330,7 +334,7 @@ class LaneStream:
                 raise InvalidRequest(
                     "frames.first_steps", f"{chunks}, as many as lanes, or none", str(len(first_steps))
                 )
-            found = self._found.get(lanes) or self._find(lanes, away)
+            found = (None if away else self._found.get(lanes)) or self._find(lanes, away)
             inputs = decode_named(frame.inputs, "inputs")
             mask = decode(frame.mask, "mask") if frame.HasField("mask") else None
             for field, array in inputs.items():
