@@ -14,11 +14,8 @@ import pytest
 import rnnserve
 from fake_server import running
 from rnnserve import aio
-from rnnserve_server import errors
 from serving import running_server
 from tcp_proxy import Plan, TcpProxy
-
-REPLAYS = any(getattr(each, "reason", "") == "STEP_CONFLICT" for each in vars(errors).values())
 
 
 def cuts(count):
@@ -37,17 +34,21 @@ def sums():
 
 
 @contextmanager
-def lstms():
+def lstms(**settings):
     """The real server, and what its sessions must give: the bits of one call over the whole sequence."""
     x = np.random.default_rng(0).standard_normal((60, 5), np.float32)
-    with running_server() as real:
+    with running_server(**settings) as real:
         with rnnserve.Client(real.address, timeout=30) as client:
             y = client.RNN("lstm-32-64", return_sequences=True)(x[None])[0]
         yield real.address, "lstm-32-64", x, y
 
 
-needs_replay = pytest.mark.skipif(not REPLAYS, reason="this server does not replay")
-SERVERS = [sums, pytest.param(lstms, marks=needs_replay)]
+def forgetful():
+    """The real server when it remembers a single answer of a session: clients ask for no more than that at once."""
+    return lstms(replay_chunks=1)
+
+
+SERVERS = [sums, lstms, forgetful]
 
 
 @pytest.mark.parametrize("served", SERVERS)
@@ -109,7 +110,7 @@ async def test_threads_through_cuts(served):
             assert proxy.cuts > 2
 
 
-@pytest.mark.parametrize("kept", [False, pytest.param(True, marks=needs_replay)])
+@pytest.mark.parametrize("kept", [False, True])
 async def test_the_real_server_restarts(kept, tmp_path):
     """A server that drains, ends and comes back is a pause, if it keeps its sessions; else they are told to be gone."""
     store = {"store": f"sqlite:///{tmp_path}/sessions"} if kept else {}

@@ -48,6 +48,7 @@ class Lane:
         known: whether that is so; if not, the server tells when the lane is opened.
         pending: what is wished on it and not answered, in order.
         active: how much of the server's memory the answers to what is on its way take, in bytes.
+        window: how much they may take.
         backlog: chunks of it alone that wait until that is less, or None.
         request: how to open it; once it was, by the session's id.
         fresh: it was never open.
@@ -77,10 +78,12 @@ class Lane:
         "ready",
         "request",
         "tries",
+        "window",
     )
 
-    def __init__(self, number: int, request: inference_pb2.LaneOpen, open_ticket: Any) -> None:
+    def __init__(self, number: int, request: inference_pb2.LaneOpen, open_ticket: Any, window: int) -> None:
         self.number = number
+        self.window = window
         self.request = request
         self.open_ticket = open_ticket
         self.close_ticket: Any = None

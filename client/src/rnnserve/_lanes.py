@@ -23,6 +23,7 @@ import grpc
 
 from rnnserve._chunks import (
     OVERHEAD,
+    REPLAY_CHUNKS,
     REPLAY_WINDOW,
     Answer,
     Chunk,
@@ -57,8 +58,9 @@ class ProtocolViolation(Exception):
 class Lanes:
     """The lanes of one connection.
 
-    No more of a session's chunks are on their way than their answers fit into `window`, where a chunk's weight is the
-    bytes of its answer, or a share of what the server remembers: it must still have all of them if the stream is lost.
+    No more of a session's chunks are on their way than their answers fit into `window`, or what the server says that it
+    remembers if that is less, where a chunk's weight is the bytes of its answer, or a share of the window: the server
+    must still have all of them if the stream is lost.
     With `resume` False nothing is asked again for the server's sake: UNAVAILABLE on a lane is an answer like others.
 
     Attributes:
@@ -107,7 +109,7 @@ class Lanes:
             request = inference_pb2.LaneOpen(lane=number, session_id=target)
         else:
             request = inference_pb2.LaneOpen(lane=number, create=target)
-        lane = self._lanes[number] = Lane(number, request, ticket)
+        lane = self._lanes[number] = Lane(number, request, ticket, self._window)
         self._want(lane)
         return lane
 
@@ -122,7 +124,7 @@ class Lanes:
         lane.pending.append(Pending(first, lane.generation, chunk, 0, None, chunk.ticket))
         if lane.ready:
             active = lane.active + chunk.weight
-            if (active <= self._window or not lane.active) and lane.backlog is None:
+            if (active <= lane.window or not lane.active) and lane.backlog is None:
                 lane.active = active
                 self._chunks.append(chunk)
             else:
@@ -140,8 +142,7 @@ class Lanes:
         for row, lane in enumerate(lanes):
             lane.pending.append(Pending(lane.next_step, lane.generation, chunk, row, gather, chunk.ticket))
             lane.next_step += chunk.timesteps
-        room = self._window - chunk.weight
-        if all(lane.ready and lane.backlog is None and (lane.active <= room or not lane.active) for lane in lanes):
+        if all(lane.ready and lane.backlog is None and _fits(lane, chunk) for lane in lanes):
             self._send(chunk)
         else:
             self._park(chunk)
@@ -358,6 +359,9 @@ class Lanes:
         lane = self._lane(opened.lane)
         session = opened.session
         lane.open, lane.ready, lane.opening = True, True, False
+        if session.replay_window.max_chunks:
+            replay = session.replay_window
+            lane.window = min(self._window, replay.max_chunks * (REPLAY_WINDOW // REPLAY_CHUNKS), replay.max_bytes)
         if not lane.known:
             lane.known = True
             self._number(lane, session.step)
@@ -408,7 +412,7 @@ class Lanes:
 
     def _next(self, lane: Lane, backlog: deque[Chunk]) -> None:
         """Lets go what waits on a lane for answers to others, as far as there is room."""
-        while backlog and (not lane.active or lane.active + backlog[0].weight <= self._window):
+        while backlog and _fits(lane, backlog[0]):
             self._send(backlog.popleft())
         if not backlog:
             lane.backlog = None
@@ -432,9 +436,9 @@ class Lanes:
         self._crowded = False
         behind: set[Lane] = set()
         for chunk in parked:
-            lanes, room = chunk.lanes, self._window - chunk.weight
+            lanes = chunk.lanes
             if behind.isdisjoint(lanes) and all(lane.open for lane in lanes):
-                if all(lane.backlog is None and (lane.active <= room or not lane.active) for lane in lanes):
+                if all(lane.backlog is None and _fits(lane, chunk) for lane in lanes):
                     self._send(chunk)
                     continue
                 if len(lanes) == 1:
@@ -554,6 +558,11 @@ class Lanes:
                     self._answers.append(Answer(waiting.popleft().ticket, None))
                 return pending
         raise ProtocolViolation(f"the server answered step {first_step} of lane {lane.number}, which was not asked")
+
+
+def _fits(lane: Lane, chunk: Chunk) -> bool:
+    """Whether the server will remember the answer to a chunk beside those that are on their way."""
+    return not lane.active or lane.active + chunk.weight <= lane.window
 
 
 def _made_by(config: session_pb2.SessionConfig, session: session_pb2.Session) -> bool:
