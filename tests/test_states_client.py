@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import grpc
 import numpy as np
 import pytest
 
 import rnnserve
 from rnnserve import aio
+from rnnserve_server.api.sessions import SessionServicer
 from serving import running_server
 
 
@@ -81,6 +83,8 @@ def test_saved_and_restored(client, tmp_path):
             assert (moved.next_step, again.session_id) == (5, "mine")
             np.testing.assert_array_equal(moved(X[None, 5:]), rest)
             np.testing.assert_array_equal(again(X[None, 5:]), rest)
+            with pytest.raises(rnnserve.SessionExists):
+                there.restore(blob, session_id="mine")
         with pytest.raises(rnnserve.SessionClosed):
             there.attach("mine")
         path.write_bytes(blob[:-1])
@@ -107,6 +111,30 @@ def test_back_and_forth(client):
         with pytest.raises(ValueError, match="0 or more"):
             session.rewind(-1)
         session.step(X[0])
+
+
+@pytest.mark.parametrize("lost", ["ForkSession", "ImportSession"])
+def test_an_answer_that_is_lost(monkeypatch, lost):
+    """What was done and not answered is not done again: the session that was made is found."""
+    method, calls = getattr(SessionServicer, lost), []
+
+    async def loses_the_first(self, request, context):
+        calls.append(request)
+        answer = await method(self, request, context)
+        if len(calls) == 1:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "lost")
+        return answer
+
+    monkeypatch.setattr(SessionServicer, lost, loses_the_first)
+    with (
+        running_server() as other,
+        rnnserve.Client(other.address, timeout=30) as there,
+        there.session("lstm-4") as session,
+    ):
+        session.step(X[0])
+        with session.fork() if lost == "ForkSession" else there.restore(session.export()) as made:
+            np.testing.assert_array_equal(made.step(X[1]), session.step(X[1]))
+            assert len(list(there.sessions())) == len(calls) == 2
 
 
 def test_a_lifetime(client):

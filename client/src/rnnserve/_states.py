@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import os
+import uuid
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,6 +17,7 @@ from rnnserve import nest
 from rnnserve._connection import Connection
 from rnnserve._live import Live
 from rnnserve.codec import Array, decode_named, encode_named
+from rnnserve.errors import SessionExists
 from rnnserve.v1 import inference_pb2, session_pb2
 from rnnserve.v1.inference_pb2_grpc import InferenceServiceStub
 from rnnserve.v1.session_pb2_grpc import SessionServiceStub
@@ -45,9 +48,12 @@ async def fork(live: Live, count: int, limit: float | None) -> list[Live]:
     if count < 1:
         raise ValueError(f"count must be at least 1, got {count}")
     await live.connection.limited(live.settled(), limit)
-    request = session_pb2.ForkSessionRequest(session_id=live.session_ids[0], count=count)
-    response = await live.connection.unary(_stub(live.connection).ForkSession, request, limit)
-    return await asyncio.gather(*[Live.attach(live.connection, each.session_id, limit) for each in response.sessions])
+    # Ids of ours make it safe to ask again when the answer is lost: what exists then, we have made.
+    ids = [uuid.uuid4().hex for _ in range(count)]
+    request = session_pb2.ForkSessionRequest(session_id=live.session_ids[0], session_ids=ids)
+    with suppress(SessionExists):
+        await live.connection.unary(_stub(live.connection).ForkSession, request, limit)
+    return await asyncio.gather(*[Live.attach(live.connection, each, limit) for each in ids])
 
 
 async def export(live: Live, limit: float | None) -> bytes:
@@ -68,9 +74,13 @@ async def restore(
 ) -> Live:
     """A new session that goes on where a saved or exported one was."""
     blob = source if isinstance(source, bytes) else await asyncio.to_thread(Path(source).read_bytes)
-    request = session_pb2.ImportSessionRequest(blob=blob, session_id=session_id)
-    response = await connection.unary(_stub(connection).ImportSession, request, limit)
-    return await Live.attach(connection, response.session.session_id, limit)
+    request = session_pb2.ImportSessionRequest(blob=blob, session_id=session_id or uuid.uuid4().hex)
+    try:
+        await connection.unary(_stub(connection).ImportSession, request, limit, retry=not session_id)
+    except SessionExists:
+        if session_id:  # else it is ours: a first answer was lost
+            raise
+    return await Live.attach(connection, request.session_id, limit)
 
 
 async def rewind(live: Live, step: int, limit: float | None) -> None:

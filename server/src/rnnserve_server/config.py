@@ -63,7 +63,9 @@ class Settings(BaseSettings):
         16, description="a session's last answers that are given again when a chunk is sent again; 0 for none"
     )
     replay_bytes: Positive = Field(1 << 20, description="bytes of those answers at most, but for the last one")
-    max_replay_bytes: Positive = Field(256 << 20, description="bytes of all sessions' answers at most")
+    max_replay_bytes: Positive = Field(
+        256 << 20, description="bytes of all sessions' answers, and of the states before them, at most"
+    )
 
     max_batch_rows: Positive = Field(256, description="rows that the engine computes at once, at most")
     slice_steps: Positive = Field(32, description="time steps that the engine computes at once, at most")

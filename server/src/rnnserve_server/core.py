@@ -111,8 +111,7 @@ class Core:
         resolved = resolve_options(loaded, options, stateful=True)
         if initial_states:
             check_states(loaded.engine.states, initial_states, batch_size, "initial_states")
-        if self.keeper is not None:
-            await self.keeper.make_room(count, session_bytes(loaded, batch_size), self._line_up)
+        await self.make_room(loaded, batch_size, count)
         idle = self.settings.idle_lifetime if idle_lifetime is None else idle_lifetime
         return self.sessions.create_many(
             loaded,
@@ -132,6 +131,15 @@ class Core:
         if asked is None:
             return Limits(settings.replay_chunks, settings.replay_bytes)
         return Limits(min(asked.replies, settings.replay_chunks), min(asked.bytes, settings.replay_bytes))
+
+    async def make_room(self, model: LoadedModel, batch_size: int, count: int) -> None:
+        """Has sessions that rest leave memory, if there is a store and N more would not fit.
+
+        Raises:
+            StoreDown: the store cannot be reached.
+        """
+        if self.keeper is not None:
+            await self.keeper.make_room(count, session_bytes(model, batch_size), self._line_up)
 
     def check_new(self, session_ids: Sequence[str]) -> None:
         """Raises InvalidRequest for ids that no session can have, and Draining when no session can be made."""

@@ -68,7 +68,7 @@ async def rollout(
     Raises:
         ServiceError: as Rollout says.
     """
-    session = await core.session(session_id)
+    session = await core.session(session_id, sure=True)
     group = session.group
     engine = group.model.engine
     feed = feed_of(engine, feedback or [Feedback()])

@@ -36,7 +36,7 @@ async def get_state(core: Core, session_id: str) -> tuple[Session, Arrays]:
     Raises:
         ServiceError: as GetState says.
     """
-    session = await core.session(session_id)
+    session = await core.session(session_id, sure=True)
     async with core.turn(session):
         return session, states_of(session)
 
@@ -50,8 +50,10 @@ async def fork(core: Core, session_id: str, count: int, session_ids: Sequence[st
     if session_ids and (count not in (0, len(session_ids)) or len(set(session_ids)) < len(session_ids)):
         raise InvalidRequest("session_ids", f"{count or 'some'} distinct ids", f"{len(session_ids)}")
     core.check_new(session_ids)
-    session = await core.session(session_id)
+    session = await core.session(session_id, sure=True)
     async with core.turn(session):
+        await core.make_room(session.group.model, session.group.batch_size, len(session_ids) or count or 1)
+        core.check_alive(session)
         group, slots, full = core.sessions.create_many(
             session.group.model,
             session.group.batch_size,
@@ -125,7 +127,7 @@ async def rewind(core: Core, session_id: str, step: int) -> Session:
     Raises:
         ServiceError: as RewindSession says. Nothing changed.
     """
-    session = await core.session(session_id)
+    session = await core.session(session_id, sure=True)
     group, slot = session.group, session.slot
     async with core.turn(session):
         here = session.step
