@@ -104,6 +104,7 @@ def test_a_short_torture(tmp_path: Path, kind: str, replicas: int) -> None:
     assert report.kills > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "names"),
     [

@@ -50,14 +50,15 @@ def _forgets_answers() -> None:
 
 
 def _writes_to_the_neighbour() -> None:
-    """Now and then two sessions of a tick get each other's states."""
+    """Now and then a session's states are written to another session."""
     from rnnserve_server.state import Arena
 
     scatter, chance = Arena.scatter, random.Random(5)
 
     def confused(self: Any, slots: Any, states: Any) -> None:
-        if len(slots) > 1 and chance.random() < 0.5:
-            slots = np.concatenate([slots[1::-1], slots[2:]])
+        others = np.setdiff1d(self.all_used(), slots)
+        if len(others) and chance.random() < 0.5:
+            slots = np.concatenate([others[:1], slots[1:]])
         scatter(self, slots, states)
 
     Arena.scatter = confused  # type: ignore[method-assign]
