@@ -39,6 +39,7 @@ class Trial:
         faults: what must not happen, and did.
         steps: time steps that were answered.
         longest: the longest time that a chunk waited for its answer, in seconds.
+        patient: which chunk that was.
         over: nothing more is to be done.
         mischief: how likely a needless or a wrong request is, each time.
         alone: there is one server, which nobody can take a session from.
@@ -53,7 +54,7 @@ class Trial:
         self.counts: Counter[str] = Counter()
         self.faults: list[Fault] = []
         self.steps = 0
-        self.longest = 0.0
+        self.longest, self.patient = 0.0, ""
         self.over = False
         self.moved = asyncio.Event()
 
@@ -134,7 +135,9 @@ class Track:
         else:
             self._answers[number] = what
             self.history.answers.append((number, what))
-            self.trial.longest = max(self.trial.longest, time.monotonic() - self._since.pop(number))
+            waited = time.monotonic() - self._since.pop(number)
+            if waited > self.trial.longest:
+                self.trial.longest, self.trial.patient = waited, f"{self.plan.name}, chunk {number}"
             self.trial.steps += self.plan.lengths[number]
             while self.frontier in self._answers:
                 self.frontier += 1

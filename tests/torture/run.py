@@ -73,6 +73,7 @@ class Report:
     terms: int = 0
     cuts: int = 0
     longest_pause: float = 0.0
+    patient: str = ""
     counts: dict[str, int] = field(default_factory=dict)
     faults: list[Fault] = field(default_factory=list)
 
@@ -88,7 +89,7 @@ class Report:
         lines = [
             f"{self.store}: {self.steps:,} steps in {self.chunks:,} chunks, {self.seconds:.0f} s",
             f"  {self.kills} x SIGKILL, {self.terms} x SIGTERM, {self.cuts} connections cut",
-            f"  longest pause of a session: {self.longest_pause:.2f} s",
+            f"  longest pause of a session: {self.longest_pause:.2f} s ({self.patient})",
             *(f"  {count:>8,} {name}" for name, count in sorted(self.counts.items())),
             *(f"  FAULT {fault}" for fault in self.faults[:20]),
             f"  verdict: {f'{len(self.faults)} FAULTS' if self.faults else 'every history is the oracle’s'}",
@@ -147,7 +148,7 @@ async def torture(what: Torture, url: str, folder: Path) -> Report:
         broken = {fault.session for fault in trial.faults}  # what follows is wrong for the same reason
         sound = [track for track in tracks if track.plan.name not in broken]
         report.faults += check([t.plan for t in sound], {t.plan.name: t.history for t in tracks})
-        report.steps, report.longest_pause = trial.steps, trial.longest
+        report.steps, report.longest_pause, report.patient = trial.steps, trial.longest, trial.patient
         report.chunks = sum(len(track.history.answers) for track in tracks)
         report.counts = dict(trial.counts)
     finally:

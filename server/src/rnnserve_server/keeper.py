@@ -24,6 +24,7 @@ from rnnserve_server.errors import (
     ModelChanged,
     ServiceError,
     SessionAged,
+    SessionAway,
     SessionClosed,
     SessionError,
     SessionExpired,
@@ -56,6 +57,7 @@ _ERRORS: dict[End, type[SessionError]] = {
 }
 _REASONS: dict[type[SessionError], End] = {SessionExpired: End.IDLE, SessionAged: End.AGED}
 _AT_ONCE = 256  # sessions of one call to the store
+_TRIES = 3  # to have all sessions of a request in memory at once: there may not be room for them
 
 Wire = tuple[Block, Arrays, Arrays]
 """A block, and its outputs and states as `Answers` has them."""
@@ -92,7 +94,6 @@ class Keeper:
         self._ended: list[tuple[str, int, End]] = []
         self._attaching = asyncio.Lock()
         self._saving = asyncio.Lock()
-        self._saved_at = clock()  # everything, with a durability other than step
         sessions.on_end = self._note_end
 
     # Coming and going
@@ -132,13 +133,17 @@ class Keeper:
             StoreDown: the store cannot be reached.
         """
         async with self._attaching:  # or two streams that ask for one session would take it from each other
-            missing = [each for each in dict.fromkeys(ids) if not self._sessions.is_stored(each)]
-            if not missing:
-                return {}
-            try:
-                return await self._attach(missing, line_up)
-            except StoreError as error:
-                raise StoreDown(error) from error
+            failed: dict[str, ServiceError] = {}
+            for _ in range(_TRIES):  # those that were here may have come to rest while the others were fetched
+                missing = [x for x in dict.fromkeys(ids) if x not in failed and not self._sessions.is_stored(x)]
+                if not missing:
+                    return failed
+                try:
+                    failed |= await self._attach(missing, line_up)
+                except StoreError as error:
+                    raise StoreDown(error) from error
+            away = [each for each in ids if each not in failed and not self._sessions.is_stored(each)]
+            return failed | {each: SessionAway(each) for each in away}
 
     async def _attach(self, ids: list[str], line_up: Callable[[Group], None]) -> dict[str, ServiceError]:
         failed: dict[str, ServiceError] = {}
@@ -211,7 +216,7 @@ class Keeper:
         group.step[slots] = record.step
         group.epoch[slots], group.revision[slots] = record.epoch, record.revision
         group.create_time[slots] = meta.create_time
-        group.last_used[slots] = now - max(0.0, wall - record.last_used)
+        group.last_used[slots] = group.stored_used[slots] = now - max(0.0, wall - record.last_used)
         self._sessions.age(group, slots, np.array([wall - meta.create_time]))
         for reply in record.replies:
             outputs, shown = unpack_answers(reply.payload)
@@ -351,6 +356,7 @@ class Keeper:
             for piece in _pieces(slots[group.dirty[slots]]):
                 generations = group.generation[piece]
                 writes = [self._snapshot(group, slot) for slot in piece.tolist()]
+                used = group.last_used[piece]
                 group.dirty[piece] = False
                 try:
                     applied = await self.store.commit(writes)
@@ -360,6 +366,7 @@ class Keeper:
                 alive = group.generation[piece] == generations
                 kept = np.array(applied) & alive
                 group.revision[piece[kept]] += 1
+                group.stored_used[piece[kept]] = used[kept]
                 if (lost := piece[alive & ~np.array(applied)]).size:
                     await self.lose(group, lost)
 
@@ -445,12 +452,13 @@ class Keeper:
             raise StoreDown(error) from error
 
     async def _save_in_time(self) -> None:
-        """Stores everything twice within the shortest idle lifetime, or the store would end what is in use here."""
-        groups = [(group, group.arena.all_used()) for group in self._sessions.groups()]
-        shortest = min((float(group.idle_lifetime[slots].min()) for group, slots in groups if len(slots)), default=0.0)
-        if self._clock() >= self._saved_at + shortest / 2:
-            await self.save_all()
-            self._saved_at = self._clock()
+        """Stores the sessions that were used but are stored as if they were not, before the store ends them: when half
+        of their idle lifetime has passed since the use that it knows of.
+        """
+        for group in self._sessions.groups():
+            slots = group.arena.all_used()
+            late = group.stored_used[slots] + group.idle_lifetime[slots] / 2 <= self._clock()
+            await self.save(group, slots[late])
 
     async def close(self) -> None:
         """Stores what is not stored, and lets the store go. The sessions stay there."""

@@ -65,6 +65,7 @@ _COLUMNS = {
     "epoch": np.int64,
     "revision": np.int64,
     "dirty": np.bool_,
+    "stored_used": np.float64,
 }
 
 
@@ -92,6 +93,7 @@ class Group:
         epoch: int64 [capacity], the owner's; 0: the session is not stored.
         revision: int64 [capacity], the number of the last write, where sessions are stored.
         dirty: bool [capacity], what is in memory is not what is stored.
+        stored_used: float64 [capacity], ``last_used`` as it is stored.
         window: what was answered lately.
         fitting: the signatures of inputs that are known to fit.
     """
@@ -110,6 +112,7 @@ class Group:
     epoch: Array
     revision: Array
     dirty: Array
+    stored_used: Array
 
     def __init__(
         self,
@@ -141,7 +144,7 @@ class Group:
         self.step[slots] = 0
         self.dirty[slots] = False
         self.epoch[slots] = 0
-        self.last_used[slots] = now
+        self.last_used[slots] = self.stored_used[slots] = now
         self.live += count  # tail stays: chunks of a slot's last session may still have to be told that it ended
         return slots
 

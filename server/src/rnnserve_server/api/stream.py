@@ -29,6 +29,7 @@ from rnnserve_server.errors import (
     LaneRepeated,
     LaneUnknown,
     ServiceError,
+    SessionAway,
     SessionExists,
     StoreDown,
     TooLarge,
@@ -39,6 +40,7 @@ from rnnserve_server.sessions import Group
 _RESPONSE_BYTES = 1 << 20  # a response is sent once it is so large, although more is ready
 _TAKEN_AT_ONCE = 64  # opens or closes of a stream that are done in one turn of the event loop
 _FOUND_LANES = 65536  # of frames whose sessions are remembered
+_TRIES = 3  # to have all sessions of a frame in memory at once: there may not be room for them
 _NONE = np.zeros(0, np.int64)
 _QUIET_SECONDS = 0.1  # a stream that says nothing for so long while the server drains has said all
 
@@ -157,17 +159,25 @@ class LaneStream:
         Returns:
             Why it could not, by lane.
         """
-        away = [lane for lane in lanes if self._is_open(lane) and not self._is_here(lane)]
-        ids = [each for each in {self._ids[lane] for lane in away} if not self._core.sessions.was_taken(each)]
-        if not ids:
-            return {}
-        errors = await self._attach(ids)
-        for lane in away:
-            if (session_id := self._ids[lane]) in self._core.sessions:
-                session = self._core.sessions.get(session_id)
-                self._vacate([lane])
-                self._put([lane], session.group, np.array([session.slot]))
-        return {lane: error for lane in away if (error := errors.get(self._ids[lane]))}
+        failed: dict[int, ServiceError] = {}
+        for _ in range(_TRIES):  # those that were here may have come to rest while the others were fetched
+            away = self._away(lanes, failed)
+            if not away:
+                return failed
+            errors = await self._attach(list({self._ids[lane] for lane in away}))
+            for lane in away:
+                if (session_id := self._ids[lane]) in self._core.sessions:
+                    session = self._core.sessions.get(session_id)
+                    self._vacate([lane])
+                    self._put([lane], session.group, np.array([session.slot]))
+                elif error := errors.get(session_id):
+                    failed[lane] = error
+        return failed | {lane: SessionAway(self._ids[lane]) for lane in self._away(lanes, failed)}
+
+    def _away(self, lanes: Sequence[int], failed: Collection[int]) -> list[int]:
+        """The lanes whose sessions have left memory, and may be had again."""
+        away = [lane for lane in lanes if lane not in failed and self._is_open(lane) and not self._is_here(lane)]
+        return [lane for lane in away if not self._core.sessions.was_taken(self._ids[lane])]
 
     def _is_here(self, lane: int) -> bool:
         group = self._groups[int(self._group[lane])]
@@ -213,7 +223,7 @@ class LaneStream:
             else:
                 if error := errors.get(opening.session_id):
                     raise error
-                session = self._core.sessions.get(opening.session_id)
+                session = await self._core.session(opening.session_id)  # it may rest again by now
                 group, slots = session.group, np.array([session.slot])
         except (ServiceError, TensorError) as error:
             self._fail_opens(lanes, service_error(error))
