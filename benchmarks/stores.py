@@ -43,6 +43,7 @@ class StoreRow(ServerRow):
 
 SERVERS: Mapping[str, tuple[str, ...]] = {
     "sqlite, step": ("--durability", "step"),
+    "sqlite, step, sync normal": ("--durability", "step", "--store-sync", "normal"),
     "sqlite, interval": ("--durability", "interval"),
     "redis, step": ("--durability", "step"),
     "redis, interval": ("--durability", "interval"),

@@ -15,7 +15,7 @@ import json
 import os
 import sqlite3
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -81,10 +81,11 @@ CREATE INDEX ended_by_time ON ended (at);
 """
 # What files of format 1 have not.
 _JOURNAL = "CREATE TABLE journal (n INTEGER PRIMARY KEY, tick BLOB NOT NULL) STRICT"
-_JOURNAL_BYTES = 8 << 20
-_JOURNAL_TICKS = 512
+_JOURNAL_BYTES = 32 << 20
+_JOURNAL_TICKS = 1024
+_JOURNAL_SESSIONS = 4096  # to bring the journal to their rows keeps commits waiting for some tens of milliseconds
 _PAGE_BYTES = 16384
-_LOG_PAGES = 2000
+_LOG_PAGES = 4000
 _CACHE_KIB = 65536
 _RETRY_SECONDS = 0.01
 
@@ -120,7 +121,8 @@ class SqliteStore(Store):
         # (epoch, revision, step) of sessions, among them all that the journal names; good for this version of the file.
         self._known: dict[str, tuple[int, int, int]] = {}
         self._version = -1
-        self._journal_bytes = self._journal_ticks = 0
+        self._ticks: list[Tick] = []  # what the journal holds, as long as that is good
+        self._journal_bytes = 0
 
     @classmethod
     async def open(
@@ -379,9 +381,13 @@ class SqliteStore(Store):
                     packed = tick.pack()
                     self._db.execute("INSERT INTO journal (tick) VALUES (?)", (packed,))
                     self._journal_bytes += len(packed)
-                    self._journal_ticks += 1
                 known |= follow
-                if self._journal_bytes > _JOURNAL_BYTES or self._journal_ticks > _JOURNAL_TICKS:
+                self._ticks += ticks
+                if (
+                    self._journal_bytes > _JOURNAL_BYTES
+                    or len(self._ticks) > _JOURNAL_TICKS
+                    or len(known) > _JOURNAL_SESSIONS
+                ):
                     self._fold()
         except BaseException:
             self._known = {}  # whether it was committed is not known
@@ -390,13 +396,18 @@ class SqliteStore(Store):
 
     def _look(self, ids: Sequence[str]) -> None:
         """Has in mind where sessions stand, of those that there are."""
-        (version,) = self._db.execute("PRAGMA data_version").fetchone()
-        if version != self._version or not self._known:
-            self._version = version  # changes when another connection writes
+        if not self._current():
             self._fold()
         if missing := [session_id for session_id in ids if session_id not in self._known]:
             for session_id, (_, epoch, revision, step) in self._counters(missing).items():
                 self._known[session_id] = epoch, revision, step
+
+    def _current(self) -> bool:
+        """Whether what is in mind is good: nobody else has written since. If not, it is forgotten."""
+        (version,) = self._db.execute("PRAGMA data_version").fetchone()
+        if version != self._version:
+            self._version, self._known = version, {}
+        return bool(self._known)
 
     def _settle(self) -> None:
         """Brings the journal to the sessions' rows, if there is anything in it."""
@@ -406,17 +417,27 @@ class SqliteStore(Store):
 
     def _fold(self) -> None:
         """Brings the journal to the sessions' rows, and empties it."""
-        self._known = {}
-        self._journal_bytes = self._journal_ticks = 0
+        if self._current():
+            ticks: Iterable[Tick] = reversed(self._ticks)
+        else:
+            found = self._db.execute("SELECT tick FROM journal ORDER BY n DESC")
+            ticks = (Tick.unpack(packed) for (packed,) in found)
+        self._known, self._ticks, self._journal_bytes = {}, [], 0
         last: dict[str, tuple[Tick, int]] = {}
         replies: dict[str, list[Reply]] = {}  # youngest first
-        for (packed,) in self._db.execute("SELECT tick FROM journal ORDER BY n DESC"):
-            tick = Tick.unpack(packed)
+        full: Sequence[str] = ()
+        for tick in ticks:
+            if tick.ids == full:
+                continue  # nothing of it is wanted
+            lacking = False
             for position, session_id in enumerate(tick.ids):
                 keep = last.setdefault(session_id, (tick, position))[0].keep
                 answered = replies.setdefault(session_id, [])
                 if len(answered) < keep:
                     answered += tick.replies(position)[::-1]
+                    lacking = lacking or len(answered) < keep
+            if not lacking:
+                full = tick.ids
         if not last:
             return
         numbers = self._counters(list(last))
