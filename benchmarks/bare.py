@@ -11,19 +11,20 @@ does.
 
 from __future__ import annotations
 
-from rnnserve_server.process import tune
-
-tune()  # as rnnserve itself does, so that what is between them is not this
-
 from typing import Any
 
-import grpc
 import uvloop
 
-from benchmarks.echo import METHOD, SERVICE
-from benchmarks.engine import Engine
-from rnnserve.codec import decode, encode_into
-from rnnserve.v1 import inference_pb2 as pb
+from rnnserve_server.process import tune
+
+tune()  # before gRPC is loaded, as rnnserve does, so that what is between them is not this
+
+import grpc  # noqa: E402
+
+from benchmarks.echo import METHOD, SERVICE  # noqa: E402
+from benchmarks.engine import Engine  # noqa: E402
+from rnnserve.codec import decode, encode_into  # noqa: E402
+from rnnserve.v1 import inference_pb2 as pb  # noqa: E402
 
 
 async def stream(_: object, context: grpc.aio.ServicerContext[Any, Any]) -> None:
