@@ -8,11 +8,15 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rnnserve_server.store.base import Reply, StoreCorrupt, Write
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 Rows = NDArray[np.uint8]
 """N equal parts of bytes: uint8 [N, bytes of a part]."""
@@ -123,9 +127,9 @@ class Tick:
         what = json.dumps(
             (*columns, self.timesteps, self.last_used, self.keep, self.states.shape[1], rounds), separators=(",", ":")
         ).encode()
-        parts = [len(what).to_bytes(_LENGTH_BYTES, "little"), what, np.ascontiguousarray(self.states).data]
+        parts: list[Buffer] = [len(what).to_bytes(_LENGTH_BYTES, "little"), what, np.ascontiguousarray(self.states)]
         for each in self.rounds:
-            parts += [np.ascontiguousarray(each.digests).data, np.ascontiguousarray(each.rest).data]
+            parts += [np.ascontiguousarray(each.digests), np.ascontiguousarray(each.rest)]
         return b"".join(parts)
 
     @classmethod
