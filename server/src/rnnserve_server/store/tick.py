@@ -8,15 +8,11 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rnnserve_server.store.base import Reply, StoreCorrupt, Write
-
-if TYPE_CHECKING:
-    from typing_extensions import Buffer
 
 Rows = NDArray[np.uint8]
 """N equal parts of bytes: uint8 [N, bytes of a part]."""
@@ -127,9 +123,13 @@ class Tick:
         what = json.dumps(
             (*columns, self.timesteps, self.last_used, self.keep, self.states.shape[1], rounds), separators=(",", ":")
         ).encode()
-        parts: list[Buffer] = [len(what).to_bytes(_LENGTH_BYTES, "little"), what, np.ascontiguousarray(self.states)]
+        parts: list[bytes | memoryview] = [
+            len(what).to_bytes(_LENGTH_BYTES, "little"),
+            what,
+            np.ascontiguousarray(self.states).data,
+        ]
         for each in self.rounds:
-            parts += [np.ascontiguousarray(each.digests), np.ascontiguousarray(each.rest)]
+            parts += [np.ascontiguousarray(each.digests).data, np.ascontiguousarray(each.rest).data]
         return b"".join(parts)
 
     @classmethod
