@@ -147,20 +147,28 @@ for steps, digest, rest in string.gmatch(ARGV[1], '|(%d+) (%d+) (%d+)') do
   rounds[#rounds + 1] = {tonumber(steps), tonumber(digest), tonumber(rest), string.format('%04d', tonumber(digest))}
   total = total + tonumber(steps)
 end
+local texts = {}
+local function digits(number)  -- sessions that are stepped together are mostly at the same step
+  local text = texts[number]
+  if not text then
+    text = string.format('%020.0f', number)
+    texts[number] = text
+  end
+  return text
+end
 local results = {}
 for k = 1, #KEYS, 2 do
   local key, list, at = KEYS[k], KEYS[k + 1], (k - 1) / 2
   local epoch, before, step = struct.unpack('<i8i8i8', ARGV[2], at * 24 + 1)
   local stored = redis.call('HMGET', key, 'epoch', 'revision', 'step')
   if stored[1] == string.format('%.0f', epoch) and stored[2] == string.format('%.0f', before)
-      and stored[3] == string.format('%020.0f', step) then
-    redis.call('HSET', key, 'revision', string.format('%.0f', before + 1), 'step',
-      string.format('%020.0f', step + timesteps), 'used', used, 'states',
-      string.sub(ARGV[3], at * width + 1, (at + 1) * width))
+      and stored[3] == digits(step) then
+    redis.call('HSET', key, 'revision', string.format('%.0f', before + 1), 'step', digits(step + timesteps), 'used', used,
+      'states', string.sub(ARGV[3], at * width + 1, (at + 1) * width))
     local first, replies = step + timesteps - total, {}
     for r, round in ipairs(rounds) do
       local digests, head, rest = ARGV[3 * r + 1], ARGV[3 * r + 2], ARGV[3 * r + 3]
-      replies[r] = table.concat({string.format('%020.0f%020.0f', first, first + round[1]), round[4],
+      replies[r] = table.concat({digits(first), digits(first + round[1]), round[4],
         string.sub(digests, at * round[2] + 1, (at + 1) * round[2]), head,
         string.sub(rest, at * round[3] + 1, (at + 1) * round[3])})
       first = first + round[1]
