@@ -40,6 +40,11 @@ class StoreRow(ServerRow):
     def name(self) -> str:
         return f"{self.kept}: {super().name}"
 
+    @property
+    def in_memory(self) -> ServerRow:
+        """The row of the server without a store doing the same work."""
+        return ServerRow(self.streams, self.lanes, self.steps, self.depth)
+
 
 SERVERS: Mapping[str, tuple[str, ...]] = {
     "sqlite, step": ("--durability", "step"),

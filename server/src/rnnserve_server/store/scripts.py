@@ -163,8 +163,8 @@ for k = 1, #KEYS, 2 do
   local stored = redis.call('HMGET', key, 'epoch', 'revision', 'step')
   if stored[1] == string.format('%.0f', epoch) and stored[2] == string.format('%.0f', before)
       and stored[3] == digits(step) then
-    redis.call('HSET', key, 'revision', string.format('%.0f', before + 1), 'step', digits(step + timesteps), 'used', used,
-      'states', string.sub(ARGV[3], at * width + 1, (at + 1) * width))
+    redis.call('HSET', key, 'revision', string.format('%.0f', before + 1), 'step', digits(step + timesteps),
+      'used', used, 'states', string.sub(ARGV[3], at * width + 1, (at + 1) * width))
     local first, replies = step + timesteps - total, {}
     for r, round in ipairs(rounds) do
       local digests, head, rest = ARGV[3 * r + 1], ARGV[3 * r + 2], ARGV[3 * r + 3]
