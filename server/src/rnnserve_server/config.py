@@ -56,6 +56,11 @@ class Settings(BaseSettings):
     durability: Durability = Field(
         "step", description="when: with every step, at an interval, or when a session rests and at shutdown (none)"
     )
+    store_sync: Literal["full", "normal"] = Field(
+        "full",
+        description="what an answer waits for with SQLite: full, for the disk; normal, for the operating system, which "
+        "no end of the server can harm, but a power cut may cost the last answers",
+    )
     store_interval: Seconds = Field(1.0, description="seconds between writes, with durability interval")
     rest_seconds: Seconds = Field(300.0, description="seconds without use after which a stored session leaves memory")
 

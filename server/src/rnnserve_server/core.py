@@ -157,7 +157,7 @@ class Core:
             StoreError: it cannot be opened.
         """
         if self.settings.store:
-            store = await open_store(self.settings.store)
+            store = await open_store(self.settings.store, synchronous=self.settings.store_sync)
             self.keeper = Keeper(
                 store,
                 self.settings.durability,

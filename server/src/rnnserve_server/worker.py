@@ -222,12 +222,12 @@ class Worker:
         sessions = [block for block in blocks if block.sessions is not None]
         if not sessions:
             return blocks
-        writes = []
-        for block in sessions:
-            shown = [(each, *self._shown(each, ys, block)) for each, ys in self._rounds(block)]
-            writes += keeper.writes(block, shown)
+        ticks = [
+            keeper.tick(block, [(each, *self._shown(each, ys, block)) for each, ys in self._rounds(block)])
+            for block in sessions
+        ]
         try:
-            applied = iter(await keeper.store.commit(writes))
+            applied = await keeper.store.commit_ticks(ticks)
         except StoreError as error:
             log.warning("the store does not answer", error=str(error))
             for block in sessions:  # whether they were written is not known: what is stored is what counts
@@ -238,10 +238,10 @@ class Worker:
                     self._drop(alive, StoreDown(error))
             return [block for block in blocks if block.sessions is None]
         kept = [block for block in blocks if block.sessions is None]
-        for block in sessions:
+        for block, each in zip(sessions, applied, strict=True):
             assert block.sessions is not None
             group, slots = block.sessions.group, block.sessions.slots
-            good = np.array([next(applied) for _ in range(len(slots))])
+            good = np.array(each)
             alive_slots = group.generation[slots] == block.sessions.generations
             group.revision[slots[good & alive_slots]] += 1
             if lost := np.flatnonzero(~good & alive_slots).tolist():

@@ -161,6 +161,9 @@ class LaneStream:
             Why it could not, by lane.
         """
         failed: dict[int, ServiceError] = {}
+        found = self._found.get(tuple(lanes))
+        if found and all(part.alive() for part in found):
+            return failed  # all are here, as they mostly are
         for _ in range(_TRIES):  # those that were here may have come to rest while the others were fetched
             away = self._away(lanes, failed)
             if not away:
@@ -530,12 +533,20 @@ class _Part:
         self._at = span(slots) if len(slots) else slots
         self._ended = -1  # `Group.ended` when all of the sessions were alive
 
+    def alive(self) -> bool:
+        """Whether all of the lanes are open and their sessions alive."""
+        group = self.group
+        if group is None:
+            return False
+        if self._ended != group.ended and (group.generation[self._at] == self._generations).all():
+            self._ended = group.ended
+        return self._ended == group.ended
+
     def sessions(self, first_steps: Array | None) -> Sessions:
         """The sessions, n chunks of which begin at those steps."""
         group = self.group
         assert group is not None
-        if self._ended != group.ended and (group.generation[self._at] == self._generations).all():
-            self._ended = group.ended
+        self.alive()
         return Sessions(group, self._slots, self._generations, first_steps, self._ended, self._distinct, self._at)
 
 
