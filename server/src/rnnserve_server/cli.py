@@ -51,7 +51,7 @@ def _serve(config: Path | None, **flags: Any) -> None:
 
     try:
         uvloop.run(serve(settings))
-    except (ModelError, StoreError, OSError) as error:
+    except (ConfigError, ModelError, StoreError, OSError) as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(1) from error
 
