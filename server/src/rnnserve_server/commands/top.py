@@ -165,9 +165,9 @@ def _rejections(every: Joined) -> Table:
 
 def _table(first: str, *others: str) -> Table:
     table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold")
-    table.add_column(first, no_wrap=True, min_width=20)
+    table.add_column(first, no_wrap=True, min_width=18)
     for each in others:
-        table.add_column(each, justify="left" if each == "state" else "right", no_wrap=True, min_width=8)
+        table.add_column(each, justify="left" if each == "state" else "right", no_wrap=True, min_width=7)
     return table
 
 
