@@ -12,10 +12,12 @@ from pathlib import Path
 
 import pytest
 
+CONSOLES = Path(__file__).parent.parent / "deploy" / "prometheus" / "consoles"
+
 
 @contextmanager
 def running_prometheus(*targets: str, rules: Sequence[Path] = ()) -> Iterator[str]:
-    """A Prometheus that scrapes servers every second, for as long as the block runs: its URL. Skips the test where
+    """A Prometheus that scrapes servers every two seconds, for as long as the block runs: its URL. Skips the test where
     there is none.
     """
     if not shutil.which("prometheus"):
@@ -26,7 +28,7 @@ def running_prometheus(*targets: str, rules: Sequence[Path] = ()) -> Iterator[st
     with tempfile.TemporaryDirectory(prefix="prometheus") as folder:
         config = Path(folder, "prometheus.yml")
         config.write_text(
-            "global: {scrape_interval: 1s, scrape_timeout: 1s, evaluation_interval: 1s}\n"
+            "global: {scrape_interval: 2s, scrape_timeout: 2s, evaluation_interval: 2s}\n"
             f"rule_files: [{', '.join(map(str, rules))}]\n"
             "scrape_configs:\n"
             "  - job_name: rnnserve\n"
@@ -35,6 +37,7 @@ def running_prometheus(*targets: str, rules: Sequence[Path] = ()) -> Iterator[st
         )
         command = ["prometheus", f"--config.file={config}", f"--storage.tsdb.path={folder}/data"]
         command += [f"--web.listen-address=127.0.0.1:{port}", "--enable-feature=exemplar-storage"]
+        command += [f"--web.console.templates={CONSOLES}", f"--web.console.libraries={folder}"]
         process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         said = []
         try:

@@ -29,11 +29,17 @@ from serving import running_server
 DEPLOY = Path(__file__).parent.parent / "deploy"
 RULES = DEPLOY / "prometheus" / "rules.yml"
 DASHBOARD = DEPLOY / "grafana" / "dashboards" / "rnnserve.json"
-_spec = importlib.util.spec_from_file_location("check", DEPLOY / "grafana" / "check.py")
-assert _spec is not None
-assert _spec.loader is not None
-check = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(check)
+
+
+def script(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+check = script(DEPLOY / "grafana" / "check.py")
+make_console = script(DEPLOY / "prometheus" / "make_console.py")
 
 
 def load(address, stop):
@@ -57,6 +63,17 @@ def load(address, stop):
                         )
                 with pytest.raises(SessionNotFound):
                     client.attach("nobody")
+
+
+def panels():
+    return json.loads(DASHBOARD.read_text())["panels"]
+
+
+def drawn(url, *arguments, profile):
+    """What headless Chromium says of a page once it is drawn."""
+    command = ["chromium", "--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
+    command += ["--virtual-time-budget=15000", f"--user-data-dir={profile}/chromium", *arguments, url]
+    return subprocess.run(command, capture_output=True, text=True, timeout=100, check=True).stdout
 
 
 @pytest.mark.slow
@@ -92,6 +109,16 @@ def test_every_query_of_the_dashboard_has_data(tmp_path, capsys):
             assert "NO DATA" in said
             assert "parse error" in said
 
+            if shutil.which("chromium"):
+                page = drawn(f"{url}/consoles/rnnserve.html?seconds=20&rate=10s", "--dump-dom", profile=tmp_path)
+                graphs = [panel for panel in panels() if panel["type"] == "timeseries"]
+                assert page.count("<svg") >= len(graphs)
+                assert "prom_graph_error" not in page
+                assert "error executing template" not in page
+                values = re.findall(r'<div class="value">(.*?)</div>', page)
+                assert len(values) == sum(panel["type"] == "stat" for panel in panels())
+                assert all(re.match(r"\d", value) for value in values), values
+
             values = urllib.parse.urlencode(
                 {"query": "rnnserve_tick_seconds_bucket", "start": time.time() - 60, "end": time.time()}
             )
@@ -118,18 +145,22 @@ def test_prometheus_takes_the_configuration():
     assert done.returncode == 0, done.stderr
 
 
+def test_the_console_is_the_dashboard():
+    """The console that Prometheus serves is what its script makes of the dashboard."""
+    console = make_console.console(json.loads(DASHBOARD.read_text()))
+    assert make_console.CONSOLE.read_text(encoding="utf-8") == console, "run deploy/prometheus/make_console.py"
+
+
 def test_the_dashboard_is_whole():
     """Every panel has a description and a unit, an id of its own and a place that no other has; its data source is the
     provisioned one; it asks for metrics and labels that there are.
     """
-    dashboard = json.loads(DASHBOARD.read_text())
     provisioned = yaml.safe_load((DEPLOY / "grafana/provisioning/datasources/prometheus.yml").read_text())
     (source,) = provisioned["datasources"]
     known = (DEPLOY / "prometheus" / "README.md").read_text()
     taken = set()
-    panels = dashboard["panels"]
-    assert len({panel["id"] for panel in panels}) == len(panels)
-    for panel in panels:
+    assert len({panel["id"] for panel in panels()}) == len(panels())
+    for panel in panels():
         place = panel["gridPos"]
         cells = {(place["x"] + x, place["y"] + y) for x in range(place["w"]) for y in range(place["h"])}
         assert not cells & taken, panel["title"]
