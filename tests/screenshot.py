@@ -13,6 +13,7 @@ import threading
 import time
 
 import numpy as np
+from PIL import Image
 
 import rnnserve
 from prometheus_server import running_prometheus
@@ -48,9 +49,9 @@ def main(path: str) -> None:
     stop = threading.Event()
     with (
         tempfile.TemporaryDirectory() as folder,
-        running_redis() as redis,
+        running_redis("--appendfsync", "everysec") as redis,
         running_server(metrics_port=0, store=redis.url) as one,
-        running_server(metrics_port=0, store=redis.url, durability="interval") as two,
+        running_server(metrics_port=0, store=redis.url) as two,
         running_prometheus(*(f"127.0.0.1:{each.server.metrics_port}" for each in (one, two))) as url,
     ):
         work = [
@@ -72,6 +73,9 @@ def main(path: str) -> None:
         stop.set()
         for each in work:
             each.join()
+    with Image.open(path) as picture:
+        small = picture.convert("RGB").quantize(64)
+    small.save(path, optimize=True)
 
 
 if __name__ == "__main__":

@@ -145,6 +145,19 @@ async def test_a_call_that_fails_says_so(spans):
     assert "nobody" in span.status.description
 
 
+def test_calls_to_the_store_are_parts_of_the_call(spans, tmp_path):
+    """What a call asks the store is within the call's span."""
+    with (
+        running_server(traces="otlp", store=f"sqlite:///{tmp_path}/s.db") as server,
+        rnnserve.Client(server.address) as client,
+        client.session("lstm-4") as session,
+        ME.start_as_current_span("caller") as caller,
+    ):
+        session.info()
+    call = spans.one("rnnserve.v1.SessionService/GetSession", caller.context.trace_id)
+    assert inside(spans.one("store peek", caller.context.trace_id), call)
+
+
 def test_what_nobody_samples_is_not_traced(spans):
     """Without a caller's span, and with one that is not sampled, nothing is recorded, and frames carry nothing."""
     with running_server(traces="otlp") as server, rnnserve.Client(server.address) as client:
