@@ -137,7 +137,7 @@ def test_every_query_of_the_dashboard_has_data(tmp_path, capsys):
 
 
 def test_prometheus_takes_the_configuration():
-    """promtool finds nothing wrong with the scrape configuration, and each alert fires when it should, and only then."""
+    """promtool takes the scrape configuration, and each alert fires when it should and only then."""
     if not shutil.which("promtool"):
         pytest.skip("promtool is not installed: apt-get install prometheus")
     for arguments in (["check", "config", "prometheus.yml"], ["test", "rules", "rules_test.yml"]):
