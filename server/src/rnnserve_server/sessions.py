@@ -151,6 +151,7 @@ class Group:
     def release(self, slots: Array) -> None:
         """Takes N distinct slots back. Work that is queued for them will find another generation."""
         self.generation[slots] += 1
+        self.dirty[slots] = False
         self.live -= len(slots)
         self.ended += len(slots)
         self.arena.release(slots)
