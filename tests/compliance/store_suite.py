@@ -578,6 +578,9 @@ class StoreSuite(ABC):
                     if len(page) < size:
                         break
                 assert found == expected
+        numbers = [sum(each.meta.model == model for each in sessions) for model in ("m", "n", "none")]
+        assert await store.count(["m", "n", "none"]) == numbers
+        assert await store.count([]) == []
         first = await store.page("", 10)
         gone = [first[-1], *(await store.page(first[-1].cursor, 3))]
         assert await store.delete([(head.id, head.epoch) for head in gone], End.CLOSED, NOW) == [True] * 4

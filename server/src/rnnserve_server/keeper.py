@@ -58,6 +58,7 @@ _ERRORS: dict[End, type[SessionError]] = {
     End.UNLOADED: SessionClosed,
 }
 _REASONS: dict[type[SessionError], End] = {SessionExpired: End.IDLE, SessionAged: End.AGED}
+_SHOWN = 4  # sessions that a line of the log names
 _AT_ONCE = 256  # sessions of one call to the store
 _TRIES = 3  # to have all sessions of a request in memory at once: there may not be room for them
 
@@ -213,6 +214,7 @@ class Keeper:
         )
         if full is not None:
             raise full
+        self._sessions.fetched[model.name, model.version] += 1
         now, wall = self._clock(), self._wall_clock()
         group.step[slots] = record.step
         group.epoch[slots], group.revision[slots] = record.epoch, record.revision
@@ -412,7 +414,14 @@ class Keeper:
             if group.generation[slot] == generation:  # else it has ended meanwhile, and the slot may be another's
                 self._sessions.lose(group, np.array([slot]), kind)
             errors.append(kind(session_id))
-        log.warning("sessions are not ours any more", count=len(ids), taken=sum(why is None for why in ended))
+        log.warning(
+            "sessions are not ours any more",
+            model=group.model.name,
+            version=group.model.version,
+            count=len(ids),
+            taken=sum(why is None for why in ended),
+            sessions=ids[:_SHOWN],
+        )
         return errors
 
     # Ending

@@ -365,6 +365,13 @@ class Store(ABC):
         """
 
     @abstractmethod
+    async def count(self, models: Sequence[str]) -> list[int]:
+        """How many sessions of each model there are, those among them that are due but were not ended yet.
+
+        Costs time in proportion to their number at most, and is asked every few seconds.
+        """
+
+    @abstractmethod
     async def close(self) -> None:
         """Waits for what is under way and lets go of everything. The sessions stay."""
 

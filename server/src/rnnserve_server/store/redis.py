@@ -281,6 +281,10 @@ class RedisStore(Store):
             after = cursors[-1].decode()
         return heads
 
+    async def count(self, models: Sequence[str]) -> list[int]:
+        """See `Store`."""
+        return list(await self._pipeline([("ZCARD", f"{self._prefix}all:{model}") for model in models]))
+
     async def close(self) -> None:
         """See `Store`."""
         await self._client.aclose()

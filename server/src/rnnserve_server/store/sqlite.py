@@ -197,6 +197,10 @@ class SqliteStore(Store):
         """See `Store`."""
         return await self._run(self._page, after, limit, model)
 
+    async def count(self, models: Sequence[str]) -> list[int]:
+        """See `Store`."""
+        return await self._run(self._count, models)
+
     async def close(self) -> None:
         """See `Store`."""
         await self._run(self._db.close)
@@ -550,6 +554,10 @@ class SqliteStore(Store):
                         look_at = meta.expires_at(last_used)
                         self._db.execute("UPDATE sessions SET look_at = ? WHERE n = ?", (look_at, number))
         return expired
+
+    def _count(self, models: Sequence[str]) -> list[int]:
+        query = "SELECT count(*) FROM sessions WHERE model = ?"
+        return [self._db.execute(query, (model,)).fetchone()[0] for model in models]
 
     def _page(self, after: str, limit: int, model: str) -> list[Head]:
         self._settle()
