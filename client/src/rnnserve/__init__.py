@@ -43,7 +43,7 @@ if TYPE_CHECKING:
         Violation,
     )
     from rnnserve.models import Model, SessionInfo, StateSpec, TensorSpec
-    from rnnserve.options import LayerOptions
+    from rnnserve.options import LayerOptions, ReplayWindow
 
 __all__ = [
     "RNN",
@@ -64,6 +64,7 @@ __all__ = [
     "ModelUnavailable",
     "NotFound",
     "OptionUnsupported",
+    "ReplayWindow",
     "RequestError",
     "RnnserveError",
     "ServerBusy",
@@ -90,7 +91,7 @@ __all__ = [
 ]
 
 _MODULES = {"client": ("RNN", "Client", "Session", "SessionGroup"), "codec": ("TensorError",)}
-_MODULES |= {"models": ("Model", "SessionInfo", "StateSpec", "TensorSpec"), "options": ("LayerOptions",)}
+_MODULES |= {"models": ("Model", "SessionInfo", "StateSpec", "TensorSpec"), "options": ("LayerOptions", "ReplayWindow")}
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 
 

@@ -38,6 +38,7 @@ from rnnserve_server.keeper import Keeper, session_bytes
 from rnnserve_server.layout import check_call, check_states, faults, signature, to_call
 from rnnserve_server.replay import Limits
 from rnnserve_server.repository import Repository
+from rnnserve_server.resets import NO_RULES, ResetRules, resets
 from rnnserve_server.scheduler import Scheduler
 from rnnserve_server.sessions import Group, Session, SessionTable
 from rnnserve_server.store import open_store
@@ -91,6 +92,7 @@ class Core:
         idle_lifetime: float | None = None,
         lifetime: float | None = None,
         replay: Limits | None = None,
+        rules: ResetRules = NO_RULES,
         session_ids: Sequence[str] = (),
     ) -> tuple[Group, Array, SessionsFull | None]:
         """Makes sessions that are alike; see SessionConfig for the rules, and `SessionTable.create_many` for what is
@@ -109,6 +111,7 @@ class Core:
             raise TooLarge("batch_size", self.settings.max_batch_size, batch_size)
         loaded = self.repository.get(model, version)
         resolved = resolve_options(loaded, options, stateful=True)
+        _check_rules(loaded, rules)
         if initial_states:
             check_states(loaded.engine.states, initial_states, batch_size, "initial_states")
         await self.make_room(loaded, batch_size, count)
@@ -122,6 +125,7 @@ class Core:
             idle_lifetime=min(idle, self.settings.max_idle_lifetime),
             lifetime=min(lifetime or math.inf, self.settings.max_lifetime or math.inf),
             replay=self._limits(replay),
+            rules=rules,
             session_ids=session_ids,
         )
 
@@ -330,6 +334,9 @@ class Core:
         mask: Array | None,
         initial_states: Arrays | None,
         sink: Sink,
+        *,
+        rules: ResetRules = NO_RULES,
+        first_step: int = 0,
     ) -> None:
         """Queues one call without a session.
 
@@ -340,6 +347,8 @@ class Core:
             mask: bool, [batch, time] or [1, time] (likewise), or None.
             initial_states: every state, [batch, *shape]; None or empty for the model's default.
             sink: where results go.
+            rules: when states are reset by themselves, but for masked steps: nothing is known of those before.
+            first_step: the number of the first step, for these rules.
 
         Raises:
             ServiceError: the inputs, the mask or the states do not fit; nothing was queued.
@@ -357,7 +366,10 @@ class Core:
         if initial_states:
             check_states(model.engine.states, initial_states, rows, "initial_states")
         states = initial_states or {spec.name: spec.initial(rows) for spec in model.engine.states}
-        self.worker(model).submit(Block(call, rows, options, [(sink, 1)], np.zeros(1, np.int64), states=states))
+        block = Block(call, rows, options, [(sink, 1)], np.zeros(1, np.int64), states=states)
+        if rules.every_steps:
+            block.resets = resets(ResetRules(rules.every_steps), call, np.array([first_step], np.uint64), {})
+        self.worker(model).submit(block)
 
     def worker(self, model: LoadedModel) -> Worker:
         """The worker of a model version."""
@@ -461,6 +473,15 @@ def resolve_options(model: LoadedModel, asked: Mapping[str, bool], *, stateful: 
             )
         options[name] = value
     return LayerOptions(**options)
+
+
+def _check_rules(model: LoadedModel, rules: ResetRules) -> None:
+    if rules != NO_RULES and model.engine.whole:
+        raise OptionUnsupported(
+            f"reset_rules: model {model.name!r} computes each chunk whole, so its states cannot be reset within one; "
+            "reset the session between chunks",
+            metadata={"field": "reset_rules", "expected": "none", "got": str(rules)},
+        )
 
 
 def _check_mask(model: LoadedModel, mask: Array | None) -> None:

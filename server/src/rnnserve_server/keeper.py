@@ -38,6 +38,7 @@ from rnnserve_server.records import (
     options_of,
     pack_answers,
     pack_states,
+    rules_of,
     unpack_answers,
     unpack_states,
 )
@@ -198,7 +199,8 @@ class Keeper:
 
     def _adopt(self, record: Record, model: LoadedModel) -> None:
         meta = record.meta
-        states = unpack_states(model.engine.states, meta.batch_size, record.states)
+        rules = rules_of(meta)
+        states = unpack_states((*model.engine.states, *rules.states), meta.batch_size, record.states)
         group, slots, full = self._sessions.create_many(
             model,
             meta.batch_size,
@@ -208,6 +210,7 @@ class Keeper:
             idle_lifetime=meta.idle_lifetime,
             lifetime=math.inf if meta.lifetime is None else meta.lifetime,
             replay=limits_of(meta),
+            rules=rules,
             session_ids=[record.id],
         )
         if full is not None:

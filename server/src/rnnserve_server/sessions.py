@@ -36,6 +36,7 @@ from rnnserve_server.errors import (
 )
 from rnnserve_server.expiry import Expiry
 from rnnserve_server.replay import NO_REPLAY, Limits, Window
+from rnnserve_server.resets import NO_RULES, ResetRules
 from rnnserve_server.state import Arena
 
 _REMEMBERED_ENDS = 65536
@@ -74,6 +75,8 @@ class Group:
 
     Attributes:
         index: its number in its table, never given again.
+        rules: when their states are reset by themselves; None: never.
+        states: what their states are: the model's, and what the rules need beside them.
         arena: their states.
         expiry: when which must be looked at.
         step: uint64 [capacity], time steps consumed.
@@ -120,13 +123,16 @@ class Group:
         batch_size: int,
         options: LayerOptions,
         replay: Limits = NO_REPLAY,
+        rules: ResetRules = NO_RULES,
         index: int = 0,
     ) -> None:
         self.model = model
         self.batch_size = batch_size
         self.options = options
         self.index = index
-        self.arena = Arena(model.engine.states, batch_size)
+        self.rules = rules if rules != NO_RULES else None
+        self.states = (*model.engine.states, *rules.states)
+        self.arena = Arena(self.states, batch_size)
         self.expiry = Expiry()
         self.ids: list[str] = []
         self.live = 0
@@ -257,6 +263,7 @@ class SessionTable:
         idle_lifetime: float,
         lifetime: float = math.inf,
         replay: Limits = NO_REPLAY,
+        rules: ResetRules = NO_RULES,
         session_id: str = "",
     ) -> Session:
         """Makes a session at step 0. Arguments as `create_many`.
@@ -274,6 +281,7 @@ class SessionTable:
             idle_lifetime=idle_lifetime,
             lifetime=lifetime,
             replay=replay,
+            rules=rules,
             session_ids=[session_id] if session_id else (),
         )
         if full is not None:
@@ -291,6 +299,7 @@ class SessionTable:
         idle_lifetime: float,
         lifetime: float = math.inf,
         replay: Limits = NO_REPLAY,
+        rules: ResetRules = NO_RULES,
         session_ids: Sequence[str] = (),
     ) -> tuple[Group, Array, SessionsFull | None]:
         """Makes N sessions at step 0 that are alike, or as many as there is room for.
@@ -304,6 +313,7 @@ class SessionTable:
             idle_lifetime: seconds.
             lifetime: seconds; infinity for no end.
             replay: how much their replay windows hold.
+            rules: when their states are reset by themselves.
             session_ids: the N distinct ids to give them; empty for new ones.
 
         Returns:
@@ -316,8 +326,8 @@ class SessionTable:
         for session_id in session_ids:
             if session_id in self:
                 raise SessionExists(session_id)
-        key = _key(model, batch_size, options, replay)
-        group = self._groups.get(key) or Group(model, batch_size, options, replay, self._index + 1)
+        key = _key(model, batch_size, options, replay, rules)
+        group = self._groups.get(key) or Group(model, batch_size, options, replay, rules, self._index + 1)
         room = min(
             self._max_sessions - self._live,
             (self._max_state_bytes - self.state_bytes) // max(1, group.arena.session_bytes),
@@ -594,7 +604,7 @@ class SessionTable:
         group.release(slots)
         self.state_bytes -= len(slots) * group.arena.session_bytes
         if not group.live:  # give its memory back; work that is still queued holds on to the group it was sent to
-            key = _key(group.model, group.batch_size, group.options, group.window.limits)
+            key = _key(group.model, group.batch_size, group.options, group.window.limits, group.rules or NO_RULES)
             del self._groups[key], self._by_index[group.index]
 
     def _full(self, group: Group) -> SessionsFull:
@@ -623,9 +633,9 @@ def _new_ids(count: int) -> list[str]:
     return [digits[start : start + 32] for start in range(0, len(digits), 32)]
 
 
-_Key = tuple[str, str, str, int, LayerOptions, Limits]
+_Key = tuple[str, str, str, int, LayerOptions, Limits, ResetRules]
 
 
-def _key(model: LoadedModel, batch_size: int, options: LayerOptions, replay: Limits) -> _Key:
+def _key(model: LoadedModel, batch_size: int, options: LayerOptions, replay: Limits, rules: ResetRules) -> _Key:
     """What the sessions of a group have in common."""
-    return model.name, model.version, model.digest, batch_size, options, replay
+    return model.name, model.version, model.digest, batch_size, options, replay, rules

@@ -152,8 +152,8 @@ class SessionServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ForkSession(self, request, context):
-        """Makes sessions that go on where this one is: with its model, options, batch size, lifetimes, states and step, and
-        an empty replay window. All of them are made at one moment, behind the chunks that the server has received for the
+        """Makes sessions that go on where this one is: with its model, options, batch size, lifetimes, reset rules, states and
+        step, and an empty replay window. All of them are made at one moment, behind the chunks that the server has received for the
         session, or none is. The session itself stays as it is.
 
         Errors: NOT_FOUND; ALREADY_EXISTS for an id in use; RESOURCE_EXHAUSTED when there is no room for all of them.

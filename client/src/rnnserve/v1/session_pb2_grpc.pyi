@@ -70,8 +70,8 @@ class SessionServiceStub:
     Errors: NOT_FOUND.
     """
     ForkSession: _grpc.UnaryUnaryMultiCallable[_session_pb2.ForkSessionRequest, _session_pb2.ForkSessionResponse]
-    """Makes sessions that go on where this one is: with its model, options, batch size, lifetimes, states and step, and
-    an empty replay window. All of them are made at one moment, behind the chunks that the server has received for the
+    """Makes sessions that go on where this one is: with its model, options, batch size, lifetimes, reset rules, states and
+    step, and an empty replay window. All of them are made at one moment, behind the chunks that the server has received for the
     session, or none is. The session itself stays as it is.
 
     Errors: NOT_FOUND; ALREADY_EXISTS for an id in use; RESOURCE_EXHAUSTED when there is no room for all of them.
@@ -144,8 +144,8 @@ class SessionServiceAsyncStub(SessionServiceStub):
     Errors: NOT_FOUND.
     """
     ForkSession: _aio.UnaryUnaryMultiCallable[_session_pb2.ForkSessionRequest, _session_pb2.ForkSessionResponse]  # type: ignore[assignment]
-    """Makes sessions that go on where this one is: with its model, options, batch size, lifetimes, states and step, and
-    an empty replay window. All of them are made at one moment, behind the chunks that the server has received for the
+    """Makes sessions that go on where this one is: with its model, options, batch size, lifetimes, reset rules, states and
+    step, and an empty replay window. All of them are made at one moment, behind the chunks that the server has received for the
     session, or none is. The session itself stays as it is.
 
     Errors: NOT_FOUND; ALREADY_EXISTS for an id in use; RESOURCE_EXHAUSTED when there is no room for all of them.
@@ -257,8 +257,8 @@ class SessionServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _session_pb2.ForkSessionRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_session_pb2.ForkSessionResponse, _abc.Awaitable[_session_pb2.ForkSessionResponse]]:
-        """Makes sessions that go on where this one is: with its model, options, batch size, lifetimes, states and step, and
-        an empty replay window. All of them are made at one moment, behind the chunks that the server has received for the
+        """Makes sessions that go on where this one is: with its model, options, batch size, lifetimes, reset rules, states and
+        step, and an empty replay window. All of them are made at one moment, behind the chunks that the server has received for the
         session, or none is. The session itself stays as it is.
 
         Errors: NOT_FOUND; ALREADY_EXISTS for an id in use; RESOURCE_EXHAUSTED when there is no room for all of them.
