@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rnnserve import aio, errors
+    from rnnserve._notices import Notice
     from rnnserve.client import RNN, Client, Session, SessionGroup
     from rnnserve.codec import TensorError
     from rnnserve.errors import (
@@ -32,9 +33,12 @@ if TYPE_CHECKING:
         ServerError,
         SessionAged,
         SessionClosed,
+        SessionEvicted,
         SessionExists,
         SessionExpired,
         SessionNotFound,
+        SessionTakenOver,
+        SessionUnloaded,
         StepConflict,
         StepMismatch,
         TooLarge,
@@ -63,6 +67,7 @@ __all__ = [
     "ModelNotFound",
     "ModelUnavailable",
     "NotFound",
+    "Notice",
     "OptionUnsupported",
     "ReplayWindow",
     "RequestError",
@@ -72,11 +77,14 @@ __all__ = [
     "Session",
     "SessionAged",
     "SessionClosed",
+    "SessionEvicted",
     "SessionExists",
     "SessionExpired",
     "SessionGroup",
     "SessionInfo",
     "SessionNotFound",
+    "SessionTakenOver",
+    "SessionUnloaded",
     "StateSpec",
     "StepConflict",
     "StepMismatch",
@@ -90,7 +98,7 @@ __all__ = [
     "errors",
 ]
 
-_MODULES = {"client": ("RNN", "Client", "Session", "SessionGroup"), "codec": ("TensorError",)}
+_MODULES = {"client": ("RNN", "Client", "Session", "SessionGroup"), "codec": ("TensorError",), "_notices": ("Notice",)}
 _MODULES |= {"models": ("Model", "SessionInfo", "StateSpec", "TensorSpec"), "options": ("LayerOptions", "ReplayWindow")}
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 

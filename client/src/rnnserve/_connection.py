@@ -10,6 +10,7 @@ import grpc
 import grpc.aio
 
 from rnnserve._link import REPLAY_BYTES, Link
+from rnnserve._notices import OnNotice
 from rnnserve._retry import RETRY_FOR, Retry
 from rnnserve.errors import ClientClosed, DeadlineExceeded, RequestError, Unavailable, from_rpc_error
 from rnnserve.models import Model, SessionInfo
@@ -48,6 +49,7 @@ class Connection:
         options: Sequence[tuple[str, Any]],
         retry_for: float | None = RETRY_FOR,
         replay_bytes: int = REPLAY_BYTES,
+        on_notice: OnNotice | None = None,
     ) -> None:
         if retry_for is not None and not retry_for >= 0:
             raise ValueError(f"retry_for must be seconds, 0 for never or None for ever, got {retry_for}")
@@ -57,6 +59,7 @@ class Connection:
         self.timeout = timeout
         self.retry = Retry(retry_for)
         self._replay_bytes = replay_bytes
+        self._on_notice = on_notice
         self._credentials = credentials
         self._options = (*_OPTIONS, *options)
         self._channel: grpc.aio.Channel | None = None
@@ -80,7 +83,7 @@ class Connection:
         if self._closed:
             raise ClientClosed("the client is closed")
         if self._link is None:
-            self._link = Link(self.target, self._stream, self.retry, self._replay_bytes)
+            self._link = Link(self.target, self._stream, self.retry, self._replay_bytes, self._on_notice)
         return self._link
 
     def _stream(self) -> Any:

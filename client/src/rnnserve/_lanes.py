@@ -34,6 +34,7 @@ from rnnserve._chunks import (
     left_over,
     write_frame,
 )
+from rnnserve._notices import Notice
 from rnnserve.codec import decode_named
 from rnnserve.errors import RequestError, SessionExists, StepMismatch, from_status
 from rnnserve.v1 import inference_pb2, session_pb2
@@ -68,6 +69,7 @@ class Lanes:
         held: bytes that unanswered chunks take, roughly.
         broken: why the stream is of no more use although it goes on, or None.
         put_off: lanes that the server will not open now, with what it said: try `open_again`, or `refuse`.
+        notices: what the server told of sessions without being asked, for whoever takes it out.
     """
 
     def __init__(
@@ -96,6 +98,7 @@ class Lanes:
         self.held = 0
         self.broken: RequestError | None = None
         self.put_off: list[tuple[Lane, RequestError]] = []
+        self.notices: list[Notice] = []
 
     # Wishes
 
@@ -258,6 +261,8 @@ class Lanes:
             self._receive_error(error)
         for closed in response.closed:
             self._receive_closed(self._lane(closed.lane), None)
+        for notice in response.notices:
+            self._receive_notice(notice)
         if self._parked and (self._crowded or response.opened or response.errors):
             self._unpark()
         return answers
@@ -396,6 +401,13 @@ class Lanes:
         self._release(lane)
         if lane.close_ticket is not None:
             self._answers.append(Answer(lane.close_ticket, None, cause))
+
+    def _receive_notice(self, message: inference_pb2.LaneNotice) -> None:
+        numbers = message.lanes or list(self._lanes)
+        for lane in [self._lanes[number] for number in numbers if number in self._lanes]:  # or it is closed since
+            if not (lane.fresh or lane.closing) and (notice := Notice.of(lane.request.session_id, message)):
+                lane.notice = notice
+                self.notices.append(notice)
 
     # Chunks
 

@@ -11,6 +11,7 @@ from rnnserve import nest
 from rnnserve._chunks import Chunk, Columns, Lane
 from rnnserve._connection import Connection
 from rnnserve._link import Link, deliver
+from rnnserve._notices import Notice
 from rnnserve._signature import Signature, flat_states
 from rnnserve.codec import Array, encode_named
 from rnnserve.errors import (
@@ -123,6 +124,11 @@ class Live:
     def next_steps(self) -> list[int]:
         """The step at which each session's next chunk starts."""
         return [lane.next_step for lane in self._lanes]
+
+    @property
+    def notices(self) -> list[Notice | None]:
+        """What the server told of each session last without being asked."""
+        return [lane.notice for lane in self._lanes]
 
     @property
     def full(self) -> bool:

@@ -33,6 +33,7 @@ from rnnserve._faces import GroupFace, LayerFace, LiveFace, SessionFace
 from rnnserve._layer import Layer
 from rnnserve._link import REPLAY_BYTES
 from rnnserve._live import Live, Wish
+from rnnserve._notices import OnNotice, on_the_loop
 from rnnserve._pipeline import WINDOW, pipelined
 from rnnserve._retry import RETRY_FOR
 from rnnserve._states import Rollout
@@ -55,6 +56,8 @@ class Client:
         retry_for: seconds of trying to reach the server again before those who wait are told Unavailable; None for
             ever, 0 to tell them at once. See below.
         replay_bytes: memory for chunks that are not answered and may have to be sent again. Beyond it, steps wait.
+        on_notice: called with each `Notice` of the server: that a session is about to end, or has. A function or a
+            coroutine function, which runs as a task.
 
     Attributes:
         models: called, lists what the server hosts; deploys, unloads and reloads models where the server allows it.
@@ -80,8 +83,10 @@ class Client:
         options: Sequence[tuple[str, Any]] = (),
         retry_for: float | None = RETRY_FOR,
         replay_bytes: int = REPLAY_BYTES,
+        on_notice: OnNotice | None = None,
     ) -> None:
-        self._connection = Connection(target, timeout, credentials, options, retry_for, replay_bytes)
+        called = None if on_notice is None else on_the_loop(on_notice)
+        self._connection = Connection(target, timeout, credentials, options, retry_for, replay_bytes, called)
         self.models = Models(Catalogue(self._connection))
 
     async def __aenter__(self) -> Self:
@@ -286,9 +291,20 @@ class Models:
         """Adds a version of a model from a .keras, .h5, .onnx or .safetensors (PyTorch) file. Raises as `deploy`."""
         return await self._catalogue.deploy_file(name, path, version, timeout)
 
-    async def unload(self, name: str, *, version: str = "", timeout: float | None = None) -> list[str]:
-        """Takes a version, or all, from the list, and returns which. Sessions that have it go on."""
-        return await self._catalogue.unload(name, version, timeout)
+    async def unload(
+        self,
+        name: str,
+        *,
+        version: str = "",
+        end_sessions_after: float | None = None,
+        timeout: float | None = None,
+    ) -> list[str]:
+        """Takes a version, or all, from the list, and returns which.
+
+        Sessions that have it go on, unless `end_sessions_after` says that they end in so many seconds, 0 for at once:
+        then they are told by a `Notice`, and afterwards by SessionUnloaded.
+        """
+        return await self._catalogue.unload(name, version, end_sessions_after, timeout)
 
     async def reload(self, name: str, *, timeout: float | None = None) -> list[Model]:
         """Loads the versions that are in the server's folder now, and returns what is served."""

@@ -32,6 +32,7 @@ from rnnserve._faces import GroupFace, LayerFace, LiveFace, SessionFace
 from rnnserve._layer import Layer
 from rnnserve._link import REPLAY_BYTES
 from rnnserve._live import Live, Wish
+from rnnserve._notices import NoticeThread, OnNotice
 from rnnserve._pipeline import WINDOW, check_window
 from rnnserve._portal import Portal, new_ticket
 from rnnserve._retry import RETRY_FOR
@@ -55,6 +56,8 @@ class Client:
         retry_for: seconds of trying to reach the server again before those who wait are told Unavailable; None for
             ever, 0 to tell them at once. See below.
         replay_bytes: memory for chunks that are not answered and may have to be sent again. Beyond it, steps wait.
+        on_notice: called with each `Notice` of the server: that a session is about to end, or has. Runs on a thread of
+            its own, one call after the other, and may use the client.
 
     Attributes:
         models: called, lists what the server hosts; deploys, unloads and reloads models where the server allows it.
@@ -80,8 +83,11 @@ class Client:
         options: Sequence[tuple[str, Any]] = (),
         retry_for: float | None = RETRY_FOR,
         replay_bytes: int = REPLAY_BYTES,
+        on_notice: OnNotice | None = None,
     ) -> None:
-        self._connection = Connection(target, timeout, credentials, options, retry_for, replay_bytes)
+        notices = None if on_notice is None else NoticeThread(on_notice)
+        self._connection = Connection(target, timeout, credentials, options, retry_for, replay_bytes, notices)
+        self._notices = notices
         self._portal = Portal()
         self.models = Models(self._portal, Catalogue(self._connection))
 
@@ -96,6 +102,8 @@ class Client:
     def close(self) -> None:
         """Closes the connection and joins its thread. Sessions that were not closed live on until they expire."""
         self._portal.close(self._connection.close())
+        if self._notices is not None:
+            self._notices.close()
 
     def RNN(  # noqa: N802  (Keras's name)
         self,
@@ -294,9 +302,20 @@ class Models:
         """Adds a version of a model from a .keras, .h5, .onnx or .safetensors (PyTorch) file. Raises as `deploy`."""
         return self._portal.run(self._catalogue.deploy_file(name, path, version, timeout))
 
-    def unload(self, name: str, *, version: str = "", timeout: float | None = None) -> list[str]:
-        """Takes a version, or all, from the list, and returns which. Sessions that have it go on."""
-        return self._portal.run(self._catalogue.unload(name, version, timeout))
+    def unload(
+        self,
+        name: str,
+        *,
+        version: str = "",
+        end_sessions_after: float | None = None,
+        timeout: float | None = None,
+    ) -> list[str]:
+        """Takes a version, or all, from the list, and returns which.
+
+        Sessions that have it go on, unless `end_sessions_after` says that they end in so many seconds, 0 for at once:
+        then they are told by a `Notice`, and afterwards by SessionUnloaded.
+        """
+        return self._portal.run(self._catalogue.unload(name, version, end_sessions_after, timeout))
 
     def reload(self, name: str, *, timeout: float | None = None) -> list[Model]:
         """Loads the versions that are in the server's folder now, and returns what is served."""

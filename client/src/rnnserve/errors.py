@@ -177,6 +177,25 @@ class SessionAged(SessionExpired):
     reason = "SESSION_AGED"
 
 
+class SessionEvicted(SessionExpired):
+    """The session was not used for long and had to make room for others."""
+
+    reason = "SESSION_EVICTED"
+
+
+class SessionUnloaded(SessionNotFound):
+    """The session's model was unloaded, and its sessions ended with it."""
+
+    reason = "SESSION_UNLOADED"
+
+
+class SessionTakenOver(RequestError):
+    """Another server has taken the session; `attach` takes it back."""
+
+    status = grpc.StatusCode.ABORTED
+    reason = "SESSION_TAKEN_OVER"
+
+
 class SessionExists(RequestError):
     """A live session has the id that was chosen."""
 
@@ -293,6 +312,9 @@ _BY_REASON: dict[str, type[RequestError]] = {
     "SESSION_CLOSED": SessionClosed,
     "SESSION_EXPIRED": SessionExpired,
     "SESSION_AGED": SessionAged,
+    "SESSION_EVICTED": SessionEvicted,
+    "SESSION_UNLOADED": SessionUnloaded,
+    "SESSION_TAKEN_OVER": SessionTakenOver,
     "SESSION_EXISTS": SessionExists,
     "SESSIONS_FULL": ServerBusy,
     "STEP_AHEAD": StepMismatch,
@@ -303,6 +325,7 @@ _BY_REASON: dict[str, type[RequestError]] = {
     "DEADLINE_PASSED": DeadlineExceeded,
     "CANCELLED": Cancelled,
     "DRAINING": Unavailable,
+    "STORE_DOWN": Unavailable,
     "ENGINE_FAILED": ServerError,
     "INTERNAL": ServerError,
 }

@@ -50,6 +50,12 @@ class Settings(BaseSettings):
         0.0, description="seconds after which a session ends in any case, or sooner if it asks to; 0 for no end"
     )
 
+    evict_idle_seconds: Annotated[float, Field(ge=0)] = Field(
+        0.0,
+        description="a session that was not used for so long may have to make room when the server is full and keeps "
+        "sessions in memory only; 0: none has, and new ones are refused",
+    )
+
     store: str = Field(
         "", description="where sessions are kept: sqlite:///path or redis://host:port/db; empty: in memory only"
     )

@@ -9,10 +9,11 @@ import asyncio
 import math
 import re
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 
 import numpy as np
+import structlog
 
 from rnnserve_models.engine.base import Array, Arrays
 from rnnserve_models.load import LoadedModel
@@ -45,14 +46,24 @@ from rnnserve_server.store import open_store
 from rnnserve_server.store.base import Head
 from rnnserve_server.worker import Worker
 
+log = structlog.get_logger(__name__)
+
 _SESSION_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _MAX_SIGNATURES = 1024  # a client may send chunks of any length
 _LONGEST = 1e10  # seconds; a Duration holds more, and a clock less
 _RETRY_AFTER = 0.1  # seconds; a tick takes milliseconds
 
 
+Watch = Callable[[], Awaitable[None]]
+"""Looks whether somebody has to be told of sessions that end."""
+
+
 class Core:
-    """Everything that a server does between decoding a request and encoding its answer."""
+    """Everything that a server does between decoding a request and encoding its answer.
+
+    Attributes:
+        watches: who looks after sessions, about every second.
+    """
 
     def __init__(
         self,
@@ -75,6 +86,7 @@ class Core:
         self.keeper: Keeper | None = None
         self.draining = asyncio.Event()
         self.deployer = Deployer(settings, repository)
+        self.watches: set[Watch] = set()
         self._workers: dict[tuple[str, str, str], Worker] = {}
         self._room = asyncio.Event()
 
@@ -137,13 +149,21 @@ class Core:
         return Limits(min(asked.replies, settings.replay_chunks), min(asked.bytes, settings.replay_bytes))
 
     async def make_room(self, model: LoadedModel, batch_size: int, count: int) -> None:
-        """Has sessions that rest leave memory, if there is a store and N more would not fit.
+        """Has sessions leave memory if N more would not fit: those that rest, if there is a store, else those that were
+        not used for as long as the settings say.
 
         Raises:
             StoreDown: the store cannot be reached.
         """
         if self.keeper is not None:
             await self.keeper.make_room(count, session_bytes(model, batch_size), self._line_up)
+        elif self.settings.evict_idle_seconds:
+            lacking = self.sessions.lacking(count, session_bytes(model, batch_size))
+            if lacking > 0:
+                for worker in self._workers.values():
+                    worker.line_up()  # a session for which a chunk has come is in use
+                if evicted := self.sessions.evict(lacking, self.settings.evict_idle_seconds):
+                    log.warning("sessions made room for others", count=evicted)
 
     def check_new(self, session_ids: Sequence[str]) -> None:
         """Raises InvalidRequest for ids that no session can have, and Draining when no session can be made."""
@@ -153,6 +173,28 @@ class Core:
             if not _SESSION_ID.fullmatch(session_id):
                 expected = "1 to 128 characters from A-Z a-z 0-9 . _ : -"
                 raise InvalidRequest("session_id", expected, repr(session_id[:200]))
+
+    def unload(self, name: str, version: str, end_sessions_after: float | None) -> list[str]:
+        """Takes a version of a model, or all, from what is served, and returns which.
+
+        Args:
+            name: the model's name.
+            version: the version; empty for all.
+            end_sessions_after: seconds after which the sessions in memory that have it end; None: they go on.
+
+        Raises:
+            ServiceError: as UnloadModel says.
+        """
+        if end_sessions_after is not None and not 0 <= end_sessions_after <= _LONGEST:
+            wanted = f"a duration of 0 to {_LONGEST:.0f} s"
+            raise InvalidRequest("end_sessions_after", wanted, f"{end_sessions_after} s")
+        models = [model for model in self.repository if model.name == name and version in ("", model.version)]
+        gone = self.deployer.unload(name, version)
+        for model in models if end_sessions_after is not None else ():
+            assert end_sessions_after is not None
+            if count := self.sessions.unload(model, end_sessions_after):
+                log.info("sessions end with their model", model=name, version=model.version, count=count)
+        return gone
 
     async def open_store(self) -> None:
         """Has sessions kept in the store that the settings name, if they name one.
@@ -431,6 +473,9 @@ class Core:
             more = self.sessions.overdue() or self.sessions.trim()
             await asyncio.sleep(0)
         self.sessions.trim_replays(self.settings.max_replay_bytes)
+        for watch in list(self.watches):
+            await watch()
+            await asyncio.sleep(0)
         if self.keeper is not None:
             await self.keeper.sweep()
             await self.keeper.rest(self.settings.rest_seconds, self._line_up)

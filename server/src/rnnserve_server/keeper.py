@@ -27,9 +27,11 @@ from rnnserve_server.errors import (
     SessionAway,
     SessionClosed,
     SessionError,
+    SessionEvicted,
     SessionExpired,
     SessionTakenOver,
     SessionUnknown,
+    SessionUnloaded,
     StoreDown,
 )
 from rnnserve_server.records import (
@@ -53,10 +55,10 @@ _ERRORS: dict[End, type[SessionError]] = {
     End.CLOSED: SessionClosed,
     End.IDLE: SessionExpired,
     End.AGED: SessionAged,
-    End.EVICTED: SessionExpired,
-    End.UNLOADED: SessionClosed,
+    End.EVICTED: SessionEvicted,
+    End.UNLOADED: SessionUnloaded,
 }
-_REASONS: dict[type[SessionError], End] = {SessionExpired: End.IDLE, SessionAged: End.AGED}
+_REASONS: dict[type[SessionError], End] = {kind: end for end, kind in _ERRORS.items()}
 _AT_ONCE = 256  # sessions of one call to the store
 _TRIES = 3  # to have all sessions of a request in memory at once: there may not be room for them
 
@@ -248,6 +250,23 @@ class Keeper:
             return head
         except StoreError as error:
             raise StoreDown(error) from error
+
+    async def ends(self, ids: Sequence[str]) -> list[Head | type[SessionError] | None]:
+        """Of sessions that are not in memory: how each is stored, or why it ended, or None where that is not known.
+
+        Raises:
+            StoreDown: the store cannot be reached.
+        """
+        now = self._wall_clock()
+        try:
+            heads = await self.store.peek(ids)
+            ended = await self.store.ended(ids, now)
+        except StoreError as error:
+            raise StoreDown(error) from error
+        return [
+            head if head is not None else None if end is None else _ERRORS[end.why]
+            for head, end in zip(heads, ended, strict=True)
+        ]
 
     async def page(self, after: str, limit: int, model: str) -> list[Head]:
         """Stored sessions, oldest first: see `Store.page`.

@@ -27,11 +27,13 @@ from rnnserve_server.errors import (
     SessionAway,
     SessionClosed,
     SessionError,
+    SessionEvicted,
     SessionExists,
     SessionExpired,
     SessionsFull,
     SessionTakenOver,
     SessionUnknown,
+    SessionUnloaded,
     step_mismatch,
 )
 from rnnserve_server.expiry import Expiry
@@ -47,6 +49,8 @@ _WHYS: tuple[type[SessionError], ...] = (
     SessionTakenOver,
     SessionAway,
     SessionAged,
+    SessionEvicted,
+    SessionUnloaded,
 )
 _LOOKED_AT = 1024  # sessions that a pass of expiry looks at, and may end, in about a millisecond
 
@@ -61,6 +65,7 @@ _COLUMNS = {
     "idle_lifetime": np.float64,
     "lifetime": np.float64,
     "ends_at": np.float64,
+    "unloaded": np.bool_,
     "answered": np.int64,
     "answered_bytes": np.int64,
     "epoch": np.int64,
@@ -88,6 +93,7 @@ class Group:
         idle_lifetime: float64 [capacity], seconds without use after which the session expires.
         lifetime: float64 [capacity], seconds after which the session ends in any case; infinity for none.
         ends_at: float64 [capacity], when that is, by the monotonic clock.
+        unloaded: bool [capacity], it ends then because its model was unloaded.
         ids: [capacity], the sessions' ids.
         live: sessions in it.
         ended: how many of its sessions have ended.
@@ -110,6 +116,7 @@ class Group:
     idle_lifetime: Array
     lifetime: Array
     ends_at: Array
+    unloaded: Array
     answered: Array
     answered_bytes: Array
     epoch: Array
@@ -148,7 +155,7 @@ class Group:
         if self.arena.capacity > len(self.ids):
             self._grow(self.arena.capacity)
         self.step[slots] = 0
-        self.dirty[slots] = False
+        self.dirty[slots] = self.unloaded[slots] = False
         self.epoch[slots] = 0
         self.last_used[slots] = self.stored_used[slots] = now
         self.live += count  # tail stays: chunks of a slot's last session may still have to be told that it ended
@@ -369,6 +376,39 @@ class SessionTable:
         """Whether another server has taken a session over, which was here."""
         return isinstance(self._gone(session_id), SessionTakenOver)
 
+    def why_ended(self, session_id: str) -> type[SessionError]:
+        """Why a session is not here that was: SessionUnknown or SessionAway for one that may live on in a store."""
+        return type(self._gone(session_id))
+
+    def unload(self, model: LoadedModel, seconds: float) -> int:
+        """Has the sessions of a model end in so many seconds at the latest: how many do."""
+        now, count = self._clock(), 0
+        for group in [group for group in self._groups.values() if group.model is model]:
+            slots = group.arena.all_used()
+            count += len(slots)
+            if seconds <= 0:
+                self._end(group, slots, SessionUnloaded)
+                continue
+            slots = slots[group.ends_at[slots] > now + seconds]
+            group.ends_at[slots] = now + seconds
+            group.unloaded[slots] = True
+            group.expiry.put(slots, group.ends_at[slots])
+        return count
+
+    def evict(self, count: int, idle_seconds: float) -> int:
+        """Ends sessions to make room: as many as are asked for of those that were not used for so long and for which
+        nothing is queued, the ones first that were used least recently. Returns how many have ended.
+        """
+        groups = list(self._groups.values())
+        idle = [self._idle(group, idle_seconds) for group in groups]
+        which = np.repeat(np.arange(len(groups)), [len(slots) for slots in idle])  # [N], the group of each
+        slots = np.concatenate([*idle, np.zeros(0, np.int64)])  # [N]
+        used = [group.last_used[found] for group, found in zip(groups, idle, strict=True)]
+        oldest = np.argsort(np.concatenate([*used, np.zeros(0)]), kind="stable")[:count]
+        for number in np.unique(which[oldest]).tolist():
+            self._end(groups[number], slots[oldest[which[oldest] == number]], SessionEvicted)
+        return len(oldest)
+
     def delete(self, session_id: str) -> None:
         """Ends a session and forgets its state.
 
@@ -438,7 +478,12 @@ class SessionTable:
             ends_at = group.ends_at[slots]  # [N]
             due = np.minimum(idle_since + group.idle_lifetime[slots], ends_at)
             group.expiry.put(slots[due > now], due[due > now])
-            for over, why in ((ends_at <= now, SessionAged), ((due <= now) & (ends_at > now), SessionExpired)):
+            unloaded = group.unloaded[slots]  # [N]
+            for over, why in (
+                ((ends_at <= now) & ~unloaded, SessionAged),
+                ((ends_at <= now) & unloaded, SessionUnloaded),
+                ((due <= now) & (ends_at > now), SessionExpired),
+            ):
                 if over.any():
                     ended += [group.ids[slot] for slot in slots[over].tolist()]
                     self._end(group, slots[over], why)
@@ -512,9 +557,14 @@ class SessionTable:
         """The slots of a group's stored sessions that were not used for so long and for which nothing is queued:
         int64 [N].
         """
+        slots = self._idle(group, idle_seconds)
+        return slots[group.epoch[slots] > 0]
+
+    def _idle(self, group: Group, idle_seconds: float) -> Array:
+        """The slots of a group's sessions that were not used for so long and for which nothing is queued: int64 [N]."""
         slots = group.arena.all_used()
-        idle = (group.last_used[slots] <= self._clock() - idle_seconds) & (group.tail[slots] < 0)
-        return slots[idle & (group.epoch[slots] > 0)]
+        idle: Array = (group.last_used[slots] <= self._clock() - idle_seconds) & (group.tail[slots] < 0)
+        return slots[idle]
 
     def forget(self, group: Group, slots: Array) -> None:
         """Lets sessions in N slots leave memory, which live on in a store."""

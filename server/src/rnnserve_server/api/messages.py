@@ -121,8 +121,8 @@ def _session_message(
         options=options,
         step=step,
         create_time=created,
-        idle_lifetime=_duration(idle_lifetime),
-        lifetime=None if lifetime is None else _duration(lifetime),
+        idle_lifetime=duration(idle_lifetime),
+        lifetime=None if lifetime is None else duration(lifetime),
         replay_window=session_pb2.ReplayWindow(max_chunks=replay.replies, max_bytes=replay.bytes),
         reset_rules=None
         if rules == NO_RULES
@@ -130,10 +130,11 @@ def _session_message(
     )
 
 
-def _duration(seconds: float) -> Duration:
-    duration = Duration()
-    duration.FromNanoseconds(int(seconds * 1e9))
-    return duration
+def duration(seconds: float) -> Duration:
+    """Seconds as the contract has them."""
+    made = Duration()
+    made.FromNanoseconds(int(seconds * 1e9))
+    return made
 
 
 def _seconds(config: session_pb2.SessionConfig, field: str) -> float | None:
