@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from rnnserve.errors import (
         BlobInvalid,
         Cancelled,
+        ChunkLost,
         ClientClosed,
         DeadlineExceeded,
         DeployDisabled,
@@ -53,6 +54,7 @@ __all__ = [
     "RNN",
     "BlobInvalid",
     "Cancelled",
+    "ChunkLost",
     "Client",
     "ClientClosed",
     "DeadlineExceeded",

@@ -33,6 +33,12 @@ _OPTIONS: tuple[tuple[str, Any], ...] = (
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 500),
     ("grpc.min_reconnect_backoff_ms", 5000),  # in spite of its name, how long one try may take
+    # A peer whose packets are dropped says nothing, and TCP takes a quarter of an hour to notice. While a stream is
+    # open, one that was silent for so long is asked for a sign of life, and has so long to give it.
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.http2.ping_timeout_ms", 5_000),  # also of a ping that gRPC has sent for its own sake: it sends no second one
+    ("grpc.http2.max_pings_without_data", 0),  # as often as that
 )
 
 _SERVING = b"\x08\x01"  # grpc.health.v1.HealthCheckResponse with status SERVING
@@ -61,7 +67,7 @@ class Connection:
         self._replay_bytes = replay_bytes
         self._on_notice = on_notice
         self._credentials = credentials
-        self._options = (*_OPTIONS, *options)
+        self._options = tuple({**dict(_OPTIONS), **dict(options)}.items())  # gRPC takes the first of two
         self._channel: grpc.aio.Channel | None = None
         self._link: Link | None = None
         self._models: dict[tuple[str, str], Model] = {}

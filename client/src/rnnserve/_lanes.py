@@ -16,7 +16,7 @@ from __future__ import annotations
 import copy
 import heapq
 from collections import deque
-from collections.abc import Hashable
+from collections.abc import Collection, Hashable
 from typing import Any
 
 import grpc
@@ -36,7 +36,7 @@ from rnnserve._chunks import (
 )
 from rnnserve._notices import Notice
 from rnnserve.codec import decode_named
-from rnnserve.errors import RequestError, SessionExists, StepMismatch, from_status
+from rnnserve.errors import ChunkLost, RequestError, SessionExists, StepMismatch, from_status
 from rnnserve.v1 import inference_pb2, session_pb2
 
 #: A message takes chunks up to this size, well under gRPC's usual limit of 4 MiB; a larger chunk travels alone.
@@ -47,6 +47,11 @@ ROWS_IN_FLIGHT = 4096
 
 #: Opens of one message.
 OPENS_IN_MESSAGE = 1024
+
+#: A chunk that was on its way when so many streams were lost is sent with nothing beside it from then on, and is given
+#: up when it was lost so often again: whatever is sent beside it may be to blame for the first, nothing else for these.
+LOSSES = 3
+LOSSES_ALONE = 5
 
 #: The generation of a chunk that was sent behind one that failed, and will fail for that reason.
 _DOOMED = -1
@@ -93,6 +98,8 @@ class Lanes:
         self._stale = False  # rows of parked chunks were answered or have another first step
         self._closes: list[Lane] = []
         self._answers: list[Answer] = []
+        self._losses: dict[int, int] = {}  # by a chunk's number: streams that were lost while it was on its way
+        self._alone = False  # what is on its way has to be answered before anything else is sent
         self._count = 0
         self.in_flight = 0
         self.held = 0
@@ -225,6 +232,11 @@ class Lanes:
             rows = len(chunk.lanes)
             if (frames and chunk.nbytes > room) or (self.in_flight and self.in_flight + rows > self._rows_allowed):
                 break
+            if self._losses:
+                suspect = self._losses.get(chunk.number, 0) >= LOSSES
+                if self.in_flight and (suspect or self._alone):
+                    break
+                self._alone = suspect
             self._chunks.popleft()
             self.in_flight += rows
             room -= chunk.nbytes
@@ -270,6 +282,7 @@ class Lanes:
     def lost(self) -> list[Answer]:
         """The stream is lost: makes what is unanswered a wish again. Gives the answers that are known without it."""
         answers = self._answers = []
+        lost = self._count_losses() if self.broken is None else ()
         self.in_flight = 0
         self.broken = None
         self.put_off.clear()
@@ -279,6 +292,8 @@ class Lanes:
         for lane in list(self._lanes.values()):
             lane.open = lane.opening = lane.ready = False
             lane.active, lane.backlog = 0, None
+            if lost:
+                self._fail_lost(lane, lost)
             self._fail_doomed(lane)
             if lane.closing:
                 if lane.pending or lane.delete_session:
@@ -549,6 +564,38 @@ class Lanes:
                     lane.pending.append(pending._replace(generation=lane.generation))
                 else:
                     self._answers.append(Answer(pending.ticket, None))
+
+    def _count_losses(self) -> set[int]:
+        """Counts what was on its way on a stream that is lost: the numbers of the chunks that are to be given up."""
+        backlogs = [chunk for lane in self._lanes.values() for chunk in lane.backlog or ()]
+        unsent = {chunk.number for chunk in (*self._chunks, *self._parked, *backlogs)}
+        chunks = {
+            pending.chunk.number
+            for lane in self._lanes.values()
+            for pending in lane.pending
+            if pending.chunk is not None
+        }
+        lost = chunks - unsent
+        kept = {number: losses for number, losses in self._losses.items() if number in chunks}
+        for number in lost:
+            # That it was lost beside others tells no more than the first times.
+            kept[number] = kept.get(number, 0) + 1 if len(lost) == 1 else min(kept.get(number, 0) + 1, LOSSES)
+        self._losses, self._alone = kept, False
+        return {number for number in lost if kept[number] >= LOSSES + LOSSES_ALONE}
+
+    def _fail_lost(self, lane: Lane, lost: Collection[int]) -> None:
+        """Gives up chunks that are on their way whenever a stream is lost. Whether they were applied nobody knows, so
+        the server has to say where the session is.
+        """
+        for index, pending in enumerate(lane.pending):
+            if pending.chunk is not None and pending.chunk.number in lost:
+                for behind in range(index + 1, len(lane.pending)):
+                    lane.pending[behind] = lane.pending[behind]._replace(generation=_DOOMED)
+                del lane.pending[index]
+                lane.generation += 1
+                lane.known = False
+                self._fail(pending, ChunkLost.of(lane.request.session_id, pending.first_step, LOSSES + LOSSES_ALONE))
+                return
 
     def _take(self, lane: Lane, first_step: int | None, *, failed: bool = False) -> Pending:
         """Takes the earliest unanswered chunk of the lane that starts there, and passes the barriers that it held."""

@@ -14,7 +14,7 @@ from rnnserve._connection import Connection
 from rnnserve._live import Live, Wish
 from rnnserve._signature import Signature, flat_states, zero_states
 from rnnserve.codec import Array, decode_named, encode_into, encode_named
-from rnnserve.errors import DeadlineExceeded, InvalidInput, RequestError, Unavailable
+from rnnserve.errors import ChunkLost, DeadlineExceeded, InvalidInput, RequestError, Unavailable
 from rnnserve.models import Model
 from rnnserve.options import LayerOptions, Terms
 from rnnserve.v1 import inference_pb2
@@ -211,7 +211,7 @@ class Layer:
         """
         if not all(live.signature.options.return_state for live in self._live):
             return []
-        unknown = not isinstance(error, RequestError) or isinstance(error, (DeadlineExceeded, Unavailable))
+        unknown = not isinstance(error, RequestError) or isinstance(error, (ChunkLost, DeadlineExceeded, Unavailable))
         count = place + 1 if unknown else place
         return list(zip(self._live[:count], before[:count], strict=True))
 

@@ -266,6 +266,27 @@ class Unavailable(RequestError):
     status = grpc.StatusCode.UNAVAILABLE
 
 
+class ChunkLost(RequestError):
+    """The connection broke every time that this chunk was on its way, so it is not sent again.
+
+    Perhaps the server breaks down over it. Whether it was applied is not known: the next chunk starts where the server
+    has the session then.
+    """
+
+    status = grpc.StatusCode.UNAVAILABLE
+    reason = "CHUNK_LOST"
+
+    @classmethod
+    def of(cls, session_id: str, first_step: int, losses: int) -> ChunkLost:
+        """The error for a chunk that was lost so often."""
+        return cls(
+            f"the chunk at step {first_step} of session {session_id} was on its way when {losses} connections were "
+            "lost, at last with nothing beside it. It is not sent again, and whether it was applied is not known: look "
+            "at the server's log, and at `info().step` before going on",
+            metadata={"session_id": session_id, "first_step": str(first_step)},
+        )
+
+
 class ServerError(RequestError):
     """A fault of the server's own; a session is as it was."""
 
