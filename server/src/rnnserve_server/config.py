@@ -57,7 +57,9 @@ class Settings(BaseSettings):
     )
 
     store: str = Field(
-        "", description="where sessions are kept: sqlite:///path or redis://host:port/db; empty: in memory only"
+        "",
+        description="where sessions are kept: sqlite:///path, redis://host:port/db (Redis or Valkey; rediss:// for "
+        "TLS) or unix:///path of their socket; empty: in memory only",
     )
     durability: Durability = Field(
         "step", description="when: with every step, at an interval, or when a session rests and at shutdown (none)"
@@ -70,7 +72,8 @@ class Settings(BaseSettings):
     )
     replay_bytes: Positive = Field(1 << 20, description="bytes of those answers at most, but for the last one")
     max_replay_bytes: Positive = Field(
-        256 << 20, description="bytes of all sessions' answers, and of the states before them, at most"
+        256 << 20,
+        description="bytes of all sessions' answers, and of the states before them, at most; those states go first",
     )
 
     max_batch_rows: Positive = Field(256, description="rows that the engine computes at once, at most")

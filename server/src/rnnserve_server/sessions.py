@@ -579,8 +579,14 @@ class SessionTable:
         self._release(group, slots)
 
     def trim_replays(self, most: int) -> None:
-        """Has the replay windows hold so many bytes at most, all together: the largest group's oldest rounds go."""
+        """Has the replay windows hold so many bytes at most, all together: the states before the oldest rounds go, and
+        then the oldest rounds, those of the largest group first.
+        """
         windows = [group.window for group in self._groups.values()]
+        over = sum(window.nbytes for window in windows) - most
+        for window in sorted(windows, key=lambda window: window.nbytes, reverse=True):
+            if over > 0:
+                over -= window.drop_starts(over)
         while sum(window.nbytes for window in windows) > most:
             if not max(windows, key=lambda window: window.nbytes).drop_oldest():
                 return

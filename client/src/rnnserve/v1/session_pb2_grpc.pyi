@@ -96,7 +96,8 @@ class SessionServiceStub:
     takes its turn behind the chunks that the server has received for the session.
 
     What a session remembers of a chunk outlives the server, but for the states before it. So a session that comes
-    from the store, after a restart or when it had rested, can be taken back to the chunks it has had since.
+    from the store, after a restart or when it had rested, can be taken back to the chunks it has had since. And when a
+    server's windows take more memory than they may, the states before the oldest chunks are the first to go.
 
     Errors: NOT_FOUND; OUT_OF_RANGE, reason STEP_AHEAD or STEP_BEHIND, for a step at which no remembered chunk began;
     the latter names the oldest that can be gone back to. On any error nothing changes.
@@ -170,7 +171,8 @@ class SessionServiceAsyncStub(SessionServiceStub):
     takes its turn behind the chunks that the server has received for the session.
 
     What a session remembers of a chunk outlives the server, but for the states before it. So a session that comes
-    from the store, after a restart or when it had rested, can be taken back to the chunks it has had since.
+    from the store, after a restart or when it had rested, can be taken back to the chunks it has had since. And when a
+    server's windows take more memory than they may, the states before the oldest chunks are the first to go.
 
     Errors: NOT_FOUND; OUT_OF_RANGE, reason STEP_AHEAD or STEP_BEHIND, for a step at which no remembered chunk began;
     the latter names the oldest that can be gone back to. On any error nothing changes.
@@ -301,7 +303,8 @@ class SessionServiceServicer(metaclass=_abc_1.ABCMeta):
         takes its turn behind the chunks that the server has received for the session.
 
         What a session remembers of a chunk outlives the server, but for the states before it. So a session that comes
-        from the store, after a restart or when it had rested, can be taken back to the chunks it has had since.
+        from the store, after a restart or when it had rested, can be taken back to the chunks it has had since. And when a
+        server's windows take more memory than they may, the states before the oldest chunks are the first to go.
 
         Errors: NOT_FOUND; OUT_OF_RANGE, reason STEP_AHEAD or STEP_BEHIND, for a step at which no remembered chunk began;
         the latter names the oldest that can be gone back to. On any error nothing changes.
