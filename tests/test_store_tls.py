@@ -105,7 +105,7 @@ async def test_a_plain_connection_to_tls_is_refused(tls):
 
 
 async def test_valkeys_own_schemes():
-    """``valkey://`` is ``redis://``: the error of a place where nothing listens, and not of a scheme that is unknown."""
+    """``valkey://`` is ``redis://``: the error is that of a place where nothing listens, not of an unknown scheme."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         place = f"127.0.0.1:{free.getsockname()[1]}"
