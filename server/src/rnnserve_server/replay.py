@@ -12,14 +12,14 @@ from __future__ import annotations
 import hashlib
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from rnnserve_models.engine.base import Array, Arrays
 from rnnserve_models.masking import Compacted
-from rnnserve_server.blocks import Answers
+from rnnserve_server.blocks import Answers, Sessions
 
 if TYPE_CHECKING:
     from rnnserve_server.sessions import Group
@@ -52,16 +52,22 @@ class Run:
     Attributes:
         call: the inputs of all the chunks, in rows of N * batch.
         states: what it started from: every state, [N * batch, *shape]. None: that was forgotten to make room.
+        nbytes: of the inputs and the states.
     """
 
     call: Compacted
     states: Arrays | None
+    nbytes: int = field(init=False)
     _thinned: tuple[bytes, Run] | None = None
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the states."""
-        return 0 if self.states is None else sum([state.nbytes for state in self.states.values()])
+    def __post_init__(self) -> None:
+        states = {} if self.states is None else self.states
+        self.nbytes = sum([array.nbytes for array in (*self.call.inputs.values(), *states.values())])
+
+    def forget_states(self) -> None:
+        """Lets go of what it started from."""
+        self.nbytes -= sum([state.nbytes for state in (self.states or {}).values()])
+        self.states = None
 
     def part(self, start: int, timesteps: int) -> Compacted:
         """Some of its steps."""
@@ -85,7 +91,7 @@ class Run:
         return self._thinned[1]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Round:
     """A chunk of each of N sessions, and what was answered.
 
@@ -100,6 +106,7 @@ class Round:
         start: where in it the chunks began.
         outputs: as `Answers` has them.
         states: as `Answers` has them.
+        nbytes: of inputs, states and answers that it holds: its part, where it shares a run.
     """
 
     slots: Array
@@ -112,15 +119,16 @@ class Round:
     start: int
     outputs: Arrays
     states: Arrays
+    nbytes: int = field(init=False)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of inputs, states and answers that it holds: its part, where it shares a run."""
-        nbytes = sum([array.nbytes for array in (*self.outputs.values(), *self.states.values())])
-        if isinstance(self.asked, bytes):
-            return nbytes
-        whole = sum([x.nbytes for x in self.asked.call.inputs.values()]) + self.asked.nbytes
-        return nbytes + whole * self.timesteps // self.asked.call.timesteps
+    def __post_init__(self) -> None:
+        self.count()
+
+    def count(self) -> None:
+        """Brings `nbytes` up to date."""
+        self.nbytes = sum([array.nbytes for array in (*self.outputs.values(), *self.states.values())])
+        if not isinstance(self.asked, bytes):
+            self.nbytes += self.asked.nbytes * self.timesteps // self.asked.call.timesteps
 
     def digest(self, index: int) -> bytes:
         """What tells one session's chunk from another for the same step."""
@@ -183,19 +191,11 @@ class Window:
         self._look_again = _SLACK
 
     def remember(
-        self,
-        group: Group,
-        slots: Array,
-        generations: Array,
-        first_steps: Array,
-        timesteps: int,
-        run: Run,
-        start: int,
-        outputs: Arrays,
-        states: Arrays,
+        self, sessions: Sessions, timesteps: int, run: Run, start: int, outputs: Arrays, states: Arrays
     ) -> None:
         """Keeps what N sessions are about to be answered. Arguments as `Round` has them."""
-        self._keep(group, slots, generations, first_steps, timesteps, run, start, outputs, states)
+        assert sessions.first_steps is not None
+        self._keep(sessions, sessions.first_steps, timesteps, run, start, outputs, states)
 
     def restore(
         self,
@@ -208,13 +208,12 @@ class Window:
         states: Arrays,
     ) -> None:
         """Keeps what one session was answered elsewhere, and of which nothing younger is known here."""
-        self._keep(group, slots, group.generation[slots], first_steps, timesteps, asked, 0, outputs, states)
+        sessions = Sessions(group, slots, group.generation[slots], first_steps)
+        self._keep(sessions, first_steps, timesteps, asked, 0, outputs, states)
 
     def _keep(
         self,
-        group: Group,
-        slots: Array,
-        generations: Array,
+        sessions: Sessions,
         first_steps: Array,
         timesteps: int,
         asked: Run | bytes,
@@ -224,14 +223,17 @@ class Window:
     ) -> None:
         if not self.limits.replies:
             return
-        number, before = group.answered[slots], _NONE
-        group.answered[slots] = number + 1
+        group, slots, at = sessions.group, sessions.slots, sessions.at
+        number, before = group.answered[at].copy(), _NONE
+        group.answered[at] += 1
         nbytes = sum([array.nbytes for array in (*outputs.values(), *states.values())]) // len(slots)
         if self._bytes_count or nbytes * self.limits.replies > self.limits.bytes:
             self._bytes_count = True
-            before = group.answered_bytes[slots]
-            group.answered_bytes[slots] = before + nbytes
-        round_ = Round(slots, generations, first_steps, timesteps, number, before, asked, start, outputs, states)
+            before = group.answered_bytes[at].copy()
+            group.answered_bytes[at] += nbytes
+        round_ = Round(
+            slots, sessions.generations, first_steps, timesteps, number, before, asked, start, outputs, states
+        )
         self._recent.append(round_)
         self.nbytes += round_.nbytes
         self._forget(group)
@@ -299,19 +301,20 @@ class Window:
         """
         sharing: dict[int, list[Round]] = {}
         for round_ in (*self._thinned, *self._recent):
-            if isinstance(round_.asked, Run) and round_.asked.nbytes:
+            if isinstance(round_.asked, Run) and round_.asked.states:
                 sharing.setdefault(id(round_.asked), []).append(round_)
         thinned, made = {id(round_) for round_ in self._thinned}, 0
         for rounds in sharing.values():
             if made >= nbytes:
                 break
-            before = [round_.nbytes for round_ in rounds]
             assert isinstance(rounds[0].asked, Run)
-            rounds[0].asked.states = None
-            for round_, held in zip(rounds, before, strict=True):
-                made += held - round_.nbytes
+            rounds[0].asked.forget_states()
+            for round_ in rounds:
+                before = round_.nbytes
+                round_.count()
+                made += before - round_.nbytes
                 if id(round_) in thinned:
-                    self._thinned_bytes -= held - round_.nbytes
+                    self._thinned_bytes -= before - round_.nbytes
         self.nbytes -= made
         return made
 
