@@ -172,6 +172,10 @@ def test_sessions_hear_that_their_model_is_unloaded():
         assert told.next() == (other.session_id, "model_unloaded", False)
         assert 28 < other.notice.time_left < 30
         other.step(np.ones(2, np.float32))
+        fork = other.fork()
+        clock.passes(1)
+        assert told.next() == (fork.session_id, "model_unloaded", False)
+        fork.close()
         clock.passes(40)
         assert told.next() == (other.session_id, "model_unloaded", True)
         with pytest.raises(rnnserve.SessionUnloaded):

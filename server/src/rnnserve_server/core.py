@@ -126,7 +126,7 @@ class Core:
         _check_rules(loaded, rules)
         if initial_states:
             check_states(loaded.engine.states, initial_states, batch_size, "initial_states")
-        await self.make_room(loaded, batch_size, count)
+        await self.make_room(loaded, batch_size, count, rules)
         idle = self.settings.idle_lifetime if idle_lifetime is None else idle_lifetime
         return self.sessions.create_many(
             loaded,
@@ -148,17 +148,18 @@ class Core:
             return Limits(settings.replay_chunks, settings.replay_bytes)
         return Limits(min(asked.replies, settings.replay_chunks), min(asked.bytes, settings.replay_bytes))
 
-    async def make_room(self, model: LoadedModel, batch_size: int, count: int) -> None:
+    async def make_room(self, model: LoadedModel, batch_size: int, count: int, rules: ResetRules = NO_RULES) -> None:
         """Has sessions leave memory if N more would not fit: those that rest, if there is a store, else those that were
         not used for as long as the settings say.
 
         Raises:
             StoreDown: the store cannot be reached.
         """
+        nbytes = session_bytes(model, batch_size, rules)
         if self.keeper is not None:
-            await self.keeper.make_room(count, session_bytes(model, batch_size), self._line_up)
+            await self.keeper.make_room(count, nbytes, self._line_up)
         elif self.settings.evict_idle_seconds:
-            lacking = self.sessions.lacking(count, session_bytes(model, batch_size))
+            lacking = self.sessions.lacking(count, nbytes)
             if lacking > 0:
                 for worker in self._workers.values():
                     worker.line_up()  # a session for which a chunk has come is in use

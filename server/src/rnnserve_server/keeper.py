@@ -46,6 +46,7 @@ from rnnserve_server.records import (
 )
 from rnnserve_server.replay import digest
 from rnnserve_server.repository import Repository
+from rnnserve_server.resets import NO_RULES, ResetRules
 from rnnserve_server.sessions import Group, SessionTable
 from rnnserve_server.store.base import End, Head, Record, Reply, Store, StoreError, Write, first_epoch
 
@@ -164,7 +165,9 @@ class Keeper:
         wanted = [each for each in ids if each in models]
         if wanted:
             largest = max(
-                session_bytes(models[head.id], head.meta.batch_size) for head in heads if head and head.id in models
+                session_bytes(models[head.id], head.meta.batch_size, rules_of(head.meta))
+                for head in heads
+                if head and head.id in models
             )
             await self.make_room(len(wanted), largest, line_up)
         records = [record for record in await self.store.take(wanted, now) if record is not None]
@@ -495,9 +498,10 @@ class Keeper:
             await self.store.close()
 
 
-def session_bytes(model: LoadedModel, batch_size: int) -> int:
-    """The bytes of a session's states."""
-    return sum(batch_size * spec.dtype.itemsize * int(np.prod(spec.shape)) for spec in model.engine.states)
+def session_bytes(model: LoadedModel, batch_size: int, rules: ResetRules = NO_RULES) -> int:
+    """The bytes of a session's states, with what its reset rules need."""
+    states = (*model.engine.states, *rules.states)
+    return sum(batch_size * spec.dtype.itemsize * int(np.prod(spec.shape)) for spec in states)
 
 
 def _pieces(slots: Array) -> list[Array]:

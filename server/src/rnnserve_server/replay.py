@@ -122,10 +122,6 @@ class Round:
     nbytes: int = field(init=False)
 
     def __post_init__(self) -> None:
-        self.count()
-
-    def count(self) -> None:
-        """Brings `nbytes` up to date."""
         self.nbytes = sum([array.nbytes for array in (*self.outputs.values(), *self.states.values())])
         if not isinstance(self.asked, bytes):
             self.nbytes += self.asked.nbytes * self.timesteps // self.asked.call.timesteps
@@ -307,14 +303,17 @@ class Window:
         for rounds in sharing.values():
             if made >= nbytes:
                 break
-            assert isinstance(rounds[0].asked, Run)
-            rounds[0].asked.forget_states()
-            for round_ in rounds:
-                before = round_.nbytes
-                round_.count()
-                made += before - round_.nbytes
+            run = rounds[0].asked
+            assert isinstance(run, Run)
+            before = run.nbytes
+            run.forget_states()
+            for round_ in rounds:  # each held its part of the run
+                part, whole = round_.timesteps, run.call.timesteps
+                less = before * part // whole - run.nbytes * part // whole
+                round_.nbytes -= less
+                made += less
                 if id(round_) in thinned:
-                    self._thinned_bytes -= before - round_.nbytes
+                    self._thinned_bytes -= less
         self.nbytes -= made
         return made
 

@@ -396,6 +396,14 @@ class SessionTable:
             group.expiry.put(slots, group.ends_at[slots])
         return count
 
+    def follow(self, session: Session, slots: Array) -> None:
+        """Has sessions in N slots end with their model when a session of the same group does."""
+        group = session.group
+        if group.unloaded[session.slot]:
+            group.unloaded[slots] = True
+            group.ends_at[slots] = group.ends_at[session.slot]
+            group.expiry.put(slots, group.ends_at[slots])
+
     def evict(self, count: int, idle_seconds: float) -> int:
         """Ends sessions to make room: as many as are asked for of those that were not used for so long and for which
         nothing is queued, the ones first that were used least recently. Returns how many have ended.

@@ -59,7 +59,8 @@ async def fork(core: Core, session_id: str, count: int, session_ids: Sequence[st
     core.check_new(session_ids)
     session = await core.session(session_id, sure=True)
     async with core.turn(session):
-        await core.make_room(session.group.model, session.group.batch_size, len(session_ids) or count or 1)
+        rules = session.group.rules or NO_RULES
+        await core.make_room(session.group.model, session.group.batch_size, len(session_ids) or count or 1, rules)
         core.check_alive(session)
         group, slots, full = core.sessions.create_many(
             session.group.model,
@@ -70,12 +71,13 @@ async def fork(core: Core, session_id: str, count: int, session_ids: Sequence[st
             idle_lifetime=session.idle_lifetime,
             lifetime=session.lifetime,
             replay=session.group.window.limits,
-            rules=session.group.rules or NO_RULES,
+            rules=rules,
             session_ids=session_ids,
         )
         if full is not None:
             core.sessions.forget(group, slots)
             raise full
+        core.sessions.follow(session, slots)
         return await _kept(core, group, slots, session.step)
 
 
