@@ -34,6 +34,7 @@ from rnnserve._chunks import (
     left_over,
     write_frame,
 )
+from rnnserve._losses import LOSSES, LOSSES_ALONE, Losses
 from rnnserve._notices import Notice
 from rnnserve.codec import decode_named
 from rnnserve.errors import ChunkLost, RequestError, SessionExists, StepMismatch, from_status
@@ -47,11 +48,6 @@ ROWS_IN_FLIGHT = 4096
 
 #: Opens of one message.
 OPENS_IN_MESSAGE = 1024
-
-#: A chunk that was on its way when so many streams were lost is sent with nothing beside it from then on, and is given
-#: up when it was lost so often again: whatever is sent beside it may be to blame for the first, nothing else for these.
-LOSSES = 3
-LOSSES_ALONE = 5
 
 #: The generation of a chunk that was sent behind one that failed, and will fail for that reason.
 _DOOMED = -1
@@ -98,8 +94,7 @@ class Lanes:
         self._stale = False  # rows of parked chunks were answered or have another first step
         self._closes: list[Lane] = []
         self._answers: list[Answer] = []
-        self._losses: dict[int, int] = {}  # by a chunk's number: streams that were lost while it was on its way
-        self._alone = False  # what is on its way has to be answered before anything else is sent
+        self._losses = Losses()
         self._count = 0
         self.in_flight = 0
         self.held = 0
@@ -232,11 +227,8 @@ class Lanes:
             rows = len(chunk.lanes)
             if (frames and chunk.nbytes > room) or (self.in_flight and self.in_flight + rows > self._rows_allowed):
                 break
-            if self._losses:
-                suspect = self._losses.get(chunk.number, 0) >= LOSSES
-                if self.in_flight and (suspect or self._alone):
-                    break
-                self._alone = suspect
+            if self._losses and self._losses.hold(chunk.number, others=self.in_flight > 0):
+                break
             self._chunks.popleft()
             self.in_flight += rows
             room -= chunk.nbytes
@@ -566,22 +558,11 @@ class Lanes:
                     self._answers.append(Answer(pending.ticket, None))
 
     def _count_losses(self) -> set[int]:
-        """Counts what was on its way on a stream that is lost: the numbers of the chunks that are to be given up."""
+        """The numbers of the chunks that are to be given up, now that the stream is lost."""
         backlogs = [chunk for lane in self._lanes.values() for chunk in lane.backlog or ()]
-        unsent = {chunk.number for chunk in (*self._chunks, *self._parked, *backlogs)}
-        chunks = {
-            pending.chunk.number
-            for lane in self._lanes.values()
-            for pending in lane.pending
-            if pending.chunk is not None
-        }
-        lost = chunks - unsent
-        kept = {number: losses for number, losses in self._losses.items() if number in chunks}
-        for number in lost:
-            # That it was lost beside others tells no more than the first times.
-            kept[number] = kept.get(number, 0) + 1 if len(lost) == 1 else min(kept.get(number, 0) + 1, LOSSES)
-        self._losses, self._alone = kept, False
-        return {number for number in lost if kept[number] >= LOSSES + LOSSES_ALONE}
+        waiting = {chunk.number for chunk in (*self._chunks, *self._parked, *backlogs)}
+        pending = [each.chunk for lane in self._lanes.values() for each in lane.pending]
+        return self._losses.count({chunk.number for chunk in pending if chunk is not None} - waiting, waiting)
 
     def _fail_lost(self, lane: Lane, lost: Collection[int]) -> None:
         """Gives up chunks that are on their way whenever a stream is lost. Whether they were applied nobody knows, so
