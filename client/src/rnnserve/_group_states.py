@@ -193,7 +193,7 @@ def _write(folder: Path, blobs: Sequence[bytes]) -> None:
     if any(folder.iterdir()):
         raise FileExistsError(f"{folder}: expected a new or an empty folder for {len(blobs)} sessions, got one in use")
     for place, blob in enumerate(blobs):
-        _states.write_whole(folder / f"{place:06d}{_SUFFIX}", blob)
+        _states.write(folder / f"{place:06d}{_SUFFIX}", blob)
 
 
 def _read(folder: Path) -> list[bytes]:
