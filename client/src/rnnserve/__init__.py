@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rnnserve import aio, errors
+    from rnnserve._notices import Notice
     from rnnserve.client import RNN, Client, Session, SessionGroup
     from rnnserve.codec import TensorError
     from rnnserve.errors import (
         BlobInvalid,
         Cancelled,
+        ChunkLost,
         ClientClosed,
         DeadlineExceeded,
         DeployDisabled,
@@ -32,9 +34,12 @@ if TYPE_CHECKING:
         ServerError,
         SessionAged,
         SessionClosed,
+        SessionEvicted,
         SessionExists,
         SessionExpired,
         SessionNotFound,
+        SessionTakenOver,
+        SessionUnloaded,
         StepConflict,
         StepMismatch,
         TooLarge,
@@ -43,12 +48,13 @@ if TYPE_CHECKING:
         Violation,
     )
     from rnnserve.models import Model, SessionInfo, StateSpec, TensorSpec
-    from rnnserve.options import LayerOptions
+    from rnnserve.options import LayerOptions, ReplayWindow
 
 __all__ = [
     "RNN",
     "BlobInvalid",
     "Cancelled",
+    "ChunkLost",
     "Client",
     "ClientClosed",
     "DeadlineExceeded",
@@ -63,7 +69,9 @@ __all__ = [
     "ModelNotFound",
     "ModelUnavailable",
     "NotFound",
+    "Notice",
     "OptionUnsupported",
+    "ReplayWindow",
     "RequestError",
     "RnnserveError",
     "ServerBusy",
@@ -71,11 +79,14 @@ __all__ = [
     "Session",
     "SessionAged",
     "SessionClosed",
+    "SessionEvicted",
     "SessionExists",
     "SessionExpired",
     "SessionGroup",
     "SessionInfo",
     "SessionNotFound",
+    "SessionTakenOver",
+    "SessionUnloaded",
     "StateSpec",
     "StepConflict",
     "StepMismatch",
@@ -89,8 +100,8 @@ __all__ = [
     "errors",
 ]
 
-_MODULES = {"client": ("RNN", "Client", "Session", "SessionGroup"), "codec": ("TensorError",)}
-_MODULES |= {"models": ("Model", "SessionInfo", "StateSpec", "TensorSpec"), "options": ("LayerOptions",)}
+_MODULES = {"client": ("RNN", "Client", "Session", "SessionGroup"), "codec": ("TensorError",), "_notices": ("Notice",)}
+_MODULES |= {"models": ("Model", "SessionInfo", "StateSpec", "TensorSpec"), "options": ("LayerOptions", "ReplayWindow")}
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 
 
