@@ -26,6 +26,8 @@ if TYPE_CHECKING:
         ModelUnavailable,
         NotFound,
         OptionUnsupported,
+        PermissionDenied,
+        QuotaExceeded,
         RequestError,
         RnnserveError,
         ServerBusy,
@@ -38,15 +40,18 @@ if TYPE_CHECKING:
         StepConflict,
         StepMismatch,
         TooLarge,
+        Unauthenticated,
         Unavailable,
         VersionExists,
         Violation,
     )
     from rnnserve.models import Model, SessionInfo, StateSpec, TensorSpec
     from rnnserve.options import LayerOptions
+    from rnnserve.tls import TLS
 
 __all__ = [
     "RNN",
+    "TLS",
     "BlobInvalid",
     "Cancelled",
     "Client",
@@ -64,6 +69,8 @@ __all__ = [
     "ModelUnavailable",
     "NotFound",
     "OptionUnsupported",
+    "PermissionDenied",
+    "QuotaExceeded",
     "RequestError",
     "RnnserveError",
     "ServerBusy",
@@ -82,6 +89,7 @@ __all__ = [
     "TensorError",
     "TensorSpec",
     "TooLarge",
+    "Unauthenticated",
     "Unavailable",
     "VersionExists",
     "Violation",
@@ -90,7 +98,11 @@ __all__ = [
 ]
 
 _MODULES = {"client": ("RNN", "Client", "Session", "SessionGroup"), "codec": ("TensorError",)}
-_MODULES |= {"models": ("Model", "SessionInfo", "StateSpec", "TensorSpec"), "options": ("LayerOptions",)}
+_MODULES |= {
+    "models": ("Model", "SessionInfo", "StateSpec", "TensorSpec"),
+    "options": ("LayerOptions",),
+    "tls": ("TLS",),
+}
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 
 

@@ -13,6 +13,7 @@ from rnnserve._link import REPLAY_BYTES, Link
 from rnnserve._retry import RETRY_FOR, Retry
 from rnnserve.errors import ClientClosed, DeadlineExceeded, RequestError, Unavailable, from_rpc_error
 from rnnserve.models import Model, SessionInfo
+from rnnserve.tls import Tls, Token, check_token, tls_of
 from rnnserve.v1 import inference_pb2, model_pb2, session_pb2
 from rnnserve.v1.inference_pb2_grpc import InferenceServiceStub
 from rnnserve.v1.model_pb2_grpc import ModelServiceStub
@@ -48,7 +49,12 @@ class Connection:
         options: Sequence[tuple[str, Any]],
         retry_for: float | None = RETRY_FOR,
         replay_bytes: int = REPLAY_BYTES,
+        tls: Tls = None,
+        token: Token | None = None,
     ) -> None:
+        if credentials is not None and tls not in (None, False):
+            raise ValueError("credentials and tls: expected one of them")
+        check_token(target, token, tls, credentials)
         if retry_for is not None and not retry_for >= 0:
             raise ValueError(f"retry_for must be seconds, 0 for never or None for ever, got {retry_for}")
         if replay_bytes < 1:
@@ -57,8 +63,12 @@ class Connection:
         self.timeout = timeout
         self.retry = Retry(retry_for)
         self._replay_bytes = replay_bytes
+        self._token = token
         self._credentials = credentials
         self._options = (*_OPTIONS, *options)
+        if (secure := tls_of(tls)) is not None:
+            self._credentials = secure.credentials()
+            self._options = (*_OPTIONS, *secure.options(), *options)
         self._channel: grpc.aio.Channel | None = None
         self._link: Link | None = None
         self._models: dict[tuple[str, str], Model] = {}
@@ -84,7 +94,14 @@ class Connection:
         return self._link
 
     def _stream(self) -> Any:
-        return InferenceServiceStub(self.channel()).Stream()
+        return InferenceServiceStub(self.channel()).Stream(metadata=self.metadata())
+
+    def metadata(self) -> grpc.aio.Metadata:
+        """What every call says of who makes it."""
+        if self._token is None:
+            return grpc.aio.Metadata()
+        token = self._token if isinstance(self._token, str) else self._token()
+        return grpc.aio.Metadata(("authorization", f"Bearer {token}"))
 
     def channel(self) -> grpc.aio.Channel:
         """The channel, opened on first use."""
@@ -197,7 +214,8 @@ class Connection:
         while True:
             spent = self.retry.clock() - started
             try:
-                return await method(request, timeout=None if seconds is None else max(0.0, seconds - spent))
+                left = None if seconds is None else max(0.0, seconds - spent)
+                return await method(request, timeout=left, metadata=self.metadata())
             except grpc.RpcError as error:
                 failure: RequestError = from_rpc_error(error)
             except asyncio.CancelledError:

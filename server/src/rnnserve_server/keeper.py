@@ -32,6 +32,7 @@ from rnnserve_server.errors import (
     SessionUnknown,
     StoreDown,
 )
+from rnnserve_server.owners import scope_of
 from rnnserve_server.records import (
     limits_of,
     meta_of,
@@ -209,6 +210,8 @@ class Keeper:
             lifetime=math.inf if meta.lifetime is None else meta.lifetime,
             replay=limits_of(meta),
             session_ids=[record.id],
+            scope=scope_of(record.id),
+            new=False,
         )
         if full is not None:
             raise full
@@ -246,14 +249,25 @@ class Keeper:
         except StoreError as error:
             raise StoreDown(error) from error
 
-    async def page(self, after: str, limit: int, model: str) -> list[Head]:
+    async def page(self, after: str, limit: int, model: str, scope: str = "") -> list[Head]:
         """Stored sessions, oldest first: see `Store.page`.
 
         Raises:
             StoreDown: the store cannot be reached.
         """
         try:
-            return await self.store.page(after, limit, model)
+            return await self.store.page(after, limit, model, scope)
+        except StoreError as error:
+            raise StoreDown(error) from error
+
+    async def count(self, scope: str) -> int:
+        """How many sessions of a principal are stored: see `Store.count`.
+
+        Raises:
+            StoreDown: the store cannot be reached.
+        """
+        try:
+            return await self.store.count(scope)
         except StoreError as error:
             raise StoreDown(error) from error
 

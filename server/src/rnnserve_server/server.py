@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import gc
 import signal
-from typing import Any
 
 import grpc
 import structlog
@@ -14,12 +13,17 @@ from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
 
 from rnnserve.v1 import inference_pb2, inference_pb2_grpc, model_pb2, model_pb2_grpc, session_pb2, session_pb2_grpc
+from rnnserve_server.access.access import Access, Defaults
+from rnnserve_server.access.tls import server_credentials
+from rnnserve_server.api.guard import Guard
 from rnnserve_server.api.inference import InferenceServicer
 from rnnserve_server.api.models import ModelServicer
 from rnnserve_server.api.sessions import SessionServicer
 from rnnserve_server.config import Settings
 from rnnserve_server.core import Core
 from rnnserve_server.errors import StoreDown
+from rnnserve_server.limits import grpc_options
+from rnnserve_server.owners import Owners
 from rnnserve_server.repository import Repository
 
 log = structlog.get_logger(__name__)
@@ -49,12 +53,26 @@ class Server:
 
         Raises:
             ModelError: there are none.
+            PrincipalsError, TlsError: the files that decide who is let in are of no use.
         """
         self.settings = settings
+        self._credentials = None
+        if settings.tls_cert is not None and settings.tls_key is not None:
+            self._credentials = server_credentials(settings.tls_cert, settings.tls_key, settings.tls_client_ca)
+        self._guard: Guard | None = None
         self.core = Core(
             settings,
             repository or Repository.load(settings.models, engine=settings.engine, threads=settings.engine_threads),
         )
+        if settings.principals is not None:
+            access = Access(
+                settings.principals,
+                Defaults(settings.quota_sessions, settings.quota_rows_per_second, settings.quota_state_bytes),
+            )
+            self._guard = Guard(access)
+            self.core.sessions.owners = Owners(
+                lambda name: access.limits(name).sessions, lambda name: access.limits(name).state_bytes
+            )
         self.port = 0
         self._health = HealthServicer()
         self._server: grpc.aio.Server | None = None
@@ -67,7 +85,8 @@ class Server:
             OSError: the address cannot be listened on.
         """
         await self.core.open_store()
-        server = grpc.aio.server(options=_options(self.settings))
+        guards = [self._guard] if self._guard is not None else []
+        server = grpc.aio.server(interceptors=guards, options=grpc_options(self.settings))
         model_pb2_grpc.add_ModelServiceServicer_to_server(ModelServicer(self.core), server)
         session_pb2_grpc.add_SessionServiceServicer_to_server(SessionServicer(self.core), server)
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(InferenceServicer(self.core), server)
@@ -76,7 +95,10 @@ class Server:
         reflection.enable_server_reflection(names, server)
         address = f"{self.settings.host}:{self.settings.port}"
         try:
-            self.port = server.add_insecure_port(address)
+            if self._credentials is None:
+                self.port = server.add_insecure_port(address)
+            else:
+                self.port = server.add_secure_port(address, self._credentials)
         except RuntimeError as error:
             raise OSError(f"cannot listen on {address}: {error}") from error
         await server.start()
@@ -104,6 +126,8 @@ class Server:
     async def _sweep(self) -> None:
         while True:
             await asyncio.sleep(_SWEEP_SECONDS)
+            if self._guard is not None:
+                self._guard.recheck()
             try:
                 if expired := await self.core.sweep():
                     log.info("sessions expired", count=expired)
@@ -131,11 +155,3 @@ async def serve(settings: Settings) -> None:
     gc.freeze()  # modules and models stay: to look at them in every full collection takes more than ten milliseconds
     await stop.wait()
     await server.stop()
-
-
-def _options(settings: Settings) -> list[tuple[str, Any]]:
-    return [
-        ("grpc.max_receive_message_length", settings.max_message_bytes),
-        ("grpc.max_send_message_length", -1),
-        ("grpc.so_reuseport", 0),  # a second server on the port is a mistake, not a way to share the load
-    ]

@@ -15,6 +15,7 @@ from google.rpc import error_details_pb2
 from rnnserve.codec import TensorError
 from rnnserve.v1 import error_pb2
 from rnnserve_server import errors
+from rnnserve_server.access.caller import ANYBODY, Caller, caller
 from rnnserve_server.errors import ServiceError
 
 log = structlog.get_logger(__name__)
@@ -40,6 +41,9 @@ _STATUS: dict[type[ServiceError], grpc.StatusCode] = {
     errors.StoreDown: grpc.StatusCode.UNAVAILABLE,
     errors.SessionExists: grpc.StatusCode.ALREADY_EXISTS,
     errors.SessionsFull: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    errors.QuotaExceeded: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    errors.Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,
+    errors.PermissionDenied: grpc.StatusCode.PERMISSION_DENIED,
     errors.LaneUnknown: grpc.StatusCode.NOT_FOUND,
     errors.LaneOpen: grpc.StatusCode.ALREADY_EXISTS,
     errors.LaneRepeated: grpc.StatusCode.INVALID_ARGUMENT,
@@ -60,8 +64,11 @@ def status_code(error: ServiceError) -> grpc.StatusCode:
     return next(_STATUS[kind] for kind in type(error).__mro__ if kind in _STATUS)
 
 
-def status(error: ServiceError) -> error_pb2.Status:
-    """An error as google.rpc.Status has it, with ErrorInfo and, where they apply, BadRequest and RetryInfo."""
+def status(error: ServiceError, who: Caller = ANYBODY) -> error_pb2.Status:
+    """An error as google.rpc.Status has it, with ErrorInfo and, where they apply, BadRequest and RetryInfo. It names
+    sessions as whoever is told of it does.
+    """
+    error = who.told(error)
     code = status_code(error)
     details: list[Any] = [
         error_details_pb2.ErrorInfo(
@@ -106,7 +113,7 @@ def _brief(text: str, most: int) -> str:
 async def abort(context: grpc.aio.ServicerContext[Any, Any], error: Exception) -> None:
     """Ends a call with an error."""
     told = service_error(error)
-    message = status(told)
+    message = status(told, caller())
     await context.abort(status_code(told), message.message, (("grpc-status-details-bin", message.SerializeToString()),))
 
 

@@ -85,6 +85,7 @@ _COUNTERS = """
 SELECT json_group_array(json_array(id, n, epoch, revision, step))
 FROM sessions WHERE id IN (SELECT value FROM json_each(?))
 """
+_IN_SCOPE = "id >= ? AND id < ?"
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -171,9 +172,13 @@ class SqliteStore(Store):
         """See `Store`."""
         return await self._run(self._expire, now, limit)
 
-    async def page(self, after: str, limit: int, model: str = "") -> list[Head]:
+    async def page(self, after: str, limit: int, model: str = "", scope: str = "") -> list[Head]:
         """See `Store`."""
-        return await self._run(self._page, after, limit, model)
+        return await self._run(self._page, after, limit, model, scope)
+
+    async def count(self, scope: str) -> int:
+        """See `Store`."""
+        return await self._run(self._count, scope)
 
     async def close(self) -> None:
         """See `Store`."""
@@ -413,12 +418,22 @@ class SqliteStore(Store):
                         self._db.execute("UPDATE sessions SET look_at = ? WHERE n = ?", (look_at, number))
         return expired
 
-    def _page(self, after: str, limit: int, model: str) -> list[Head]:
-        where, values = ("model = ? AND ", (model, after, limit)) if model else ("", (after, limit))
+    def _page(self, after: str, limit: int, model: str, scope: str) -> list[Head]:
+        conditions: list[tuple[str, tuple[Any, ...]]] = [("cursor > ?", (after,))]
+        if model:
+            conditions.append(("model = ?", (model,)))
+        if scope:
+            conditions.append((_IN_SCOPE, _scope(scope)))
+        where = " AND ".join(condition for condition, _ in conditions)
+        values = [value for _, part in conditions for value in part]
         rows = self._db.execute(
-            f"SELECT {_HEAD} FROM sessions WHERE {where}cursor > ? ORDER BY cursor LIMIT ?", values
+            f"SELECT {_HEAD} FROM sessions WHERE {where} ORDER BY cursor LIMIT ?", (*values, limit)
         ).fetchall()
         return [_head(row) for row in rows]
+
+    def _count(self, scope: str) -> int:
+        (count,) = self._db.execute(f"SELECT count(*) FROM sessions WHERE {_IN_SCOPE}", _scope(scope)).fetchone()
+        return int(count)
 
     # Within a transaction
 
@@ -454,6 +469,11 @@ class SqliteStore(Store):
             "INSERT INTO replies VALUES (?, ?, ?, ?, ?)",
             [(n, reply.first_step, reply.timesteps, reply.request_digest, reply.payload) for n, reply in replies],
         )
+
+
+def _scope(scope: str) -> tuple[str, str]:
+    """The bounds of ids that begin so."""
+    return scope, scope[:-1] + chr(ord(scope[-1]) + 1)
 
 
 def _head(row: tuple[Any, ...]) -> Head:
