@@ -319,25 +319,30 @@ class Core:
 
     # Work
 
-    def submit_frame(self, frame: Frame) -> None:
+    def submit_frame(self, frame: Frame) -> int:
         """Queues a frame of chunks. Those that hold what the model forbids are told so when their turn comes.
+
+        Returns:
+            Bytes of the answers, if all chunks succeed.
 
         Raises:
             ServiceError: the inputs or the mask do not fit; nothing was queued.
         """
         group = frame.sessions.group
         key = signature(frame.inputs, frame.mask)
-        most = group.fitting.get(key)
-        if most is None:
+        nbytes = group.fitting.get(key)
+        if nbytes is None:
             _check_mask(group.model, frame.mask)
             check_call(group.model.engine, group.options, frame.inputs, frame.mask, batch_size=group.batch_size)
             steps = timesteps(group.options, frame.inputs)
             if len(group.fitting) >= _MAX_SIGNATURES:
                 group.fitting.clear()
-            most = group.fitting[key] = self._check_steps(group.model, group.options, group.batch_size, steps)
-        if len(frame.tags) > most:
-            raise TooLarge("lanes of a frame with so many time steps", most, len(frame.tags))
+            nbytes = group.fitting[key] = self._check_steps(group.model, group.options, group.batch_size, steps)
+        nbytes *= len(frame.tags)
+        if nbytes > self.settings.max_answer_bytes:
+            raise TooLarge("bytes of the answers to a frame", self.settings.max_answer_bytes, nbytes)
         self.worker(group.model).take_in(frame, key)
+        return nbytes
 
     def submit_call(
         self,
@@ -378,17 +383,17 @@ class Core:
         self.worker(model).submit(Block(call, rows, options, [(sink, 1)], np.zeros(1, np.int64), states=states))
 
     def _check_steps(self, model: LoadedModel, options: LayerOptions, rows: int, steps: int) -> int:
-        """How many chunks of so many rows and time steps may be asked for at once.
+        """Bytes of the answer to a chunk of so many rows and time steps.
 
         Raises:
-            TooLarge: not one.
+            TooLarge: they are more than they may, or the steps are.
         """
         if steps > self.settings.max_chunk_steps:
             raise TooLarge("time steps of a chunk", self.settings.max_chunk_steps, steps)
         nbytes = rows * answer_bytes(model.engine, options, steps)
         if nbytes > self.settings.max_answer_bytes:
             raise TooLarge("bytes of the answer", self.settings.max_answer_bytes, nbytes)
-        return self.settings.max_answer_bytes // max(1, nbytes)
+        return nbytes
 
     def worker(self, model: LoadedModel) -> Worker:
         """The worker of a model version."""

@@ -96,7 +96,7 @@ class Group:
         dirty: bool [capacity], what is in memory is not what is stored.
         stored_used: float64 [capacity], ``last_used`` as it is stored.
         window: what was answered lately.
-        fitting: how many chunks may come at once, by the signatures of inputs that are known to fit.
+        fitting: bytes of the answer to a chunk, by the signatures of inputs that are known to fit.
     """
 
     step: Array

@@ -14,9 +14,11 @@ from rnnserve_server.access.access import Access, open_to_all
 from rnnserve_server.access.authenticators import Shown
 from rnnserve_server.access.caller import Caller, set_caller
 from rnnserve_server.api.errors import abort
-from rnnserve_server.errors import ServiceError, Unauthenticated
+from rnnserve_server.errors import ServiceError, TooLarge, Unauthenticated
 
 log = structlog.get_logger(__name__)
+
+_ENTRY_BYTES = 32  # that HTTP/2 counts for each key beside itself and its value
 
 Context = grpc.aio.ServicerContext[Any, Any]
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
@@ -88,6 +90,33 @@ class Guard(grpc.aio.ServerInterceptor):
         finally:
             del self._open[ended]
             work.cancel()
+
+
+class MetadataLimit(grpc.aio.ServerInterceptor):
+    """Refuses calls whose metadata is larger than it may be.
+
+    gRPC does so too, but counts each frame of a call's headers for itself; all of them may be 1024 times as large.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Handler | None:
+        """See grpc.aio.ServerInterceptor."""
+        size = sum(
+            [len(key) + len(value) + _ENTRY_BYTES for key, value in handler_call_details.invocation_metadata or ()]
+        )
+        if size <= self._most:
+            return await continuation(handler_call_details)
+
+        async def refuse(requests: Any, context: Context) -> None:
+            await abort(context, TooLarge("metadata", self._most, size))
+
+        return grpc.stream_stream_rpc_method_handler(refuse)
 
 
 async def _answer(handler: Handler, requests: Any, context: Context) -> None:

@@ -74,6 +74,7 @@ class LaneStream:
         self._responses: list[pb.StreamResponse] = []
         self._response_bytes = 0
         self._unsent_bytes = 0  # of answers that wait to be sent
+        self._owed_bytes = 0  # of those that will, if what is unanswered succeeds
         self._unsent = 0  # answers that wait to be sent: of chunks, opens and closes
         self._unanswered = 0  # chunks and closes that were accepted and not answered
         self._received = 0
@@ -114,12 +115,19 @@ class LaneStream:
             await self._receive(request)
             if not self._core.has_room:
                 await self._core.wait_for_room()
-            while (
-                self._unanswered + self._unsent > self._core.settings.stream_queue_chunks
-                or self._unsent_bytes > self._core.settings.stream_queue_bytes
-            ):
+            while self._is_behind():
                 self._sent.clear()
                 await self._sent.wait()
+
+    def _is_behind(self) -> bool:
+        """Whether the client has asked for more than it has read, by more than it may."""
+        if not self._unanswered:
+            self._owed_bytes = 0  # some chunks may have failed
+        settings = self._core.settings
+        return (
+            self._unanswered + self._unsent > settings.stream_queue_chunks
+            or self._owed_bytes + self._unsent_bytes > settings.stream_queue_bytes
+        )
 
     async def _drain(self, reader: asyncio.Task[None]) -> None:
         """Once the server drains: lets the client say what it was saying, then stops listening."""
@@ -383,7 +391,7 @@ class LaneStream:
             steps = first_steps if first_steps is None or index is None else first_steps[index]
             self._unanswered += len(part.tags)
             try:
-                self._core.submit_frame(
+                self._owed_bytes += self._core.submit_frame(
                     Frame(
                         self,
                         part.tags,
@@ -447,6 +455,7 @@ class LaneStream:
         if self.cancelled:
             return
         nbytes = sum([y.nbytes for y in (*answers.outputs.values(), *answers.states.values())])
+        self._owed_bytes -= nbytes
         assert answers.first_steps is not None
         # Filled in place: a large frame that is made elsewhere and appended is copied twice more.
         frame = self._response(chunks, nbytes).frames.add(
