@@ -10,6 +10,7 @@ import grpc
 import structlog
 from google.protobuf import any_pb2
 from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2
 
 from rnnserve.codec import TensorError
@@ -101,6 +102,8 @@ def service_error(error: Exception) -> ServiceError:
         return error
     if isinstance(error, TensorError):
         return errors.InvalidInput(error.field, error.expected, error.got)
+    if isinstance(error, DecodeError):
+        return errors.InvalidRequest("message", "one of the contract", "bytes that are none")
     log.exception("request failed", exc_info=error)
     return errors.InternalError("the server failed; its log has the cause")
 

@@ -9,12 +9,13 @@ from typing import Any, TypeAlias
 
 import grpc
 import structlog
+from google.protobuf.message import DecodeError
 
 from rnnserve_server.access.access import Access, open_to_all
 from rnnserve_server.access.authenticators import Shown
 from rnnserve_server.access.caller import Caller, set_caller
 from rnnserve_server.api.errors import abort
-from rnnserve_server.errors import ServiceError, TooLarge, Unauthenticated
+from rnnserve_server.errors import InvalidRequest, ServiceError, TooLarge, Unauthenticated
 
 log = structlog.get_logger(__name__)
 
@@ -128,9 +129,12 @@ async def _answer(handler: Handler, requests: Any, context: Context) -> None:
     )
     request = requests
     if not handler.request_streaming:
-        request = await context.read()
+        try:
+            request = await context.read()
+        except DecodeError as error:
+            await abort(context, error)
         if request is grpc.aio.EOF:
-            await context.abort(grpc.StatusCode.INTERNAL, "expected one message, got none")
+            await abort(context, InvalidRequest("message", "one", "none"))
     if inspect.isasyncgenfunction(method):
         async for response in method(request, context):
             await context.write(response)
