@@ -165,15 +165,15 @@ UNARY: tuple[tuple[str, type[Message]], ...] = (
 """Calls without a stream, and what they are asked with."""
 
 
-def unary_request(chance: Random) -> tuple[str, bytes, bool]:
-    """A call without a stream: its method, its message, and whether that can be parsed for sure."""
+def unary_request(chance: Random) -> tuple[str, bytes]:
+    """A call without a stream: its method and its message, which may be none."""
     method, kind = chance.choice(UNARY)
     message = kind()
     fill(message, chance)
     content = message.SerializeToString()
     if chance.random() < 0.15:
-        return method, mutated(content, chance), False
-    return method, content, True
+        return method, mutated(content, chance)
+    return method, content
 
 
 def mutated(content: bytes, chance: Random) -> bytes:

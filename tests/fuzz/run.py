@@ -238,7 +238,7 @@ class _Sender:
                 self._report.faults.append("a connection that nobody speaks on any more was not closed")
 
     def _unary(self) -> None:
-        method, content, whole = unary_request(self._chance)
+        method, content = unary_request(self._chance)
         self._report.frames["call"] += 1
         try:
             self._channel.unary_unary(method)(content, metadata=self._metadata, timeout=30)
@@ -246,7 +246,7 @@ class _Sender:
         except grpc.RpcError as error:
             code = error.code()  # type: ignore[attr-defined]
             self._report.statuses[code.name] += 1
-            if (code in _BAD and whole) or code is grpc.StatusCode.DEADLINE_EXCEEDED:
+            if code in _BAD or code is grpc.StatusCode.DEADLINE_EXCEEDED:
                 self._report.faults.append(f"{method} of {content!r:.300}: {code.name} {error.details()}")  # type: ignore[attr-defined]
 
     def _streams(self, frames: int) -> None:

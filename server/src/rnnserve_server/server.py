@@ -15,7 +15,7 @@ from grpc_reflection.v1alpha import reflection
 from rnnserve.v1 import inference_pb2, inference_pb2_grpc, model_pb2, model_pb2_grpc, session_pb2, session_pb2_grpc
 from rnnserve_server.access.access import Access, Defaults
 from rnnserve_server.access.tls import server_credentials
-from rnnserve_server.api.guard import Guard, MetadataLimit
+from rnnserve_server.api.guard import Guard, Sieve
 from rnnserve_server.api.inference import InferenceServicer
 from rnnserve_server.api.models import ModelServicer
 from rnnserve_server.api.sessions import SessionServicer
@@ -85,7 +85,7 @@ class Server:
             OSError: the address cannot be listened on.
         """
         await self.core.open_store()
-        guards = [MetadataLimit(self.settings.max_metadata_bytes), *([self._guard] if self._guard else [])]
+        guards = [Sieve(self.settings.max_metadata_bytes), *([self._guard] if self._guard else [])]
         server = grpc.aio.server(interceptors=guards, options=grpc_options(self.settings))
         model_pb2_grpc.add_ModelServiceServicer_to_server(ModelServicer(self.core), server)
         session_pb2_grpc.add_SessionServiceServicer_to_server(SessionServicer(self.core), server)

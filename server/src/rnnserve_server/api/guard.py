@@ -93,14 +93,16 @@ class Guard(grpc.aio.ServerInterceptor):
             work.cancel()
 
 
-class MetadataLimit(grpc.aio.ServerInterceptor):
-    """Refuses calls whose metadata is larger than it may be.
+class Sieve(grpc.aio.ServerInterceptor):
+    """Refuses what is no call: metadata that is too large, and messages that are none.
 
-    gRPC does so too, but counts each frame of a call's headers for itself; all of them may be 1024 times as large.
+    gRPC refuses the former too, but counts each frame of a call's headers for itself; all of them may be 1024 times as
+    large. Of the latter it says UNKNOWN.
     """
 
     def __init__(self, most: int) -> None:
         self._most = most
+        self._handlers: dict[str, Handler] = {}
 
     async def intercept_service(
         self,
@@ -108,16 +110,39 @@ class MetadataLimit(grpc.aio.ServerInterceptor):
         handler_call_details: grpc.HandlerCallDetails,
     ) -> Handler | None:
         """See grpc.aio.ServerInterceptor."""
-        size = sum(
-            [len(key) + len(value) + _ENTRY_BYTES for key, value in handler_call_details.invocation_metadata or ()]
-        )
-        if size <= self._most:
-            return await continuation(handler_call_details)
+        metadata = handler_call_details.invocation_metadata or ()
+        size = sum([len(key) + len(value) + _ENTRY_BYTES for key, value in metadata])
+        if size > self._most:
 
-        async def refuse(requests: Any, context: Context) -> None:
-            await abort(context, TooLarge("metadata", self._most, size))
+            async def refuse(requests: Any, context: Context) -> None:
+                await abort(context, TooLarge("metadata", self._most, size))
 
-        return grpc.stream_stream_rpc_method_handler(refuse)
+            return grpc.stream_stream_rpc_method_handler(refuse)
+        handler = await continuation(handler_call_details)
+        if handler is None or handler.unary_unary is None:
+            return handler
+        method = handler_call_details.method
+        if method not in self._handlers:
+            self._handlers[method] = _parsing(handler)
+        return self._handlers[method]
+
+
+def _parsing(handler: Handler) -> Handler:
+    """A method that is asked with one message and says what is wrong with one that cannot be parsed."""
+    method: Any = handler.unary_unary
+
+    def parse(content: bytes) -> Any:
+        try:
+            return handler.request_deserializer(content) if handler.request_deserializer else content
+        except DecodeError as error:
+            return error
+
+    async def answer(request: Any, context: Context) -> Any:
+        if isinstance(request, DecodeError):
+            await abort(context, request)
+        return await method(request, context)
+
+    return grpc.unary_unary_rpc_method_handler(answer, parse, handler.response_serializer)
 
 
 async def _answer(handler: Handler, requests: Any, context: Context) -> None:
