@@ -17,6 +17,7 @@ from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from grpc_status import rpc_status
+from typer.testing import CliRunner
 
 import rnnserve
 from certificates import Authority
@@ -35,6 +36,7 @@ from rnnserve_server.access.authenticators import BearerTokens, ClientCertificat
 from rnnserve_server.access.edit import with_token, without
 from rnnserve_server.access.meter import Meter
 from rnnserve_server.access.principals import PrincipalsError, read_principals
+from rnnserve_server.cli import app
 from rnnserve_server.errors import PermissionDenied, QuotaExceeded, Unauthenticated
 from rnnserve_server.repository import Repository
 from serving import ZOO, RunningServer, running_server
@@ -509,6 +511,40 @@ def test_the_file_has_no_token_and_only_its_owner_reads_it(tmp_path: Path):
     assert entry.roles == {"use", "deploy"}
     assert len({with_token(path, "alice", None, NOW, None) for _ in range(20)}) == 20
     assert len(read_principals(path).principals["alice"].tokens) == 21
+
+
+def test_the_command_makes_shows_and_removes_tokens(tmp_path: Path):
+    """The token is printed alone, so that a script can take it; a wrong role, name or id changes nothing."""
+
+    def run(*arguments: str) -> Any:
+        return CliRunner().invoke(app, ["token", *arguments], env={"RNNSERVE_PRINCIPALS": str(path)})
+
+    path = tmp_path / "principals.yaml"
+    made = run("add", "alice", "--role", "use", "--role", "deploy", "--days", "30")
+    assert made.exit_code == 0
+    token = made.stdout.strip()
+    access = Access(path, Defaults())
+    shown = access.shown([("authorization", f"Bearer {token}")], {})
+    assert access.enter("/rnnserve.v1.ModelService/DeployModel", shown).name == "alice"
+    before = path.read_bytes()
+    for wrong, said in [
+        (("add", "alice", "--role", "king"), "roles"),
+        (("add", "a/b"), "a/b"),
+        (("rm", "nobody"), "'nobody'"),
+    ]:
+        done = run(*wrong)
+        assert done.exit_code == 1
+        assert said in done.stderr
+    assert path.read_bytes() == before
+    listed = run("ls").stdout
+    identity = token.split("_")[1]
+    assert "alice: deploy, use" in listed
+    assert identity in listed
+    assert token not in listed
+    assert run("rm", identity).exit_code == 0
+    assert identity not in run("ls").stdout
+    assert run("rm", "alice").exit_code == 0
+    assert run("ls").stdout == ""
 
 
 @pytest.mark.parametrize(

@@ -12,12 +12,14 @@ from pathlib import Path
 import grpc
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 import rnnserve
 from certificates import Authority
 from house import Clock
 from rnnserve_server.access.tls import TlsError, server_credentials
 from rnnserve_server.access.watched import Watched
+from rnnserve_server.cli import app
 from rnnserve_server.config import Settings
 from serving import running_server
 
@@ -113,6 +115,12 @@ def test_mutual_tls_lets_in_whom_the_root_has_signed(authority, tmp_path):
             with rnnserve.Client(server.address, tls=tls, retry_for=0) as client:  # noqa: SIM117
                 with pytest.raises(rnnserve.Unavailable):
                     client.model("lstm-4", timeout=10)
+
+
+def test_the_health_command_knows_tls(served, authority):
+    """A container's health check needs no token, but the root."""
+    for flags, code in ((["--tls-ca", str(authority.root)], 0), ([], 1)):
+        assert CliRunner().invoke(app, ["health", "--address", served.address, *flags]).exit_code == code
 
 
 def test_files_are_looked_at_once_a_second_and_what_is_wrong_changes_nothing(tmp_path):

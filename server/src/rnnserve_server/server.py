@@ -100,6 +100,7 @@ class Server:
             else:
                 self.port = server.add_secure_port(address, self._credentials)
         except RuntimeError as error:
+            await server.stop(None)  # or its end would be left to chance, after that of the event loop
             raise OSError(f"cannot listen on {address}: {error}") from error
         await server.start()
         self._server = server
