@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import gc
 import itertools
+import resource
 import socket
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -33,6 +35,7 @@ from rnnserve_server.config import Settings
 from rnnserve_server.limits import grpc_options
 from rnnserve_server.repository import Repository
 from serving import ZOO, RunningServer, running_server
+from torture.servers import server_process
 
 RESOURCE_EXHAUSTED = "8"
 ENHANCE_YOUR_CALM, REFUSED_STREAM, NO_ERROR = 11, 7, 0
@@ -245,6 +248,29 @@ def test_connections_beyond_the_limit_are_closed(server):
         each.close()
     with rnnserve.Client(server.address) as client:
         assert client.health(timeout=10)
+
+
+@pytest.mark.slow
+def test_a_server_without_descriptors_serves_who_is_there(tmp_path):
+    """When all are in use, sessions that have a connection go on; when some are free again, others may come."""
+    with server_process(tmp_path / "log", models=ZOO) as process, rnnserve.Client(process.address) as client:
+        x = np.ones(5, np.float32)
+        session = client.session("lstm-4")
+        session.step(x)
+        descriptors = Path(f"/proc/{process.pid}/fd")
+        limit = len(list(descriptors.iterdir())) + 20
+        resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (limit, limit))
+        host, port = process.address.split(":")
+        flood = [socket.create_connection((host, int(port)), 5) for _ in range(100)]
+        while len(list(descriptors.iterdir())) < limit:
+            assert process.alive
+        for _ in range(20):
+            session.step(x, timeout=10)
+        for each in flood:
+            each.close()
+        with rnnserve.Client(process.address) as other:
+            assert other.health(timeout=30)
+        session.close()
 
 
 def test_streams_of_a_connection_are_limited_and_said_so(server):

@@ -37,6 +37,8 @@ class Guard(grpc.aio.ServerInterceptor):
     def __init__(self, access: Access) -> None:
         self._access = access
         self._open: dict[asyncio.Future[None], tuple[Caller, Shown]] = {}
+        self._refused = 0
+        self._last: dict[str, str] = {}
 
     async def intercept_service(
         self,
@@ -55,7 +57,8 @@ class Guard(grpc.aio.ServerInterceptor):
                 shown = self._access.shown(metadata, context.auth_context() or {})
                 who = self._access.enter(method, shown)
             except ServiceError as error:
-                log.info("not let in", method=method, peer=context.peer(), error=str(error))
+                self._refused += 1
+                self._last = {"method": method, "peer": context.peer(), "error": str(error)}
                 await abort(context, error)
                 return
             set_caller(who)
@@ -71,7 +74,12 @@ class Guard(grpc.aio.ServerInterceptor):
         )
 
     def recheck(self) -> None:
-        """Ends the streams of callers who would not be let in any more, or have other roles now."""
+        """Ends the streams of callers who would not be let in any more, or have other roles now. Logs how many calls
+        were refused since the last time, in one line: whoever makes them must not fill the log.
+        """
+        if self._refused:
+            log.warning("calls were not let in", count=self._refused, last=self._last)
+            self._refused = 0
         for ended, (who, shown) in list(self._open.items()):
             if not ended.done() and not self._access.still(who, shown):
                 log.info("not let in any more", principal=who.name)
