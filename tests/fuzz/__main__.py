@@ -21,6 +21,9 @@ def main() -> int:
     parser.add_argument("--sessions", type=int, default=Fuzz.sessions, help="of honest clients")
     parser.add_argument("--pace", type=float, default=Fuzz.pace, help="frames a second at most; 0 for no such limit")
     parser.add_argument("--rows-per-second", type=float, default=Fuzz.rows_per_second, help="the fuzzer's quota")
+    parser.add_argument(
+        "--nice", type=int, default=10, help="of the process that sends them, which has the machine too"
+    )
     parser.add_argument("--report", type=Path, help="write the figures here, as JSON")
     options = vars(parser.parse_args())
     file = options.pop("report")

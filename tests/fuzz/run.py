@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import queue
 import re
 import subprocess
 import sys
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from random import Random
@@ -27,8 +28,10 @@ from rnnserve_server.access.edit import with_token
 from torture.servers import ServerProcess, server_process
 
 ZOO = Path(__file__).parents[2] / "models" / "zoo"
+_LEFT_SECONDS = 3.0
 _STREAM = "/rnnserve.v1.InferenceService/Stream"
 _OPTIONS = [("grpc.max_receive_message_length", -1)]
+_LATE_MEGABYTES = 40
 # What may not be told of a request that could be parsed: they are what a fault of the server's own looks like.
 _BAD = {grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL, grpc.StatusCode.DATA_LOSS}
 _BAD_NUMBERS = {code.value[0] for code in _BAD}
@@ -45,6 +48,7 @@ class Fuzz:
         sessions: honest ones.
         pace: frames a second at most; 0: as fast as it goes.
         rows_per_second: the quota of who sends them; 0: none.
+        nice: how much the sender, which would be another machine, gives way to the server and the honest clients.
     """
 
     frames: int = 1_000_000
@@ -53,6 +57,7 @@ class Fuzz:
     sessions: int = 64
     pace: float = 0.0
     rows_per_second: float = 5000.0
+    nice: int = 0
 
 
 @dataclass
@@ -65,6 +70,7 @@ class Report:
         faults: what must not be.
         calm, fuzzed: milliseconds that the honest waited, before and meanwhile.
         growth: of the server's memory, in MB, and of its descriptors and threads.
+        memory: the server's, in MB, at the beginning and after each tenth of the frames.
     """
 
     frames: Counter[str] = field(default_factory=Counter)
@@ -73,6 +79,7 @@ class Report:
     calm: dict[str, float] = field(default_factory=dict)
     fuzzed: dict[str, float] = field(default_factory=dict)
     growth: dict[str, int] = field(default_factory=dict)
+    memory: list[int] = field(default_factory=list)
     honest: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
 
@@ -88,14 +95,15 @@ class Report:
             f"honest sessions: p50 {self.calm['p50']:.2f} ms and p99 {self.calm['p99']:.2f} ms before, "
             f"{self.fuzzed['p50']:.2f} and {self.fuzzed['p99']:.2f} ms meanwhile "
             f"({self.ratio:.2f} times); {self.honest}",
-            f"growth: {self.growth}",
+            f"growth: {self.growth}, memory {self.memory} MB",
             *(f"FAULT: {fault}" for fault in self.faults),
         ]
         return "\n".join(lines)
 
     def as_dict(self) -> dict[str, Any]:
         """For a file."""
-        return asdict(self) | {"ratio": self.ratio}
+        plain = {each.name: getattr(self, each.name) for each in fields(self)}
+        return plain | {"ratio": self.ratio}
 
 
 class _Honest:
@@ -140,7 +148,14 @@ def fuzz(plan: Fuzz, folder: Path) -> Report:
     document = yaml.safe_load(path.read_text())
     document["principals"]["mallory"]["quotas"] = {"sessions": 200, "rows_per_second": plan.rows_per_second}
     path.write_text(yaml.safe_dump(document))
-    settings = {"models": ZOO, "principals": path, "connection_idle_seconds": 2.0, "log_level": "error"}
+    settings = {
+        "models": ZOO,
+        "principals": path,
+        "connection_idle_seconds": 2.0,
+        "idle_lifetime": _LEFT_SECONDS,  # or the fuzzer's quota would soon be full of sessions that it has lost
+        "max_idle_lifetime": _LEFT_SECONDS,
+        "log_level": "error",
+    }
     with server_process(folder / "server.log", **settings) as server:
         honest = _Honest(server.address, tokens["alice"], plan.sessions)
         try:
@@ -157,6 +172,7 @@ def fuzz(plan: Fuzz, folder: Path) -> Report:
 
 
 def _run(plan: Fuzz, server: ServerProcess, honest: _Honest, token: str, report: Report) -> None:
+    os.nice(plan.nice)
     chance = Random(plan.seed)
     sender = _Sender(server.address, token, chance, report)
     sender.send(min(2000, plan.frames // 20))  # what is loaded and grows once
@@ -167,6 +183,8 @@ def _run(plan: Fuzz, server: ServerProcess, honest: _Honest, token: str, report:
     before = _weigh(server.pid)
     began = time.monotonic()
     while (sent := report.frames.total()) < plan.frames and (spent := time.monotonic() - began) < plan.seconds:
+        if sent >= len(report.memory) * plan.frames // 10:
+            report.memory.append(_weigh(server.pid)["megabytes"])
         sender.send(min(500, plan.frames - sent))
         if plan.pace and (ahead := sent / plan.pace - spent) > 0:
             time.sleep(ahead)
@@ -186,8 +204,9 @@ def _run(plan: Fuzz, server: ServerProcess, honest: _Honest, token: str, report:
         report.faults.append(f"{report.growth['descriptors']} descriptors are left")
     if report.growth["threads"] > 8:
         report.faults.append(f"{report.growth['threads']} threads are left")
-    if report.growth["megabytes"] > 100:
-        report.faults.append(f"{report.growth['megabytes']} MB more than at the beginning")
+    report.memory.append(after["megabytes"])
+    if (late := report.memory[-1] - report.memory[len(report.memory) // 2]) > _LATE_MEGABYTES:
+        report.faults.append(f"{late} MB more than half-way, where all that is kept was there")
 
 
 def _weigh(pid: int) -> dict[str, int]:
