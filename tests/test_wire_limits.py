@@ -7,6 +7,7 @@ import itertools
 import resource
 import socket
 import time
+import zlib
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -118,6 +119,20 @@ def test_a_message_that_claims_to_be_larger_than_any_is_refused_at_once(server):
         wire.call(1, headers_of(LIST), None)
         wire.send(DataFrame(1, message(b"", length=2**32 - 1)))
         assert wire.status(1) == RESOURCE_EXHAUSTED
+
+
+def test_a_compressed_message_that_unfolds_beyond_the_limit_is_refused(server):
+    """64 MB of zeros in 64 kB, which take no memory worth the name."""
+    press = zlib.compressobj(9, zlib.DEFLATED, 31)
+    bomb = b"".join(press.compress(bytes(1 << 20)) for _ in range(64)) + press.flush()
+    assert len(bomb) < LIMITS["max_message_bytes"]
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with Wire(server.address) as wire:
+        wire.call(1, headers_of(LIST, ("grpc-encoding", "gzip")), None)
+        body = b"\1" + len(bomb).to_bytes(4, "big") + bomb
+        wire.send(*(DataFrame(1, body[start : start + 16384]) for start in range(0, len(body), 16384)))
+        assert wire.status(1) in (RESOURCE_EXHAUSTED, "reset 1", "reset 2")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50 << 10
 
 
 # Metadata
