@@ -392,7 +392,7 @@ class LaneStream:
             steps = first_steps if first_steps is None or index is None else first_steps[index]
             self._unanswered += len(part.tags)
             try:
-                self._owed_bytes += self._core.submit_frame(
+                owed = self._core.submit_frame(
                     Frame(
                         self,
                         part.tags,
@@ -401,6 +401,7 @@ class LaneStream:
                         mask if mask is None or index is None else mask[index],
                     )
                 )
+                self._owed_bytes += owed  # not at once: some may have been answered meanwhile
             except Exception as error:  # the frame's lanes are to blame, or a bug: the stream goes on
                 self._unanswered -= len(part.tags)
                 self._fail_chunks(
