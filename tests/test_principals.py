@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import queue
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
@@ -670,6 +671,21 @@ def test_a_client_shows_its_token_and_says_what_it_is_told(house: World):
             client.session("adder")
         with pytest.raises(rnnserve.DeployDisabled):
             client.models.unload("adder")
+
+
+def test_the_command_shows_its_token_too(house: World):
+    """`rnnserve sessions` sees what the token's principal may see; an admin names another's in full."""
+    house["alice"].create("hers")
+    house["bob"].create("his")
+    address = ["--address", house.server.address]
+    for name, code, seen in (("alice", 0, {"hers"}), ("root", 0, {"alice/hers", "bob/his"}), ("nobody", 1, set())):
+        environment = {"RNNSERVE_TOKEN": house.tokens.get(name, "")}
+        done = CliRunner().invoke(app, ["sessions", "ls", "--json", *address], env=environment)
+        assert done.exit_code == code, done.stderr
+        assert {json.loads(line)["session_id"] for line in done.stdout.splitlines()} == seen
+    environment = {"RNNSERVE_TOKEN": house.tokens["root"]}
+    assert CliRunner().invoke(app, ["sessions", "rm", "bob/his", *address], env=environment).exit_code == 0
+    assert house["bob"].list() == []
 
 
 async def test_the_asyncio_client_shows_its_token_too(house: World):

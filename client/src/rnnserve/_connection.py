@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import grpc
 import grpc.aio
 
+from rnnserve import _trace
 from rnnserve._link import REPLAY_BYTES, Link
 from rnnserve._retry import RETRY_FOR, Retry
 from rnnserve.errors import ClientClosed, DeadlineExceeded, RequestError, Unavailable, from_rpc_error
@@ -97,11 +98,12 @@ class Connection:
         return InferenceServiceStub(self.channel()).Stream(metadata=self.metadata())
 
     def metadata(self) -> grpc.aio.Metadata:
-        """What every call says of who makes it."""
-        if self._token is None:
-            return grpc.aio.Metadata()
-        token = self._token if isinstance(self._token, str) else self._token()
-        return grpc.aio.Metadata(("authorization", f"Bearer {token}"))
+        """What every call says beside its request."""
+        headers = _trace.headers()
+        if self._token is not None:
+            token = self._token if isinstance(self._token, str) else self._token()
+            headers.append(("authorization", f"Bearer {token}"))
+        return grpc.aio.Metadata(*headers)
 
     def channel(self) -> grpc.aio.Channel:
         """The channel, opened on first use."""

@@ -25,6 +25,7 @@ from rnnserve_server.errors import StoreDown
 from rnnserve_server.limits import grpc_options
 from rnnserve_server.owners import Owners
 from rnnserve_server.repository import Repository
+from rnnserve_server.watch import Watch, add_channelz
 
 log = structlog.get_logger(__name__)
 
@@ -46,6 +47,7 @@ class Server:
     Attributes:
         core: what it serves.
         port: the port it listens on, once started.
+        metrics_port: the port of its metrics, once started; 0 if there are none.
     """
 
     def __init__(self, settings: Settings, repository: Repository | None = None) -> None:
@@ -54,15 +56,19 @@ class Server:
         Raises:
             ModelError: there are none.
             PrincipalsError, TlsError: the files that decide who is let in are of no use.
+            ConfigError: there is nowhere for traces to go.
         """
         self.settings = settings
         self._credentials = None
         if settings.tls_cert is not None and settings.tls_key is not None:
             self._credentials = server_credentials(settings.tls_cert, settings.tls_key, settings.tls_client_ca)
         self._guard: Guard | None = None
+        self._watch = Watch(settings)
         self.core = Core(
             settings,
             repository or Repository.load(settings.models, engine=settings.engine, threads=settings.engine_threads),
+            observer=self._watch.observer,
+            tracing=self._watch.tracing,
         )
         if settings.principals is not None:
             access = Access(
@@ -74,6 +80,7 @@ class Server:
                 lambda name: access.limits(name).sessions, lambda name: access.limits(name).state_bytes
             )
         self.port = 0
+        self.metrics_port = 0
         self._health = HealthServicer()
         self._server: grpc.aio.Server | None = None
         self._chores: list[asyncio.Task[None]] = []
@@ -86,12 +93,17 @@ class Server:
         """
         await self.core.open_store()
         guards = [Sieve(self.settings.max_metadata_bytes), *([self._guard] if self._guard else [])]
-        server = grpc.aio.server(interceptors=guards, options=grpc_options(self.settings))
+        server = grpc.aio.server(
+            interceptors=[*self._watch.interceptors, *guards],
+            options=[*grpc_options(self.settings), *self._watch.options],
+        )
         model_pb2_grpc.add_ModelServiceServicer_to_server(ModelServicer(self.core), server)
         session_pb2_grpc.add_SessionServiceServicer_to_server(SessionServicer(self.core), server)
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(InferenceServicer(self.core), server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         names = (*SERVICES, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME)
+        if self.settings.channelz:
+            names = (*names, add_channelz(server))
         reflection.enable_server_reflection(names, server)
         address = f"{self.settings.host}:{self.settings.port}"
         try:
@@ -102,6 +114,7 @@ class Server:
         except RuntimeError as error:
             await server.stop(None)  # or its end would be left to chance, after that of the event loop
             raise OSError(f"cannot listen on {address}: {error}") from error
+        self.metrics_port = self._watch.listen(self.core)
         await server.start()
         self._server = server
         self._chores = [asyncio.create_task(self._sweep())]
@@ -109,7 +122,10 @@ class Server:
             self._chores.append(asyncio.create_task(self._save()))
         for service in ("", *SERVICES):
             await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
-        log.info("serving", address=f"{self.settings.host}:{self.port}", models=len(list(self.core.repository)))
+        watched = {"metrics": f"{self._watch.host}:{self.metrics_port}"} if self.metrics_port else {}
+        log.info(
+            "serving", address=f"{self.settings.host}:{self.port}", models=len(list(self.core.repository)), **watched
+        )
 
     async def stop(self) -> None:
         """Drains: says NOT_SERVING, takes no new calls, and lets open streams finish for ``drain_seconds``."""
@@ -122,6 +138,7 @@ class Server:
         if self._server is not None:
             await self._server.stop(self.settings.drain_seconds)
         await self.core.close()
+        await asyncio.to_thread(self._watch.close)
         log.info("stopped")
 
     async def _sweep(self) -> None:

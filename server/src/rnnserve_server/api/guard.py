@@ -172,6 +172,8 @@ async def _answer(handler: Handler, requests: Any, context: Context) -> None:
         async for response in method(request, context):
             await context.write(response)
         return
-    response = await method(request, context)
+    response = method(request, context)
+    if inspect.isawaitable(response):  # gRPC's own services are not all of asyncio
+        response = await response
     if not handler.response_streaming:
         await context.write(response)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -92,9 +93,14 @@ class MemoryStore(Store):
         wanted = [r for r in records if r.id.startswith(scope) and model in ("", r.meta.model)]
         return [_head(r) for r in wanted if r.cursor > after][:limit]
 
-    async def count(self, scope: str) -> int:
+    async def count_of(self, scope: str) -> int:
         """See `Store`."""
         return sum(session_id.startswith(scope) for session_id in self._live)
+
+    async def count(self, models: Sequence[str]) -> list[int]:
+        """See `Store`."""
+        found = Counter(record.meta.model for record in self._live.values())
+        return [found[model] for model in models]
 
     async def close(self) -> None:
         """See `Store`."""
