@@ -69,7 +69,7 @@ class Report:
         statuses: how calls and chunks were answered.
         faults: what must not be.
         calm, fuzzed: milliseconds that the honest waited, before and meanwhile.
-        growth: of the server's memory, in MB, and of its descriptors and threads.
+        growth: of the server's descriptors and threads.
         memory: the server's, in MB, at the beginning and after each tenth of the frames.
     """
 
@@ -192,6 +192,7 @@ def _run(plan: Fuzz, server: ServerProcess, honest: _Honest, token: str, report:
             return
     report.seconds = time.monotonic() - began
     report.fuzzed = honest.latencies()
+    report.memory.append(_weigh(server.pid)["megabytes"])  # before the honest ask for all their outputs once more
     report.honest = honest.end()
     if report.honest["wrong"]:
         report.faults.append(f"{report.honest['wrong']} outputs of honest sessions are not what they should be")
@@ -199,12 +200,11 @@ def _run(plan: Fuzz, server: ServerProcess, honest: _Honest, token: str, report:
     deadline = time.monotonic() + 20
     while (after := _weigh(server.pid))["descriptors"] > before["descriptors"] and time.monotonic() < deadline:
         time.sleep(0.2)  # connections without calls are closed after two seconds
-    report.growth = {name: after[name] - before[name] for name in before}
+    report.growth = {name: after[name] - before[name] for name in ("descriptors", "threads")}
     if report.growth["descriptors"] > 0:
         report.faults.append(f"{report.growth['descriptors']} descriptors are left")
     if report.growth["threads"] > 8:
         report.faults.append(f"{report.growth['threads']} threads are left")
-    report.memory.append(after["megabytes"])
     if (late := report.memory[-1] - report.memory[len(report.memory) // 2]) > _LATE_MEGABYTES:
         report.faults.append(f"{late} MB more than half-way, where all that is kept was there")
 

@@ -9,6 +9,7 @@ import asyncio
 import json
 import os
 from collections.abc import Awaitable, Callable
+from contextvars import ContextVar
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -23,6 +24,8 @@ T = TypeVar("T")
 
 _WIDTH = 200  # columns, where there is no terminal
 
+_HOW: ContextVar[dict[str, Any]] = ContextVar("how to connect")
+
 app = typer.Typer(help="Look at the sessions of a server, save them and end them.", no_args_is_help=True)
 
 Address = Annotated[str, typer.Option(help="the server's address [127.0.0.1 and RNNSERVE_PORT]")]
@@ -33,7 +36,6 @@ Id = Annotated[str, typer.Argument(metavar="ID", help="the session's id")]
 
 @app.callback()
 def connect(
-    context: typer.Context,
     token: Annotated[str, typer.Option(help="the token to show", envvar="RNNSERVE_TOKEN")] = "",
     tls_ca: Annotated[
         Path | None, typer.Option(help="the root of the server's certificate, in PEM, if it has TLS", exists=True)
@@ -45,7 +47,7 @@ def connect(
     from rnnserve.tls import TLS
 
     tls = None if tls_ca is None else TLS(tls_ca, tls_cert, tls_key)
-    context.obj = {"token": token or None, "tls": tls}
+    _HOW.set({"token": token or None, "tls": tls})
 
 
 @app.command("ls")
@@ -156,15 +158,13 @@ def remove_sessions(
 
 def _ask(address: str, timeout: float, question: Callable[[Connection], Awaitable[T]]) -> T:
     """Asks a server something. Failures end the command with 1 and the reason."""
-    from click import get_current_context
-
     from rnnserve._connection import Connection
     from rnnserve.errors import RnnserveError
 
     address = address or f"127.0.0.1:{os.environ.get('RNNSERVE_PORT', 50051)}"
 
     async def ask() -> T:
-        connection = Connection(address, timeout, None, (), retry_for=0.0, **get_current_context().obj)
+        connection = Connection(address, timeout, None, (), retry_for=0.0, **_HOW.get())
         try:
             return await question(connection)
         finally:
