@@ -13,6 +13,7 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
+import structlog
 import yaml
 from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -37,6 +38,7 @@ from rnnserve_server.access.authenticators import BearerTokens, ClientCertificat
 from rnnserve_server.access.edit import with_token, without
 from rnnserve_server.access.meter import Meter
 from rnnserve_server.access.principals import PrincipalsError, read_principals
+from rnnserve_server.api import errors as api_errors
 from rnnserve_server.cli import app
 from rnnserve_server.errors import PermissionDenied, QuotaExceeded, Unauthenticated
 from rnnserve_server.repository import Repository
@@ -76,6 +78,20 @@ class As:
 
     def stream(self, *requests: inference_pb2.StreamRequest) -> Iterator[inference_pb2.StreamResponse]:
         return self.inference.Stream(iter(requests), metadata=self.metadata, timeout=20)
+
+
+class Lines:
+    """A logger that keeps what it is given."""
+
+    def __init__(self, lines: list[dict[str, Any]]) -> None:
+        self._lines = lines
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda **line: self._lines.append(line)
+
+
+def keep(logger: Any, name: str, event: dict[str, Any]) -> dict[str, Any]:
+    return event
 
 
 ONE = encode_named({"input": np.ones((1, 1, FEATURES), np.float32)})
@@ -238,6 +254,19 @@ def test_tokens_come_and_go_without_a_restart(house: World):
     assert carol.list() == []
     carol.channel.close()
     requests.put(None)
+
+
+def test_log_lines_of_a_call_name_its_principal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Whatever is logged while a call is answered."""
+    lines: list[dict[str, Any]] = []
+    monkeypatch.setattr(
+        api_errors, "log", structlog.wrap_logger(Lines(lines), [structlog.contextvars.merge_contextvars, keep])
+    )
+    with world(tmp_path / "p.yaml") as house:
+        for name in ("alice", "bob"):
+            refusal(calls_of(house[name], "unknown")["get"])
+    told = [line["principal"] for line in lines if line.get("reason") == "SESSION_UNKNOWN"]
+    assert told == ["alice", "bob"]
 
 
 # Whose a session is

@@ -62,6 +62,7 @@ class Guard(grpc.aio.ServerInterceptor):
                 await abort(context, error)
                 return
             set_caller(who)
+            structlog.contextvars.bind_contextvars(principal=who.name)  # for every line that this call logs
             if handler.request_streaming:
                 await self._while_let_in(_answer(handler, requests, context), context, who, shown)
             else:
