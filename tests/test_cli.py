@@ -178,6 +178,16 @@ def test_serve_refuses_what_it_cannot_serve(tmp_path, small):
     assert "Traceback" not in answer.stderr
 
 
+def test_serve_says_which_file_lets_nobody_in(tmp_path, small):
+    """Of principals, or of certificates: rather than serve everybody."""
+    path = tmp_path / "principals.yaml"
+    path.write_text("principals: 3")
+    for flags in (("--principals", path), ("--tls-cert", path, "--tls-key", path)):
+        done = run("serve", "--port", "0", "--models", small, *flags)
+        assert done.returncode == 1
+        assert str(path) in done.stderr
+
+
 def test_fetch(tmp_path, small):
     """`rnnserve fetch` says of every model whether its files are there, and exits with 1 if one's are not."""
     answer = invoke("fetch", small)

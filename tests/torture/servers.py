@@ -65,6 +65,7 @@ class ServerProcess:
 
     @property
     def pid(self) -> int:
+        """Of its process."""
         return int(self._process.pid)
 
     @property

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
         ModelUnavailable,
         NotFound,
         OptionUnsupported,
+        PermissionDenied,
+        QuotaExceeded,
         RequestError,
         RnnserveError,
         ServerBusy,
@@ -43,15 +45,18 @@ if TYPE_CHECKING:
         StepConflict,
         StepMismatch,
         TooLarge,
+        Unauthenticated,
         Unavailable,
         VersionExists,
         Violation,
     )
     from rnnserve.models import Model, SessionInfo, StateSpec, TensorSpec
     from rnnserve.options import LayerOptions, ReplayWindow
+    from rnnserve.tls import TLS
 
 __all__ = [
     "RNN",
+    "TLS",
     "BlobInvalid",
     "Cancelled",
     "ChunkLost",
@@ -71,6 +76,8 @@ __all__ = [
     "NotFound",
     "Notice",
     "OptionUnsupported",
+    "PermissionDenied",
+    "QuotaExceeded",
     "ReplayWindow",
     "RequestError",
     "RnnserveError",
@@ -93,6 +100,7 @@ __all__ = [
     "TensorError",
     "TensorSpec",
     "TooLarge",
+    "Unauthenticated",
     "Unavailable",
     "VersionExists",
     "Violation",
@@ -102,6 +110,7 @@ __all__ = [
 
 _MODULES = {"client": ("RNN", "Client", "Session", "SessionGroup"), "codec": ("TensorError",), "_notices": ("Notice",)}
 _MODULES |= {"models": ("Model", "SessionInfo", "StateSpec", "TensorSpec"), "options": ("LayerOptions", "ReplayWindow")}
+_MODULES["tls"] = ("TLS",)
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 
 

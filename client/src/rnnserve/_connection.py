@@ -15,6 +15,7 @@ from rnnserve._notices import OnNotice
 from rnnserve._retry import RETRY_FOR, Retry
 from rnnserve.errors import ClientClosed, DeadlineExceeded, RequestError, Unavailable, from_rpc_error
 from rnnserve.models import Model, SessionInfo
+from rnnserve.tls import Tls, Token, check_token, tls_of
 from rnnserve.v1 import inference_pb2, model_pb2, session_pb2
 from rnnserve.v1.inference_pb2_grpc import InferenceServiceStub
 from rnnserve.v1.model_pb2_grpc import ModelServiceStub
@@ -57,7 +58,12 @@ class Connection:
         retry_for: float | None = RETRY_FOR,
         replay_bytes: int = REPLAY_BYTES,
         on_notice: OnNotice | None = None,
+        tls: Tls = None,
+        token: Token | None = None,
     ) -> None:
+        if credentials is not None and tls not in (None, False):
+            raise ValueError("credentials and tls: expected one of them")
+        check_token(target, token, tls, credentials)
         if retry_for is not None and not retry_for >= 0:
             raise ValueError(f"retry_for must be seconds, 0 for never or None for ever, got {retry_for}")
         if replay_bytes < 1:
@@ -67,8 +73,13 @@ class Connection:
         self.retry = Retry(retry_for)
         self._replay_bytes = replay_bytes
         self._on_notice = on_notice
+        self._token = token
         self._credentials = credentials
-        self._options = tuple({**dict(_OPTIONS), **dict(options)}.items())  # gRPC takes the first of two
+        secure = tls_of(tls)
+        given = options if secure is None else (*secure.options(), *options)
+        self._options = tuple({**dict(_OPTIONS), **dict(given)}.items())  # gRPC takes the first of two
+        if secure is not None:
+            self._credentials = secure.credentials()
         self._channel: grpc.aio.Channel | None = None
         self._link: Link | None = None
         self._models: dict[tuple[str, str], Model] = {}
@@ -98,7 +109,11 @@ class Connection:
 
     def metadata(self) -> grpc.aio.Metadata:
         """What every call says beside its request."""
-        return grpc.aio.Metadata(*_trace.headers())
+        headers = _trace.headers()
+        if self._token is not None:
+            token = self._token if isinstance(self._token, str) else self._token()
+            headers.append(("authorization", f"Bearer {token}"))
+        return grpc.aio.Metadata(*headers)
 
     def channel(self) -> grpc.aio.Channel:
         """The channel, opened on first use."""

@@ -41,6 +41,7 @@ from rnnserve.errors import GroupError, RequestError, RnnserveError
 from rnnserve.models import Model, SessionInfo
 from rnnserve.nest import Nest
 from rnnserve.options import LayerOptions, ReplayWindow, SessionOptions, Terms, given_options
+from rnnserve.tls import Tls, Token
 
 __all__ = ["RNN", "Client", "Models", "Session", "SessionGroup"]
 
@@ -51,13 +52,17 @@ class Client:
     Args:
         target: where the server is, as gRPC writes it, such as `localhost:50051`.
         timeout: seconds that a call may take unless it is given its own; None for no limit.
-        credentials: for TLS; without them the connection is not encrypted.
+        credentials: gRPC's own, where `tls` is not enough.
         options: gRPC channel options.
         retry_for: seconds of trying to reach the server again before those who wait are told Unavailable; None for
             ever, 0 to tell them at once. See below.
         replay_bytes: memory for chunks that are not answered and may have to be sent again. Beyond it, steps wait.
         on_notice: called with each `Notice` of the server: that a session is about to end, or has. Runs on a thread of
             its own, one call after the other, and may use the client.
+        tls: True for TLS with the system's roots, a path for the roots in that file, or a `TLS` with a certificate to
+            show; without it the connection is not encrypted.
+        token: the bearer token to show, or a function that gives the one to show now. Without TLS it is only sent to
+            this machine, unless `tls=False` says that this is meant.
 
     Attributes:
         models: called, lists what the server hosts; deploys, unloads and reloads models where the server allows it.
@@ -84,9 +89,13 @@ class Client:
         retry_for: float | None = RETRY_FOR,
         replay_bytes: int = REPLAY_BYTES,
         on_notice: OnNotice | None = None,
+        tls: Tls = None,
+        token: Token | None = None,
     ) -> None:
         notices = None if on_notice is None else NoticeThread(on_notice)
-        self._connection = Connection(target, timeout, credentials, options, retry_for, replay_bytes, notices)
+        self._connection = Connection(
+            target, timeout, credentials, options, retry_for, replay_bytes, notices, tls=tls, token=token
+        )
         self._notices = notices
         self._portal = Portal()
         self.models = Models(self._portal, Catalogue(self._connection))

@@ -133,10 +133,23 @@ class VersionExists(RequestError):
     reason = "VERSION_EXISTS"
 
 
-class DeployDisabled(RequestError):
-    """The server does not allow clients to change its models."""
+class Unauthenticated(RequestError):
+    """The server does not know who calls: it wants a token or a certificate, or another one."""
+
+    status = grpc.StatusCode.UNAUTHENTICATED
+    reason = "UNAUTHENTICATED"
+
+
+class PermissionDenied(RequestError):
+    """Whoever calls may not do that."""
 
     status = grpc.StatusCode.PERMISSION_DENIED
+    reason = "PERMISSION_DENIED"
+
+
+class DeployDisabled(PermissionDenied):
+    """The server does not allow clients to change its models."""
+
     reason = "DEPLOY_DISABLED"
 
 
@@ -233,6 +246,12 @@ class ServerBusy(RequestError):
 
     status = grpc.StatusCode.RESOURCE_EXHAUSTED
     reason = "QUEUE_FULL"
+
+
+class QuotaExceeded(ServerBusy):
+    """Whoever calls has as many sessions, or runs as many rows a second, as it may. Try again after `retry_after`."""
+
+    reason = "QUOTA_EXCEEDED"
 
 
 class TooLarge(RequestError):
@@ -338,6 +357,9 @@ _BY_REASON: dict[str, type[RequestError]] = {
     "SESSION_TAKEN_OVER": SessionTakenOver,
     "SESSION_EXISTS": SessionExists,
     "SESSIONS_FULL": ServerBusy,
+    "QUOTA_EXCEEDED": QuotaExceeded,
+    "UNAUTHENTICATED": Unauthenticated,
+    "PERMISSION_DENIED": PermissionDenied,
     "STEP_AHEAD": StepMismatch,
     "STEP_BEHIND": StepMismatch,
     "STEP_CONFLICT": StepConflict,
@@ -355,6 +377,8 @@ _BY_REASON: dict[str, type[RequestError]] = {
 _BY_STATUS: dict[grpc.StatusCode, type[RequestError]] = {
     grpc.StatusCode.INVALID_ARGUMENT: InvalidRequest,
     grpc.StatusCode.NOT_FOUND: NotFound,
+    grpc.StatusCode.UNAUTHENTICATED: Unauthenticated,
+    grpc.StatusCode.PERMISSION_DENIED: PermissionDenied,
     grpc.StatusCode.RESOURCE_EXHAUSTED: ServerBusy,
     grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceeded,
     grpc.StatusCode.CANCELLED: Cancelled,

@@ -37,7 +37,7 @@ from rnnserve_server.errors import (
 )
 from rnnserve_server.intake import Frame
 from rnnserve_server.keeper import Keeper, session_bytes
-from rnnserve_server.layout import check_call, check_states, faults, signature, to_call
+from rnnserve_server.layout import answer_bytes, check_call, check_states, faults, signature, timesteps, to_call
 from rnnserve_server.observer import Observer
 from rnnserve_server.replay import Limits
 from rnnserve_server.repository import Repository
@@ -124,6 +124,7 @@ class Core:
         replay: Limits | None = None,
         rules: ResetRules = NO_RULES,
         session_ids: Sequence[str] = (),
+        scope: str = "",
     ) -> tuple[Group, Array, SessionsFull | None]:
         """Makes sessions that are alike; see SessionConfig for the rules, and `SessionTable.create_many` for what is
         returned.
@@ -131,7 +132,7 @@ class Core:
         Raises:
             ServiceError: as CreateSession says. None was made.
         """
-        self.check_new(session_ids)
+        self.check_new(session_ids, scope)
         if idle_lifetime is not None and idle_lifetime <= 0:
             raise InvalidRequest("idle_lifetime", "a positive duration", f"{idle_lifetime} s")
         if lifetime is not None and not 0 < lifetime <= _LONGEST:
@@ -157,7 +158,18 @@ class Core:
             replay=self._limits(replay),
             rules=rules,
             session_ids=session_ids,
+            scope=scope,
+            stored=await self.stored(scope),
         )
+
+    async def stored(self, scope: str) -> int | None:
+        """How many sessions a principal has in the store; None if nobody has to know, or there is no store.
+
+        Raises:
+            StoreDown: the store cannot be reached.
+        """
+        owners = self.sessions.owners
+        return await self.keeper.count(scope) if self.keeper and owners and owners.limited(scope) else None
 
     def _limits(self, asked: Limits | None) -> Limits:
         """What a replay window may hold: what was asked for, and not more than the settings allow."""
@@ -184,11 +196,12 @@ class Core:
                 if evicted := self.sessions.evict(lacking, self.settings.evict_idle_seconds):
                     log.warning("sessions made room for others", count=evicted)
 
-    def check_new(self, session_ids: Sequence[str]) -> None:
+    def check_new(self, session_ids: Sequence[str], scope: str = "") -> None:
         """Raises InvalidRequest for ids that no session can have, and Draining when no session can be made."""
         if self.draining.is_set():
             raise Draining("the server is shutting down; open the session elsewhere", retry_after=1.0)
         for session_id in session_ids:
+            session_id = session_id.removeprefix(scope)
             if not _SESSION_ID.fullmatch(session_id):
                 expected = "1 to 128 characters from A-Z a-z 0-9 . _ : -"
                 raise InvalidRequest("session_id", expected, repr(session_id[:200]))
@@ -375,21 +388,30 @@ class Core:
 
     # Work
 
-    def submit_frame(self, frame: Frame) -> None:
+    def submit_frame(self, frame: Frame) -> int:
         """Queues a frame of chunks. Those that hold what the model forbids are told so when their turn comes.
+
+        Returns:
+            Bytes of the answers, if all chunks succeed.
 
         Raises:
             ServiceError: the inputs or the mask do not fit; nothing was queued.
         """
         group = frame.sessions.group
         key = signature(frame.inputs, frame.mask)
-        if key not in group.fitting:
+        nbytes = group.fitting.get(key)
+        if nbytes is None:
             _check_mask(group.model, frame.mask)
             check_call(group.model.engine, group.options, frame.inputs, frame.mask, batch_size=group.batch_size)
+            steps = timesteps(group.options, frame.inputs)
             if len(group.fitting) >= _MAX_SIGNATURES:
                 group.fitting.clear()
-            group.fitting.add(key)
+            nbytes = group.fitting[key] = self._check_steps(group.model, group.options, group.batch_size, steps)
+        nbytes *= len(frame.tags)
+        if nbytes > self.settings.max_answer_bytes:
+            raise TooLarge("bytes of the answers to a frame", self.settings.max_answer_bytes, nbytes)
         self.worker(group.model).take_in(frame, key)
+        return nbytes
 
     def submit_call(
         self,
@@ -426,6 +448,7 @@ class Core:
         check_call(model.engine, options, inputs, mask, batch_size=None)
         call = to_call(model.engine, options, inputs, mask)
         rows = len(call.lengths)
+        self._check_steps(model, options, rows, timesteps(options, inputs))
         if rows > self.settings.max_batch_size:
             raise TooLarge("batch size", self.settings.max_batch_size, rows)
         for fault in faults(model.engine.inputs, call, rows).values():
@@ -439,6 +462,19 @@ class Core:
         if rules.every_steps:
             block.resets = resets(ResetRules(rules.every_steps), call, np.array([first_step], np.uint64), {})
         self.worker(model).submit(block)
+
+    def _check_steps(self, model: LoadedModel, options: LayerOptions, rows: int, steps: int) -> int:
+        """Bytes of the answer to a chunk of so many rows and time steps.
+
+        Raises:
+            TooLarge: they are more than they may, or the steps are.
+        """
+        if steps > self.settings.max_chunk_steps:
+            raise TooLarge("time steps of a chunk", self.settings.max_chunk_steps, steps)
+        nbytes = rows * answer_bytes(model.engine, options, steps)
+        if nbytes > self.settings.max_answer_bytes:
+            raise TooLarge("bytes of the answer", self.settings.max_answer_bytes, nbytes)
+        return nbytes
 
     def worker(self, model: LoadedModel) -> Worker:
         """The worker of a model version."""

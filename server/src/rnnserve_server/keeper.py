@@ -35,6 +35,7 @@ from rnnserve_server.errors import (
     SessionUnloaded,
     StoreDown,
 )
+from rnnserve_server.owners import scope_of
 from rnnserve_server.records import (
     limits_of,
     meta_of,
@@ -219,6 +220,8 @@ class Keeper:
             replay=limits_of(meta),
             rules=rules,
             session_ids=[record.id],
+            scope=scope_of(record.id),
+            new=False,
         )
         if full is not None:
             raise full
@@ -274,14 +277,25 @@ class Keeper:
             for head, end in zip(heads, ended, strict=True)
         ]
 
-    async def page(self, after: str, limit: int, model: str) -> list[Head]:
+    async def page(self, after: str, limit: int, model: str, scope: str = "") -> list[Head]:
         """Stored sessions, oldest first: see `Store.page`.
 
         Raises:
             StoreDown: the store cannot be reached.
         """
         try:
-            return await self.store.page(after, limit, model)
+            return await self.store.page(after, limit, model, scope)
+        except StoreError as error:
+            raise StoreDown(error) from error
+
+    async def count(self, scope: str) -> int:
+        """How many sessions of a principal are stored: see `Store.count_of`.
+
+        Raises:
+            StoreDown: the store cannot be reached.
+        """
+        try:
+            return await self.store.count_of(scope)
         except StoreError as error:
             raise StoreDown(error) from error
 

@@ -51,6 +51,7 @@ async def rollout(
     feedback: Sequence[Feedback],
     seed: int | None,
     deadline: float | None,
+    take: Callable[[int], None] | None = None,
 ) -> tuple[Arrays, Arrays]:
     """Lets a session's model go on by itself; see Rollout for the rules.
 
@@ -62,6 +63,7 @@ async def rollout(
         feedback: how inputs are made of outputs; empty for the only output becoming the only input.
         seed: what chance starts from.
         deadline: the time of the clock after which nobody needs the answer, or None.
+        take: lets so many rows of time steps in, or raises ServiceError; None: all of them.
 
     Returns:
         Every output and every input, [batch, steps, *shape] ([steps, batch, *shape] with time_major).
@@ -74,6 +76,8 @@ async def rollout(
     engine = group.model.engine
     feed = feed_of(engine, feedback or [Feedback()])
     _check_size(core, group, steps)
+    if take is not None:
+        take(steps * group.batch_size)
     if inputs:
         whole = {name: x[None] for name, x in inputs.items()}
         check_call(engine, group.options, whole, None, batch_size=group.batch_size)

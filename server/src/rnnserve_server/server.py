@@ -6,7 +6,6 @@ import asyncio
 import gc
 import signal
 import sys
-from typing import Any
 
 import grpc
 import structlog
@@ -15,12 +14,17 @@ from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
 
 from rnnserve.v1 import inference_pb2, inference_pb2_grpc, model_pb2, model_pb2_grpc, session_pb2, session_pb2_grpc
+from rnnserve_server.access.access import Access, Defaults
+from rnnserve_server.access.tls import server_credentials
+from rnnserve_server.api.guard import Guard, Sieve
 from rnnserve_server.api.inference import InferenceServicer
 from rnnserve_server.api.models import ModelServicer
 from rnnserve_server.api.sessions import SessionServicer
 from rnnserve_server.config import Settings
 from rnnserve_server.core import Core
 from rnnserve_server.errors import StoreDown
+from rnnserve_server.limits import grpc_options
+from rnnserve_server.owners import Owners
 from rnnserve_server.repository import Repository
 from rnnserve_server.watch import Watch, add_channelz
 
@@ -53,9 +57,14 @@ class Server:
 
         Raises:
             ModelError: there are none.
+            PrincipalsError, TlsError: the files that decide who is let in are of no use.
             ConfigError: there is nowhere for traces to go.
         """
         self.settings = settings
+        self._credentials = None
+        if settings.tls_cert is not None and settings.tls_key is not None:
+            self._credentials = server_credentials(settings.tls_cert, settings.tls_key, settings.tls_client_ca)
+        self._guard: Guard | None = None
         self._watch = Watch(settings)
         self.core = Core(
             settings,
@@ -63,6 +72,15 @@ class Server:
             observer=self._watch.observer,
             tracing=self._watch.tracing,
         )
+        if settings.principals is not None:
+            access = Access(
+                settings.principals,
+                Defaults(settings.quota_sessions, settings.quota_rows_per_second, settings.quota_state_bytes),
+            )
+            self._guard = Guard(access)
+            self.core.sessions.owners = Owners(
+                lambda name: access.limits(name).sessions, lambda name: access.limits(name).state_bytes
+            )
         self.port = 0
         self.metrics_port = 0
         self._health = HealthServicer()
@@ -76,8 +94,10 @@ class Server:
             OSError: the address cannot be listened on.
         """
         await self.core.open_store()
+        guards = [Sieve(self.settings.max_metadata_bytes), *([self._guard] if self._guard else [])]
         server = grpc.aio.server(
-            interceptors=self._watch.interceptors, options=[*_options(self.settings), *self._watch.options]
+            interceptors=[*self._watch.interceptors, *guards],
+            options=[*grpc_options(self.settings), *self._watch.options],
         )
         model_pb2_grpc.add_ModelServiceServicer_to_server(ModelServicer(self.core), server)
         session_pb2_grpc.add_SessionServiceServicer_to_server(SessionServicer(self.core), server)
@@ -89,8 +109,12 @@ class Server:
         reflection.enable_server_reflection(names, server)
         address = f"{self.settings.host}:{self.settings.port}"
         try:
-            self.port = server.add_insecure_port(address)
+            if self._credentials is None:
+                self.port = server.add_insecure_port(address)
+            else:
+                self.port = server.add_secure_port(address, self._credentials)
         except RuntimeError as error:
+            await server.stop(None)  # or its end would be left to chance, after that of the event loop
             raise OSError(f"cannot listen on {address}: {error}") from error
         self.metrics_port = self._watch.listen(self.core)
         await server.start()
@@ -144,6 +168,8 @@ class Server:
     async def _sweep(self) -> None:
         while True:
             await asyncio.sleep(_SWEEP_SECONDS)
+            if self._guard is not None:
+                self._guard.recheck()
             try:
                 if expired := await self.core.sweep():
                     log.info("sessions expired", count=expired)
@@ -172,19 +198,3 @@ async def serve(settings: Settings) -> None:
     await stop.wait()
     if not await server.stop():
         sys.exit(1)
-
-
-def _options(settings: Settings) -> list[tuple[str, Any]]:
-    return [
-        ("grpc.max_receive_message_length", settings.max_message_bytes),
-        ("grpc.max_send_message_length", -1),
-        # A client asks for signs of life while its streams are silent. gRPC would take that for abuse.
-        ("grpc.http2.min_ping_interval_without_data_ms", 1_000),
-        ("grpc.http2.min_recv_ping_interval_without_data_ms", 1_000),
-        # And so is it asked: a stream whose client has gone without a word shall end.
-        ("grpc.keepalive_time_ms", 60_000),
-        ("grpc.keepalive_timeout_ms", 20_000),
-        ("grpc.http2.ping_timeout_ms", 20_000),
-        ("grpc.http2.max_pings_without_data", 0),
-        ("grpc.so_reuseport", 0),  # a second server on the port is a mistake, not a way to share the load
-    ]

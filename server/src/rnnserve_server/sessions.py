@@ -37,6 +37,7 @@ from rnnserve_server.errors import (
     step_mismatch,
 )
 from rnnserve_server.expiry import Expiry
+from rnnserve_server.owners import Owners
 from rnnserve_server.replay import NO_REPLAY, Limits, Window
 from rnnserve_server.resets import NO_RULES, ResetRules
 from rnnserve_server.state import Arena
@@ -104,7 +105,7 @@ class Group:
         dirty: bool [capacity], what is in memory is not what is stored.
         stored_used: float64 [capacity], ``last_used`` as it is stored.
         window: what was answered lately.
-        fitting: the signatures of inputs that are known to fit.
+        fitting: bytes of the answer to a chunk, by the signatures of inputs that are known to fit.
     """
 
     step: Array
@@ -145,7 +146,7 @@ class Group:
         self.live = 0
         self.ended = 0
         self.window = Window(replay)
-        self.fitting: set[Hashable] = set()
+        self.fitting: dict[Hashable, int] = {}
         self._columns = {name: Column((), dtype) for name, dtype in _COLUMNS.items()}
         self._show()
 
@@ -229,6 +230,7 @@ class SessionTable:
         ends: by model, version and why, how many ended.
         dropped: rounds of answers that were forgotten because all together took too much memory.
         on_end: told of sessions in N slots of a group that are about to end, and why.
+        owners: whose they are and what each may have; None: there are no principals.
     """
 
     def __init__(
@@ -261,6 +263,7 @@ class SessionTable:
         self.ends: Counter[tuple[str, str, type[SessionError]]] = Counter()
         self.dropped = 0
         self.on_end: Callable[[Group, Array, type[SessionError]], None] | None = None
+        self.owners: Owners | None = None
 
     def __contains__(self, session_id: str) -> bool:
         return self._part(session_id).get(session_id, -1) >= 0
@@ -321,6 +324,9 @@ class SessionTable:
         replay: Limits = NO_REPLAY,
         rules: ResetRules = NO_RULES,
         session_ids: Sequence[str] = (),
+        scope: str = "",
+        stored: int | None = None,
+        new: bool = True,
     ) -> tuple[Group, Array, SessionsFull | None]:
         """Makes N sessions at step 0 that are alike, or as many as there is room for.
 
@@ -334,7 +340,10 @@ class SessionTable:
             lifetime: seconds; infinity for no end.
             replay: how much their replay windows hold.
             rules: when their states are reset by themselves.
-            session_ids: the N distinct ids to give them; empty for new ones.
+            session_ids: the N distinct ids to give them, scope and all; empty for new ones.
+            scope: what their owner's ids begin with; empty: they are nobody's.
+            stored: how many sessions their owner has in the store, if there is one.
+            new: they are new, not taken from a store.
 
         Returns:
             Their group; the slots of those that were made, int64 [<= N]; and why the others were not, or None if all
@@ -352,14 +361,19 @@ class SessionTable:
             self._max_sessions - self._live,
             (self._max_state_bytes - self.state_bytes) // max(1, group.arena.session_bytes),
         )
+        full: Callable[[Group], SessionsFull] = self._full
+        if self.owners is not None:
+            left, exceeded = self.owners.room(scope, group.arena.session_bytes, stored, new=new)
+            if exceeded is not None and left < room:
+                room, full = left, lambda _: exceeded
         if room <= 0:
-            return group, np.zeros(0, np.int64), self._full(group)
+            return group, np.zeros(0, np.int64), full(group)
         if key not in self._groups:
             self._index = group.index
             self._groups[key] = self._by_index[group.index] = group
-        ids = session_ids[:room] or _new_ids(min(count, room))
+        ids = session_ids[:room] or [scope + each for each in _new_ids(min(count, room))]
         slots = self._make(group, ids, initial_states, idle_lifetime, lifetime)
-        return group, slots, self._full(group) if room < count else None
+        return group, slots, full(group) if room < count else None
 
     def at(self, group: Group, slot: int) -> Session:
         """The live session of a slot."""
@@ -470,6 +484,16 @@ class SessionTable:
         together = np.concatenate(slots)  # [N]
         for position in np.argsort(numbers, kind="stable"):
             yield self.at(groups[which[position]], int(together[position]))
+
+    def of(self, scope: str, number: int, model: str = "") -> Iterator[Session]:
+        """A principal's live sessions made after the ``number``-th, oldest first."""
+        found = [self.get(each) for each in self.owners.of(scope)] if self.owners is not None else []
+        return iter(
+            sorted(
+                (each for each in found if each.number > number and model in ("", each.group.model.name)),
+                key=lambda session: session.number,
+            )
+        )
 
     def uses(self, model: LoadedModel) -> bool:
         """Whether a live session has this very model."""
@@ -589,6 +613,7 @@ class SessionTable:
 
     def forget(self, group: Group, slots: Array) -> None:
         """Lets sessions in N slots leave memory, which live on in a store."""
+        self._disown(group, slots)
         for slot in slots.tolist():
             del self._part(group.ids[slot])[group.ids[slot]]
             group.ids[slot] = ""
@@ -650,6 +675,8 @@ class SessionTable:
         for slot, session_id in zip(slots.tolist(), ids, strict=True):
             group.ids[slot] = session_id
             self._part(session_id)[session_id] = group.index << 32 | slot
+        if self.owners is not None:
+            self.owners.add(ids, group.arena.session_bytes)
         self.entered[group.model.name, group.model.version] += count
         self._live += count
         self._number += count
@@ -665,6 +692,7 @@ class SessionTable:
 
     def _remember(self, group: Group, slots: Array, why: type[SessionError]) -> None:
         """Keeps in mind why the sessions in N slots ended."""
+        self._disown(group, slots)
         self.ends[group.model.name, group.model.version, why] += len(slots)
         for slot in slots.tolist():
             session_id = group.ids[slot]
@@ -677,6 +705,11 @@ class SessionTable:
             part = self._part(oldest)
             if -part.get(oldest, 0) // len(_WHYS) == number:  # and no later session had the id
                 del part[oldest]
+
+    def _disown(self, group: Group, slots: Array) -> None:
+        if self.owners is not None:
+            for slot in slots.tolist():
+                self.owners.remove(group.ids[slot], group.arena.session_bytes)
 
     def _release(self, group: Group, slots: Array) -> None:
         if not len(slots):

@@ -48,15 +48,16 @@ async def get_state(core: Core, session_id: str) -> tuple[Session, Arrays]:
         return session, states_of(session)
 
 
-async def fork(core: Core, session_id: str, count: int, session_ids: Sequence[str]) -> list[Session]:
-    """Makes sessions that go on where one is; see ForkSession for the rules.
+async def fork(core: Core, session_id: str, count: int, session_ids: Sequence[str], scope: str = "") -> list[Session]:
+    """Makes sessions that go on where one is, and are of the principal of that scope; see ForkSession for the rules.
 
     Raises:
         ServiceError: as ForkSession says. None was made.
     """
     if session_ids and (count not in (0, len(session_ids)) or len(set(session_ids)) < len(session_ids)):
         raise InvalidRequest("session_ids", f"{count or 'some'} distinct ids", f"{len(session_ids)}")
-    core.check_new(session_ids)
+    core.check_new(session_ids, scope)
+    stored = await core.stored(scope)
     session = await core.session(session_id, sure=True)
     async with core.turn(session):
         rules = session.group.rules or NO_RULES
@@ -73,6 +74,8 @@ async def fork(core: Core, session_id: str, count: int, session_ids: Sequence[st
             replay=session.group.window.limits,
             rules=rules,
             session_ids=session_ids,
+            scope=scope,
+            stored=stored,
         )
         if full is not None:
             core.sessions.forget(group, slots)
@@ -105,8 +108,8 @@ async def export_session(core: Core, session_id: str) -> bytes:
     return await asyncio.to_thread(pack, exported, core.wall_clock())
 
 
-async def import_session(core: Core, blob: bytes, session_id: str) -> Session:
-    """Makes a session of a blob; see ImportSession for the rules.
+async def import_session(core: Core, blob: bytes, session_id: str, scope: str = "") -> Session:
+    """Makes a session of a blob, of the principal of that scope; see ImportSession for the rules.
 
     Raises:
         ServiceError: as ImportSession says. Nothing was made.
@@ -126,6 +129,7 @@ async def import_session(core: Core, blob: bytes, session_id: str) -> Session:
         replay=exported.replay,
         rules=exported.rules,
         session_ids=[session_id] if session_id else (),
+        scope=scope,
     )
     if full is not None:
         raise full

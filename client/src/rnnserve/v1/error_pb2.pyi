@@ -28,6 +28,9 @@ Every error has a google.rpc.ErrorInfo whose domain is "rnnserve" and whose reas
   BLOB_INVALID           INVALID_ARGUMENT     what was to be imported is damaged, of a newer version or no session
   MODEL_CHANGED          FAILED_PRECONDITION  the model with which the session was stored or exported is not here
   SESSIONS_FULL          RESOURCE_EXHAUSTED   the server holds as many sessions as it may
+  QUOTA_EXCEEDED       RESOURCE_EXHAUSTED   the principal has as many sessions or state bytes, or runs as many rows, as it may
+  UNAUTHENTICATED      UNAUTHENTICATED      the call does not show who makes it, by a token or a certificate
+  PERMISSION_DENIED    PERMISSION_DENIED    whoever makes the call may not do that
   LANE_UNKNOWN           NOT_FOUND            the lane is not open on this stream
   LANE_OPEN              ALREADY_EXISTS       the lane is open on this stream already
   LANE_REPEATED          INVALID_ARGUMENT     a frame names a lane twice

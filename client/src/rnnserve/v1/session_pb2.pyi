@@ -41,7 +41,7 @@ class Session(_message.Message):
     REPLAY_WINDOW_FIELD_NUMBER: _builtins.int
     RESET_RULES_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
-    """Its id, unique on the server."""
+    """Its id, unique on the server, or among the sessions of its principal where the server knows principals."""
     model: _builtins.str
     """The name of its model."""
     version: _builtins.str

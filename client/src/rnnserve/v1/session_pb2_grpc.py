@@ -27,6 +27,11 @@ if _version_not_supported:
 
 class SessionServiceStub:
     """Makes, shows and ends sessions. Steps are taken through InferenceService.
+
+    On a server that knows principals, every call of every service may fail with UNAUTHENTICATED, PERMISSION_DENIED and
+    RESOURCE_EXHAUSTED (reason QUOTA_EXCEEDED). A session belongs to the principal who made it; to everybody else its id is
+    one that was never seen, in every call, and may be chosen for a session of one's own. A principal of the role admin
+    sees everybody's sessions, and names those of others in full: `alice/x` is alice's session x, `/x` is nobody's.
     """
 
     def __init__(self, channel):
@@ -89,6 +94,11 @@ class SessionServiceStub:
 
 class SessionServiceServicer:
     """Makes, shows and ends sessions. Steps are taken through InferenceService.
+
+    On a server that knows principals, every call of every service may fail with UNAUTHENTICATED, PERMISSION_DENIED and
+    RESOURCE_EXHAUSTED (reason QUOTA_EXCEEDED). A session belongs to the principal who made it; to everybody else its id is
+    one that was never seen, in every call, and may be chosen for a session of one's own. A principal of the role admin
+    sees everybody's sessions, and names those of others in full: `alice/x` is alice's session x, `/x` is nobody's.
     """
 
     def CreateSession(self, request, context):
@@ -263,6 +273,11 @@ def add_SessionServiceServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class SessionService:
     """Makes, shows and ends sessions. Steps are taken through InferenceService.
+
+    On a server that knows principals, every call of every service may fail with UNAUTHENTICATED, PERMISSION_DENIED and
+    RESOURCE_EXHAUSTED (reason QUOTA_EXCEEDED). A session belongs to the principal who made it; to everybody else its id is
+    one that was never seen, in every call, and may be chosen for a session of one's own. A principal of the role admin
+    sees everybody's sessions, and names those of others in full: `alice/x` is alice's session x, `/x` is nobody's.
     """
 
     @staticmethod

@@ -27,7 +27,13 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class SessionServiceStub:
-    """Makes, shows and ends sessions. Steps are taken through InferenceService."""
+    """Makes, shows and ends sessions. Steps are taken through InferenceService.
+
+    On a server that knows principals, every call of every service may fail with UNAUTHENTICATED, PERMISSION_DENIED and
+    RESOURCE_EXHAUSTED (reason QUOTA_EXCEEDED). A session belongs to the principal who made it; to everybody else its id is
+    one that was never seen, in every call, and may be chosen for a session of one's own. A principal of the role admin
+    sees everybody's sessions, and names those of others in full: `alice/x` is alice's session x, `/x` is nobody's.
+    """
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
@@ -105,7 +111,13 @@ class SessionServiceStub:
 
 @_typing.type_check_only
 class SessionServiceAsyncStub(SessionServiceStub):
-    """Makes, shows and ends sessions. Steps are taken through InferenceService."""
+    """Makes, shows and ends sessions. Steps are taken through InferenceService.
+
+    On a server that knows principals, every call of every service may fail with UNAUTHENTICATED, PERMISSION_DENIED and
+    RESOURCE_EXHAUSTED (reason QUOTA_EXCEEDED). A session belongs to the principal who made it; to everybody else its id is
+    one that was never seen, in every call, and may be chosen for a session of one's own. A principal of the role admin
+    sees everybody's sessions, and names those of others in full: `alice/x` is alice's session x, `/x` is nobody's.
+    """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     CreateSession: _aio.UnaryUnaryMultiCallable[_session_pb2.CreateSessionRequest, _session_pb2.CreateSessionResponse]  # type: ignore[assignment]
@@ -179,7 +191,13 @@ class SessionServiceAsyncStub(SessionServiceStub):
     """
 
 class SessionServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Makes, shows and ends sessions. Steps are taken through InferenceService."""
+    """Makes, shows and ends sessions. Steps are taken through InferenceService.
+
+    On a server that knows principals, every call of every service may fail with UNAUTHENTICATED, PERMISSION_DENIED and
+    RESOURCE_EXHAUSTED (reason QUOTA_EXCEEDED). A session belongs to the principal who made it; to everybody else its id is
+    one that was never seen, in every call, and may be chosen for a session of one's own. A principal of the role admin
+    sees everybody's sessions, and names those of others in full: `alice/x` is alice's session x, `/x` is nobody's.
+    """
 
     @_abc_1.abstractmethod
     def CreateSession(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
 from google.protobuf.duration_pb2 import Duration
@@ -14,6 +14,7 @@ from rnnserve.v1 import model_pb2, options_pb2, session_pb2
 from rnnserve_models.engine.base import Array
 from rnnserve_models.load import LoadedModel
 from rnnserve_models.spec import TensorSpec
+from rnnserve_server.access.caller import caller
 from rnnserve_server.core import Core
 from rnnserve_server.errors import InvalidRequest, SessionExists, SessionsFull
 from rnnserve_server.records import limits_of, rules_of
@@ -113,7 +114,7 @@ def _session_message(
     created = Timestamp()
     created.FromNanoseconds(int(create_time * 1e9))
     return session_pb2.Session(
-        session_id=session_id,
+        session_id=caller().shown(session_id),
         model=model,
         version=version,
         digest=digest,
@@ -153,7 +154,7 @@ async def create_sessions(
     Args:
         core: where.
         config: what they are; its id does not count.
-        session_ids: the id of each, either all of them empty or none.
+        session_ids: the id of each, scope and all, either all of them empty or none.
 
     Raises:
         ServiceError, TensorError: as CreateSession says.
@@ -175,6 +176,7 @@ async def create_sessions(
         replay=asked,
         rules=ResetRules(config.reset_rules.every_steps, config.reset_rules.masked_steps),
         session_ids=session_ids if session_ids[0] else (),
+        scope=caller().scope,
     )
 
 
@@ -184,11 +186,12 @@ async def create_session(core: Core, config: session_pb2.SessionConfig) -> Sessi
     Raises:
         ServiceError, TensorError: as CreateSession says.
     """
-    group, slots, full = await create_sessions(core, config, [config.session_id])
+    session_id = caller().scope + config.session_id if config.session_id else ""
+    group, slots, full = await create_sessions(core, config, [session_id])
     if full is not None:
         raise full
     if not (await core.keep(group, slots)).all():
-        raise SessionExists(config.session_id)
+        raise SessionExists(session_id)
     return core.sessions.at(group, int(slots[0]))
 
 
@@ -218,6 +221,12 @@ def page_number(token: str) -> int:
     if token and not (token.isascii() and token.isdecimal() and len(token) < 19):
         raise InvalidRequest("page_token", "a next_page_token of this method", repr(token[:80]))
     return int(token or 0)
+
+
+def rows_of(inputs: Mapping[str, Array], axes: int) -> int:
+    """Rows of time steps in inputs whose first axes are batch and time, and N in front of a frame's."""
+    x = next(iter(inputs.values()), None)
+    return 0 if x is None else math.prod(x.shape[:axes])
 
 
 def _tensor_message(tensor: TensorSpec) -> model_pb2.TensorSpec:

@@ -359,13 +359,20 @@ class Store(ABC):
         """
 
     @abstractmethod
-    async def page(self, after: str, limit: int, model: str = "") -> list[Head]:
+    async def page(self, after: str, limit: int, model: str = "", scope: str = "") -> list[Head]:
         """Sessions in the order of their cursors: oldest first.
 
         Args:
             after: the cursor of the last one seen, or empty.
             limit: so many at most; fewer: there are no more.
             model: only those of this model, unless it is empty.
+            scope: only those whose ids begin so, unless it is empty: a principal's name and a slash.
+        """
+
+    @abstractmethod
+    async def count_of(self, scope: str) -> int:
+        """How many sessions have ids that begin so: a principal's name and a slash. Those that have come to their end
+        without being ended yet are counted too.
         """
 
     @abstractmethod

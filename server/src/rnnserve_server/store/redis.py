@@ -30,6 +30,7 @@ from redis.exceptions import (
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
+from rnnserve_server.owners import scope_of
 from rnnserve_server.store import scripts
 from rnnserve_server.store.base import (
     REMEMBERED,
@@ -270,9 +271,11 @@ class RedisStore(Store):
             await self._pipeline(later)
         return expired
 
-    async def page(self, after: str, limit: int, model: str = "") -> list[Head]:
+    async def page(self, after: str, limit: int, model: str = "", scope: str = "") -> list[Head]:
         """See `Store`."""
         index = f"{self._prefix}all:{model}" if model else f"{self._prefix}all"
+        if scope:
+            index = f"{self._prefix}of:{scope}"
         heads: list[Head] = []
         while len(heads) < limit:
             count = limit - len(heads)
@@ -280,11 +283,17 @@ class RedisStore(Store):
             (cursors,) = await self._pipeline([("ZRANGEBYLEX", index, lowest, "+", "LIMIT", 0, count)])
             ids = [_session_of(cursor) for cursor in cursors]
             found = zip(cursors, await self.peek(ids), strict=True)
-            heads += [head for cursor, head in found if head is not None and head.cursor == cursor.decode()]
+            live = [head for cursor, head in found if head is not None and head.cursor == cursor.decode()]
+            heads += [head for head in live if model in ("", head.meta.model)]
             if len(cursors) < count:
                 break
             after = cursors[-1].decode()
         return heads
+
+    async def count_of(self, scope: str) -> int:
+        """See `Store`."""
+        (count,) = await self._pipeline([("ZCARD", f"{self._prefix}of:{scope}")])
+        return int(count)
 
     async def count(self, models: Sequence[str]) -> list[int]:
         """See `Store`."""
@@ -306,6 +315,8 @@ class RedisStore(Store):
         yield "ZADD", f"{self._prefix}due", "LT", repr(min(record.expires_at, _FOREVER)), _index_entry(record)
         yield "ZADD", f"{self._prefix}all", 0, record.cursor
         yield "ZADD", f"{self._prefix}all:{record.meta.model}", 0, record.cursor
+        if scope := scope_of(record.id):
+            yield "ZADD", f"{self._prefix}of:{scope}", 0, record.cursor
 
     async def _forget(self, entries: Sequence[bytes]) -> None:
         """Takes ended sessions out of the indexes."""
@@ -315,6 +326,8 @@ class RedisStore(Store):
             commands.append(("ZREM", f"{self._prefix}due", entry))
             commands.append(("ZREM", f"{self._prefix}all", cursor))
             commands.append(("ZREM", f"{self._prefix}all:{model}", cursor))
+            if scope := scope_of(_session_of(entry)):
+                commands.append(("ZREM", f"{self._prefix}of:{scope}", cursor))
         await self._pipeline(commands)
 
     # Calls
