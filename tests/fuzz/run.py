@@ -111,7 +111,10 @@ class _Honest:
 
     def __init__(self, address: str, token: str, sessions: int) -> None:
         command = [sys.executable, "-m", "fuzz.honest", address, token, str(sessions)]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
 
     def latencies(self) -> dict[str, float]:
         """Since this was asked last."""
