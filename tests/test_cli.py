@@ -99,7 +99,7 @@ def test_serve_answers_and_drains(small):
 
 
 def test_a_stream_that_stays_open_is_told(small):
-    """A client that neither speaks nor leaves is told UNAVAILABLE while the server drains, not cut off."""
+    """A client that neither speaks nor leaves is told that the server drains, and then UNAVAILABLE; not cut off."""
     with (
         process("--models", small, "--drain-seconds", "5") as (server, address),
         grpc.insecure_channel(address) as channel,
@@ -108,6 +108,8 @@ def test_a_stream_that_stays_open_is_told(small):
         requests.send(lane=0)
         assert next(stream).opened
         server.send_signal(signal.SIGTERM)
+        (notice,) = next(stream).notices
+        assert (notice.reason, notice.time_left.seconds) == (inference_pb2.NOTICE_REASON_DRAINING, 5)
         with pytest.raises(grpc.RpcError) as caught:
             next(stream)
         assert caught.value.code() == grpc.StatusCode.UNAVAILABLE

@@ -72,6 +72,12 @@ class ServerProcess:
     def alive(self) -> bool:
         return self._process is not None and self._process.is_alive()
 
+    @property
+    def exit_code(self) -> int | None:
+        """What it ended with; None: it runs."""
+        code: int | None = self._process.exitcode
+        return code
+
     def kill(self) -> None:
         """SIGKILL: it ends in the middle of whatever it does."""
         self._process.kill()

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rnnserve import aio, errors
+    from rnnserve._notices import Notice
     from rnnserve.client import RNN, Client, Session, SessionGroup
     from rnnserve.codec import TensorError
     from rnnserve.errors import (
         BlobInvalid,
         Cancelled,
+        ChunkLost,
         ClientClosed,
         DeadlineExceeded,
         DeployDisabled,
@@ -34,9 +36,12 @@ if TYPE_CHECKING:
         ServerError,
         SessionAged,
         SessionClosed,
+        SessionEvicted,
         SessionExists,
         SessionExpired,
         SessionNotFound,
+        SessionTakenOver,
+        SessionUnloaded,
         StepConflict,
         StepMismatch,
         TooLarge,
@@ -46,7 +51,7 @@ if TYPE_CHECKING:
         Violation,
     )
     from rnnserve.models import Model, SessionInfo, StateSpec, TensorSpec
-    from rnnserve.options import LayerOptions
+    from rnnserve.options import LayerOptions, ReplayWindow
     from rnnserve.tls import TLS
 
 __all__ = [
@@ -54,6 +59,7 @@ __all__ = [
     "TLS",
     "BlobInvalid",
     "Cancelled",
+    "ChunkLost",
     "Client",
     "ClientClosed",
     "DeadlineExceeded",
@@ -68,9 +74,11 @@ __all__ = [
     "ModelNotFound",
     "ModelUnavailable",
     "NotFound",
+    "Notice",
     "OptionUnsupported",
     "PermissionDenied",
     "QuotaExceeded",
+    "ReplayWindow",
     "RequestError",
     "RnnserveError",
     "ServerBusy",
@@ -78,11 +86,14 @@ __all__ = [
     "Session",
     "SessionAged",
     "SessionClosed",
+    "SessionEvicted",
     "SessionExists",
     "SessionExpired",
     "SessionGroup",
     "SessionInfo",
     "SessionNotFound",
+    "SessionTakenOver",
+    "SessionUnloaded",
     "StateSpec",
     "StepConflict",
     "StepMismatch",
@@ -97,12 +108,9 @@ __all__ = [
     "errors",
 ]
 
-_MODULES = {"client": ("RNN", "Client", "Session", "SessionGroup"), "codec": ("TensorError",)}
-_MODULES |= {
-    "models": ("Model", "SessionInfo", "StateSpec", "TensorSpec"),
-    "options": ("LayerOptions",),
-    "tls": ("TLS",),
-}
+_MODULES = {"client": ("RNN", "Client", "Session", "SessionGroup"), "codec": ("TensorError",), "_notices": ("Notice",)}
+_MODULES |= {"models": ("Model", "SessionInfo", "StateSpec", "TensorSpec"), "options": ("LayerOptions", "ReplayWindow")}
+_MODULES["tls"] = ("TLS",)
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 
 

@@ -190,6 +190,25 @@ class SessionAged(SessionExpired):
     reason = "SESSION_AGED"
 
 
+class SessionEvicted(SessionExpired):
+    """The session was not used for long and had to make room for others."""
+
+    reason = "SESSION_EVICTED"
+
+
+class SessionUnloaded(SessionNotFound):
+    """The session's model was unloaded, and its sessions ended with it."""
+
+    reason = "SESSION_UNLOADED"
+
+
+class SessionTakenOver(RequestError):
+    """Another server has taken the session; `attach` takes it back."""
+
+    status = grpc.StatusCode.ABORTED
+    reason = "SESSION_TAKEN_OVER"
+
+
 class SessionExists(RequestError):
     """A live session has the id that was chosen."""
 
@@ -266,6 +285,27 @@ class Unavailable(RequestError):
     status = grpc.StatusCode.UNAVAILABLE
 
 
+class ChunkLost(RequestError):
+    """The connection broke every time that this chunk was on its way, so it is not sent again.
+
+    Perhaps the server breaks down over it. Whether it was applied is not known: the next chunk starts where the server
+    has the session then.
+    """
+
+    status = grpc.StatusCode.UNAVAILABLE
+    reason = "CHUNK_LOST"
+
+    @classmethod
+    def of(cls, session_id: str, first_step: int, losses: int) -> ChunkLost:
+        """The error for a chunk that was lost so often."""
+        return cls(
+            f"the chunk at step {first_step} of session {session_id} was on its way when {losses} connections were "
+            "lost, at last with nothing beside it. It is not sent again, and whether it was applied is not known: look "
+            "at the server's log, and at `info().step` before going on",
+            metadata={"session_id": session_id, "first_step": str(first_step)},
+        )
+
+
 class ServerError(RequestError):
     """A fault of the server's own; a session is as it was."""
 
@@ -312,6 +352,9 @@ _BY_REASON: dict[str, type[RequestError]] = {
     "SESSION_CLOSED": SessionClosed,
     "SESSION_EXPIRED": SessionExpired,
     "SESSION_AGED": SessionAged,
+    "SESSION_EVICTED": SessionEvicted,
+    "SESSION_UNLOADED": SessionUnloaded,
+    "SESSION_TAKEN_OVER": SessionTakenOver,
     "SESSION_EXISTS": SessionExists,
     "SESSIONS_FULL": ServerBusy,
     "QUOTA_EXCEEDED": QuotaExceeded,
@@ -325,6 +368,7 @@ _BY_REASON: dict[str, type[RequestError]] = {
     "DEADLINE_PASSED": DeadlineExceeded,
     "CANCELLED": Cancelled,
     "DRAINING": Unavailable,
+    "STORE_DOWN": Unavailable,
     "ENGINE_FAILED": ServerError,
     "INTERNAL": ServerError,
 }

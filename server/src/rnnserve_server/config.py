@@ -71,8 +71,16 @@ class Settings(BaseSettings):
         0.0, description="seconds after which a session ends in any case, or sooner if it asks to; 0 for no end"
     )
 
+    evict_idle_seconds: Annotated[float, Field(ge=0)] = Field(
+        0.0,
+        description="a session that was not used for so long may have to make room when the server is full and keeps "
+        "sessions in memory only; 0: none has, and new ones are refused",
+    )
+
     store: str = Field(
-        "", description="where sessions are kept: sqlite:///path or redis://host:port/db; empty: in memory only"
+        "",
+        description="where sessions are kept: sqlite:///path, redis://host:port/db (Redis or Valkey; rediss:// for "
+        "TLS) or unix:///path of their socket; empty: in memory only",
     )
     durability: Durability = Field(
         "step", description="when: with every step, at an interval, or when a session rests and at shutdown (none)"
@@ -90,7 +98,8 @@ class Settings(BaseSettings):
     )
     replay_bytes: Positive = Field(1 << 20, description="bytes of those answers at most, but for the last one")
     max_replay_bytes: Positive = Field(
-        256 << 20, description="bytes of all sessions' answers, and of the states before them, at most"
+        256 << 20,
+        description="bytes of all sessions' answers, and of the states before them, at most; those states go first",
     )
 
     max_batch_rows: Positive = Field(256, description="rows that the engine computes at once, at most")
@@ -132,7 +141,7 @@ class Settings(BaseSettings):
     )
     keepalive_timeout_seconds: Seconds = Field(20.0, description="seconds that it has to answer")
     min_ping_seconds: Annotated[float, Field(ge=0)] = Field(
-        10.0, description="a client that asks more often than so is closed, while it says nothing else"
+        5.0, description="a client that asks more often than so is closed, while it says nothing else"
     )
 
     metrics_port: Annotated[int, Field(ge=0, le=65535)] | None = Field(

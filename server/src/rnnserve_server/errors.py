@@ -144,6 +144,20 @@ class SessionAged(SessionError):
     ended = "came to the end of its lifetime"
 
 
+class SessionEvicted(SessionError):
+    """The session had to make room for others."""
+
+    reason = "SESSION_EVICTED"
+    ended = "was not used for long and had to make room for others"
+
+
+class SessionUnloaded(SessionError):
+    """The session's model was unloaded, and its sessions ended with it."""
+
+    reason = "SESSION_UNLOADED"
+    ended = "ended because its model was unloaded"
+
+
 class SessionTakenOver(SessionError):
     """Another server has taken the session over."""
 

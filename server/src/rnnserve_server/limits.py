@@ -27,6 +27,8 @@ def grpc_options(settings: Settings) -> list[tuple[str, Any]]:
         ("grpc.max_connection_age_grace_ms", _milliseconds(settings.connection_grace_seconds)),
         ("grpc.keepalive_time_ms", _milliseconds(settings.keepalive_seconds)),
         ("grpc.keepalive_timeout_ms", _milliseconds(settings.keepalive_timeout_seconds)),
+        ("grpc.http2.ping_timeout_ms", _milliseconds(settings.keepalive_timeout_seconds)),  # of its own pings too
+        ("grpc.http2.max_pings_without_data", 0),  # while a stream is silent it asks again and again
         ("grpc.keepalive_permit_without_calls", 1),  # of clients too, which may keep a connection open between calls
         ("grpc.http2.min_ping_interval_without_data_ms", int(settings.min_ping_seconds * 1000)),
         ("grpc.http2.max_ping_strikes", _STRIKES),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import signal
+import sys
 
 import grpc
 import structlog
@@ -30,6 +31,7 @@ from rnnserve_server.watch import Watch, add_channelz
 log = structlog.get_logger(__name__)
 
 _SWEEP_SECONDS = 1.0
+_RETRY_SECONDS = 0.2  # between tries to reach the store while draining
 
 SERVICES = tuple(
     module.DESCRIPTOR.services_by_name[name].full_name
@@ -127,8 +129,11 @@ class Server:
             "serving", address=f"{self.settings.host}:{self.port}", models=len(list(self.core.repository)), **watched
         )
 
-    async def stop(self) -> None:
-        """Drains: says NOT_SERVING, takes no new calls, and lets open streams finish for ``drain_seconds``."""
+    async def stop(self) -> bool:
+        """Drains: says NOT_SERVING, takes no new calls, and lets open streams finish for ``drain_seconds``. For as long
+        it tries a store that does not answer. Whether all that was to be stored is.
+        """
+        until = asyncio.get_running_loop().time() + self.settings.drain_seconds
         log.info("draining", seconds=self.settings.drain_seconds, sessions=len(self.core.sessions))
         self.core.draining.set()
         await self._health.enter_graceful_shutdown()
@@ -137,9 +142,28 @@ class Server:
         await asyncio.gather(*self._chores, return_exceptions=True)  # none may still write when the store is closed
         if self._server is not None:
             await self._server.stop(self.settings.drain_seconds)
-        await self.core.close()
+        stored = await self._hand_over(until)
         await asyncio.to_thread(self._watch.close)
         log.info("stopped")
+        return stored
+
+    async def _hand_over(self, until: float) -> bool:
+        """Has the store keep what it has not yet, and lets it go: whether it could."""
+        while True:
+            try:
+                await self.core.save_all()
+                break
+            except StoreDown as error:
+                if asyncio.get_running_loop().time() >= until:
+                    log.error("sessions are lost, for the store does not answer", error=str(error))
+                    break
+                log.warning("the store does not answer", error=str(error))
+            await asyncio.sleep(_RETRY_SECONDS)
+        try:
+            await self.core.close()
+        except StoreDown:
+            return False
+        return True
 
     async def _sweep(self) -> None:
         while True:
@@ -172,4 +196,5 @@ async def serve(settings: Settings) -> None:
     gc.collect()
     gc.freeze()  # modules and models stay: to look at them in every full collection takes more than ten milliseconds
     await stop.wait()
-    await server.stop()
+    if not await server.stop():
+        sys.exit(1)

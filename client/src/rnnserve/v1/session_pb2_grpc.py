@@ -162,8 +162,8 @@ class SessionServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ForkSession(self, request, context):
-        """Makes sessions that go on where this one is: with its model, options, batch size, lifetimes, states and step, and
-        an empty replay window. All of them are made at one moment, behind the chunks that the server has received for the
+        """Makes sessions that go on where this one is: with its model, options, batch size, lifetimes, reset rules, states and
+        step, and an empty replay window. All of them are made at one moment, behind the chunks that the server has received for the
         session, or none is. The session itself stays as it is.
 
         Errors: NOT_FOUND; ALREADY_EXISTS for an id in use; RESOURCE_EXHAUSTED when there is no room for all of them.
@@ -200,7 +200,8 @@ class SessionServiceServicer:
         takes its turn behind the chunks that the server has received for the session.
 
         What a session remembers of a chunk outlives the server, but for the states before it. So a session that comes
-        from the store, after a restart or when it had rested, can be taken back to the chunks it has had since.
+        from the store, after a restart or when it had rested, can be taken back to the chunks it has had since. And when a
+        server's windows take more memory than they may, the states before the oldest chunks are the first to go.
 
         Errors: NOT_FOUND; OUT_OF_RANGE, reason STEP_AHEAD or STEP_BEHIND, for a step at which no remembered chunk began;
         the latter names the oldest that can be gone back to. On any error nothing changes.

@@ -76,8 +76,8 @@ class SessionServiceStub:
     Errors: NOT_FOUND.
     """
     ForkSession: _grpc.UnaryUnaryMultiCallable[_session_pb2.ForkSessionRequest, _session_pb2.ForkSessionResponse]
-    """Makes sessions that go on where this one is: with its model, options, batch size, lifetimes, states and step, and
-    an empty replay window. All of them are made at one moment, behind the chunks that the server has received for the
+    """Makes sessions that go on where this one is: with its model, options, batch size, lifetimes, reset rules, states and
+    step, and an empty replay window. All of them are made at one moment, behind the chunks that the server has received for the
     session, or none is. The session itself stays as it is.
 
     Errors: NOT_FOUND; ALREADY_EXISTS for an id in use; RESOURCE_EXHAUSTED when there is no room for all of them.
@@ -102,7 +102,8 @@ class SessionServiceStub:
     takes its turn behind the chunks that the server has received for the session.
 
     What a session remembers of a chunk outlives the server, but for the states before it. So a session that comes
-    from the store, after a restart or when it had rested, can be taken back to the chunks it has had since.
+    from the store, after a restart or when it had rested, can be taken back to the chunks it has had since. And when a
+    server's windows take more memory than they may, the states before the oldest chunks are the first to go.
 
     Errors: NOT_FOUND; OUT_OF_RANGE, reason STEP_AHEAD or STEP_BEHIND, for a step at which no remembered chunk began;
     the latter names the oldest that can be gone back to. On any error nothing changes.
@@ -156,8 +157,8 @@ class SessionServiceAsyncStub(SessionServiceStub):
     Errors: NOT_FOUND.
     """
     ForkSession: _aio.UnaryUnaryMultiCallable[_session_pb2.ForkSessionRequest, _session_pb2.ForkSessionResponse]  # type: ignore[assignment]
-    """Makes sessions that go on where this one is: with its model, options, batch size, lifetimes, states and step, and
-    an empty replay window. All of them are made at one moment, behind the chunks that the server has received for the
+    """Makes sessions that go on where this one is: with its model, options, batch size, lifetimes, reset rules, states and
+    step, and an empty replay window. All of them are made at one moment, behind the chunks that the server has received for the
     session, or none is. The session itself stays as it is.
 
     Errors: NOT_FOUND; ALREADY_EXISTS for an id in use; RESOURCE_EXHAUSTED when there is no room for all of them.
@@ -182,7 +183,8 @@ class SessionServiceAsyncStub(SessionServiceStub):
     takes its turn behind the chunks that the server has received for the session.
 
     What a session remembers of a chunk outlives the server, but for the states before it. So a session that comes
-    from the store, after a restart or when it had rested, can be taken back to the chunks it has had since.
+    from the store, after a restart or when it had rested, can be taken back to the chunks it has had since. And when a
+    server's windows take more memory than they may, the states before the oldest chunks are the first to go.
 
     Errors: NOT_FOUND; OUT_OF_RANGE, reason STEP_AHEAD or STEP_BEHIND, for a step at which no remembered chunk began;
     the latter names the oldest that can be gone back to. On any error nothing changes.
@@ -275,8 +277,8 @@ class SessionServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _session_pb2.ForkSessionRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_session_pb2.ForkSessionResponse, _abc.Awaitable[_session_pb2.ForkSessionResponse]]:
-        """Makes sessions that go on where this one is: with its model, options, batch size, lifetimes, states and step, and
-        an empty replay window. All of them are made at one moment, behind the chunks that the server has received for the
+        """Makes sessions that go on where this one is: with its model, options, batch size, lifetimes, reset rules, states and
+        step, and an empty replay window. All of them are made at one moment, behind the chunks that the server has received for the
         session, or none is. The session itself stays as it is.
 
         Errors: NOT_FOUND; ALREADY_EXISTS for an id in use; RESOURCE_EXHAUSTED when there is no room for all of them.
@@ -319,7 +321,8 @@ class SessionServiceServicer(metaclass=_abc_1.ABCMeta):
         takes its turn behind the chunks that the server has received for the session.
 
         What a session remembers of a chunk outlives the server, but for the states before it. So a session that comes
-        from the store, after a restart or when it had rested, can be taken back to the chunks it has had since.
+        from the store, after a restart or when it had rested, can be taken back to the chunks it has had since. And when a
+        server's windows take more memory than they may, the states before the oldest chunks are the first to go.
 
         Errors: NOT_FOUND; OUT_OF_RANGE, reason STEP_AHEAD or STEP_BEHIND, for a step at which no remembered chunk began;
         the latter names the oldest that can be gone back to. On any error nothing changes.

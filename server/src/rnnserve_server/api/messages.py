@@ -17,8 +17,9 @@ from rnnserve_models.spec import TensorSpec
 from rnnserve_server.access.caller import caller
 from rnnserve_server.core import Core
 from rnnserve_server.errors import InvalidRequest, SessionExists, SessionsFull
-from rnnserve_server.records import limits_of
+from rnnserve_server.records import limits_of, rules_of
 from rnnserve_server.replay import Limits
+from rnnserve_server.resets import NO_RULES, ResetRules
 from rnnserve_server.sessions import Group, Session
 from rnnserve_server.store.base import Head
 
@@ -74,6 +75,7 @@ def session_message(session: Session | Head) -> session_pb2.Session:
         session.idle_lifetime,
         session.lifetime if session.lifetime < math.inf else None,
         group.window.limits,
+        group.rules or NO_RULES,
     )
 
 
@@ -91,6 +93,7 @@ def _head_message(head: Head) -> session_pb2.Session:
         meta.idle_lifetime,
         meta.lifetime,
         limits_of(meta),
+        rules_of(meta),
     )
 
 
@@ -106,6 +109,7 @@ def _session_message(
     idle_lifetime: float,
     lifetime: float | None,
     replay: Limits,
+    rules: ResetRules,
 ) -> session_pb2.Session:
     created = Timestamp()
     created.FromNanoseconds(int(create_time * 1e9))
@@ -118,16 +122,20 @@ def _session_message(
         options=options,
         step=step,
         create_time=created,
-        idle_lifetime=_duration(idle_lifetime),
-        lifetime=None if lifetime is None else _duration(lifetime),
+        idle_lifetime=duration(idle_lifetime),
+        lifetime=None if lifetime is None else duration(lifetime),
         replay_window=session_pb2.ReplayWindow(max_chunks=replay.replies, max_bytes=replay.bytes),
+        reset_rules=None
+        if rules == NO_RULES
+        else session_pb2.ResetRules(every_steps=rules.every_steps, masked_steps=rules.masked_steps),
     )
 
 
-def _duration(seconds: float) -> Duration:
-    duration = Duration()
-    duration.FromNanoseconds(int(seconds * 1e9))
-    return duration
+def duration(seconds: float) -> Duration:
+    """Seconds as the contract has them."""
+    made = Duration()
+    made.FromNanoseconds(int(seconds * 1e9))
+    return made
 
 
 def _seconds(config: session_pb2.SessionConfig, field: str) -> float | None:
@@ -166,6 +174,7 @@ async def create_sessions(
         idle_lifetime=_seconds(config, "idle_lifetime"),
         lifetime=_seconds(config, "lifetime"),
         replay=asked,
+        rules=ResetRules(config.reset_rules.every_steps, config.reset_rules.masked_steps),
         session_ids=session_ids if session_ids[0] else (),
         scope=caller().scope,
     )

@@ -18,7 +18,8 @@ from rnnserve.v1 import session_pb2
 from rnnserve_models.engine.base import Array
 from rnnserve_server.access.caller import caller
 from rnnserve_server.api.errors import rejections, service_error, status
-from rnnserve_server.api.messages import create_sessions, rows_of, session_message
+from rnnserve_server.api.messages import create_sessions, duration, rows_of, session_message
+from rnnserve_server.api.watch import Lanes, LaneWatch, Reason
 from rnnserve_server.blocks import Answers, Failure, Sessions
 from rnnserve_server.column import span
 from rnnserve_server.core import Core
@@ -47,6 +48,15 @@ _NONE = np.zeros(0, np.int64)
 _QUIET_SECONDS = 0.1  # a stream that says nothing for so long while the server drains has said all
 
 
+_NOTICES = {
+    Reason.EXPIRED: pb.NOTICE_REASON_EXPIRED,
+    Reason.AGED: pb.NOTICE_REASON_AGED,
+    Reason.CLOSED: pb.NOTICE_REASON_CLOSED,
+    Reason.TAKEN_OVER: pb.NOTICE_REASON_TAKEN_OVER,
+    Reason.EVICTED: pb.NOTICE_REASON_EVICTED,
+    Reason.MODEL_UNLOADED: pb.NOTICE_REASON_MODEL_UNLOADED,
+}
+
 Item = TypeVar("Item")
 
 
@@ -72,6 +82,7 @@ class LaneStream:
         self._ids = [""] * 64  # [capacity]
         self._found: dict[tuple[int, ...], list[_Part]] = {}  # what `_find` found, by a frame's lanes
         self._found_lanes = 0
+        self._watch = LaneWatch(core)
         self._responses: list[pb.StreamResponse] = []
         self._response_bytes = 0
         self._unsent_bytes = 0  # of answers that wait to be sent
@@ -94,6 +105,7 @@ class LaneStream:
         self._core.streamed += 1
         reader = self._reader = asyncio.create_task(self._read())
         drainer = asyncio.create_task(self._drain(reader))
+        self._core.watches.add(self._look)
         try:
             await asyncio.wait([reader])
             while (self._unanswered or self._responses or self._writing) and self._lost is None:
@@ -107,6 +119,7 @@ class LaneStream:
                 raise Draining("the server is shutting down; go on elsewhere", retry_after=1.0)
         finally:
             self.cancelled = True
+            self._core.watches.discard(self._look)
             reader.cancel()
             drainer.cancel()
             self._core.streams -= 1
@@ -136,6 +149,8 @@ class LaneStream:
     async def _drain(self, reader: asyncio.Task[None]) -> None:
         """Once the server drains: lets the client say what it was saying, then stops listening."""
         await self._core.draining.wait()
+        left = duration(self._core.settings.drain_seconds)
+        self._response(0).notices.add(reason=pb.NOTICE_REASON_DRAINING, time_left=left)
         heard = -1
         while heard != self._received or self._partway:
             heard = self._received
@@ -283,6 +298,7 @@ class LaneStream:
         self._group_lanes[number] += len(lanes)
         self._forget()
         self._make_room(max(lanes))
+        self._watch.opened(lanes)
         self._group[lanes] = number
         self._slot[lanes] = slots
         self._generation[lanes] = group.generation[slots]
@@ -499,6 +515,17 @@ class LaneStream:
         told = status(error, self._caller)
         failure = pb.LaneError(lane=lane, operation=operation, first_step=first_step, status=told)
         self._response(1, failure.ByteSize()).errors.append(failure)
+
+    async def _look(self) -> None:
+        """Tells the client what it should know of its sessions."""
+        columns = Lanes(self._groups, self._group, self._slot, self._generation, self._ids)
+        for notice in await self._watch.look(columns):
+            self._response(0, 5 * len(notice.lanes)).notices.add(
+                lanes=notice.lanes,
+                reason=_NOTICES[notice.reason],
+                ended=notice.ended,
+                time_left=None if notice.left is None else duration(notice.left),
+            )
 
     def _fail_opens(self, lanes: Sequence[int], error: ServiceError) -> None:
         """The same error for N lanes."""

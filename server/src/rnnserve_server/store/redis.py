@@ -55,6 +55,7 @@ _FOREVER = 1e300  # what ends at infinity ends here: not every Lua reads "inf"
 _EXACT = 2**53  # of Lua's numbers
 _PER_CALL = 64  # sessions of one call of a script: no other client waits for longer than that takes
 _BATCH = 1000
+_SCHEMES = {"valkey": "redis", "valkeys": "rediss"}
 
 
 class RedisStore(Store):
@@ -88,7 +89,10 @@ class RedisStore(Store):
         """Connects.
 
         Args:
-            url: ``redis://[user:password@]host[:port][/database]``, ``rediss://`` for TLS, or ``unix://path``.
+            url: ``redis://[user:password@]host[:port][/database]``, or ``unix://[user:password@]path[?db=database]``.
+                ``rediss://`` is the same over TLS: the certificate must be of the host and of an authority that this
+                machine trusts, or of the one in ``?ssl_ca_certs=/path/ca.pem``; ``&ssl_certfile=...&ssl_keyfile=...``
+                is for a server that wants to know its clients. ``valkey://`` and ``valkeys://`` mean the same.
             prefix: what all keys begin with.
             remember: seconds for which it is remembered why a session ended.
             patience: seconds to wait for a connection, and for an answer.
@@ -98,9 +102,10 @@ class RedisStore(Store):
             StoreMisconfigured: the URL is wrong, or the server lets nobody in with it.
             StoreUnavailable: there is no server, or it does not answer.
         """
+        scheme, separator, rest = url.partition("://")
         try:
             client = Redis.from_url(
-                url,
+                _SCHEMES.get(scheme, scheme) + separator + rest,
                 socket_timeout=patience,
                 socket_connect_timeout=patience,
                 retry=Retry(NoBackoff(), retries),
@@ -382,6 +387,8 @@ class RedisStore(Store):
         what = f"{self._place}: {error}"
         if isinstance(error.__cause__ or error, AuthenticationError | NoPermissionError):
             return StoreMisconfigured(f"{what}: give a user and a password that may use all keys of {self._prefix!r}")
+        if "CERTIFICATE_VERIFY_FAILED" in what:
+            return StoreMisconfigured(f"{what}: name its authority with ?ssl_ca_certs=/path/ca.pem, and the right host")
         if isinstance(error, RedisConnectionError | RedisTimeoutError | OSError):
             return StoreUnavailable(f"{what}: is the server there, and does it answer in time?")
         if isinstance(error, ResponseError) and "WRONGTYPE" in str(error):
