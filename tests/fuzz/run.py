@@ -132,8 +132,8 @@ class _Honest:
             self._process.wait(30)
 
     def kill(self) -> None:
-        self._process.kill()
-        self._process.wait()
+        with self._process:  # closes its pipes
+            self._process.kill()
 
     def _line(self) -> Any:
         assert self._process.stdout is not None
