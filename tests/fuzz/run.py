@@ -111,7 +111,10 @@ class _Honest:
 
     def __init__(self, address: str, token: str, sessions: int) -> None:
         command = [sys.executable, "-m", "fuzz.honest", address, token, str(sessions)]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
 
     def latencies(self) -> dict[str, float]:
         """Since this was asked last."""
@@ -129,8 +132,8 @@ class _Honest:
             self._process.wait(30)
 
     def kill(self) -> None:
-        self._process.kill()
-        self._process.wait()
+        with self._process:  # closes its pipes
+            self._process.kill()
 
     def _line(self) -> Any:
         assert self._process.stdout is not None
