@@ -50,6 +50,11 @@ class Settings(BaseSettings):
         0.0, description="seconds after which a session ends in any case, or sooner if it asks to; 0 for no end"
     )
 
+    oip: bool = Field(True, description="serve clients of Triton and KServe too: the Open Inference Protocol")
+    sequence_restart: Literal["restart", "refuse"] = Field(
+        "restart", description="what the start of a sequence that is live does: restart it, as Triton does, or fail"
+    )
+
     store: str = Field(
         "", description="where sessions are kept: sqlite:///path or redis://host:port/db; empty: in memory only"
     )

@@ -36,6 +36,7 @@ from rnnserve_server.errors import (
 from rnnserve_server.intake import Frame
 from rnnserve_server.keeper import Keeper, session_bytes
 from rnnserve_server.layout import check_call, check_states, faults, signature, to_call
+from rnnserve_server.meter import Meter
 from rnnserve_server.replay import Limits
 from rnnserve_server.repository import Repository
 from rnnserve_server.scheduler import Scheduler
@@ -74,6 +75,7 @@ class Core:
         self.keeper: Keeper | None = None
         self.draining = asyncio.Event()
         self.deployer = Deployer(settings, repository)
+        self.meter = Meter() if settings.oip else None
         self._workers: dict[tuple[str, str, str], Worker] = {}
         self._room = asyncio.Event()
 
@@ -371,6 +373,7 @@ class Core:
                 on_progress=self._room.set,
                 inline_seconds=self.settings.inline_seconds,
                 keeper=self.keeper,
+                meter=self.meter,
             )
         return self._workers[key]
 

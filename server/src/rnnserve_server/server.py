@@ -16,6 +16,8 @@ from grpc_reflection.v1alpha import reflection
 from rnnserve.v1 import inference_pb2, inference_pb2_grpc, model_pb2, model_pb2_grpc, session_pb2, session_pb2_grpc
 from rnnserve_server.api.inference import InferenceServicer
 from rnnserve_server.api.models import ModelServicer
+from rnnserve_server.api.oip import service_pb2, service_pb2_grpc
+from rnnserve_server.api.oip.service import OpenInferenceServicer
 from rnnserve_server.api.sessions import SessionServicer
 from rnnserve_server.config import Settings
 from rnnserve_server.core import Core
@@ -34,6 +36,8 @@ SERVICES = tuple(
         (inference_pb2, "InferenceService"),
     )
 )
+
+OIP_SERVICE = service_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
 
 
 class Server:
@@ -56,6 +60,7 @@ class Server:
             repository or Repository.load(settings.models, engine=settings.engine, threads=settings.engine_threads),
         )
         self.port = 0
+        self._services = (*SERVICES, OIP_SERVICE) if settings.oip else SERVICES
         self._health = HealthServicer()
         self._server: grpc.aio.Server | None = None
         self._chores: list[asyncio.Task[None]] = []
@@ -72,7 +77,10 @@ class Server:
         session_pb2_grpc.add_SessionServiceServicer_to_server(SessionServicer(self.core), server)
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(InferenceServicer(self.core), server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        names = (*SERVICES, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME)
+        if self.settings.oip:
+            servicer = OpenInferenceServicer(self.core)
+            service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(servicer, server)
+        names = (*self._services, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, server)
         address = f"{self.settings.host}:{self.settings.port}"
         try:
@@ -84,7 +92,7 @@ class Server:
         self._chores = [asyncio.create_task(self._sweep())]
         if self.settings.store and self.settings.durability == "interval":
             self._chores.append(asyncio.create_task(self._save()))
-        for service in ("", *SERVICES):
+        for service in ("", *self._services):
             await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
         log.info("serving", address=f"{self.settings.host}:{self.port}", models=len(list(self.core.repository)))
 

@@ -32,6 +32,7 @@ from rnnserve_server.errors import (
 from rnnserve_server.intake import Frame, Intake, joined
 from rnnserve_server.keeper import Keeper
 from rnnserve_server.layout import Signature, faults, same_lengths, to_wire
+from rnnserve_server.meter import Meter
 from rnnserve_server.replay import Run, digest
 from rnnserve_server.scheduler import Scheduler, Tick
 from rnnserve_server.sessions import Group, SessionTable
@@ -54,6 +55,7 @@ class Worker:
         on_progress: called when queued work got less.
         inline_seconds: a run that is expected to take less is not handed over to the model's thread.
         keeper: what keeps the sessions in a store, if there is one.
+        meter: who is told of each run, if anybody is.
     """
 
     def __init__(
@@ -66,6 +68,7 @@ class Worker:
         on_progress: Callable[[], None],
         inline_seconds: float = 0.0,
         keeper: Keeper | None = None,
+        meter: Meter | None = None,
     ) -> None:
         self.model = model
         self._engine = model.engine
@@ -76,6 +79,7 @@ class Worker:
         self._on_progress = on_progress
         self._inline_seconds = inline_seconds
         self._keeper = keeper
+        self._meter = meter
         self._expected: dict[tuple[int, int], float] = {}  # seconds of a run, by the magnitudes of its rows and steps
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
         self._task: asyncio.Task[None] | None = None
@@ -198,11 +202,14 @@ class Worker:
             if tick.blocks[0].rounds:
                 tick = Tick(tick.blocks, tick.blocks[0].steps)
         if tick.steps and tick.blocks:
+            started = 0.0 if self._meter is None else self._clock()
             try:
                 outputs, states = await self._run(_assemble(tick), tick.steps)
             except EngineError as error:
                 self._engine_failed(tick.blocks, error)
                 return
+            if self._meter is not None:
+                self._meter.ran(self.model, tick.blocks, started, self._clock())
             _advance(tick, outputs, states)
         finished = []
         for block in tick.blocks:
