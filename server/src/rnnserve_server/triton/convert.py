@@ -243,10 +243,10 @@ def _axes(dims: Sequence[int], *, squeezed: bool) -> list[Any]:
     return ["time" if each == -1 else "squeeze" if each == 1 and squeezed else int(each) for each in dims]
 
 
-def _dtype(data_type: int, field: str) -> str:
+def _dtype(data_type: pb.DataType.ValueType, field: str) -> str:
     if data_type not in _DTYPES:
-        names = [pb.DataType.Name(each) for each in _DTYPES]  # type: ignore[arg-type]
-        raise ModelError(f"{field}: expected a data_type among {names}, got {pb.DataType.Name(data_type)}")  # type: ignore[arg-type]
+        names = [pb.DataType.Name(each) for each in _DTYPES]
+        raise ModelError(f"{field}: expected a data_type among {names}, got {pb.DataType.Name(data_type)}")
     return _DTYPES[data_type]
 
 

@@ -406,7 +406,7 @@ class Inference:
             elif name in states:
                 shown.append((name, states[name][0]))
             elif pending.states is not None and not replayed:
-                shown.append((name, pending.states[name][0]))
+                shown.append((name, pending.states[name]))
             else:
                 raise InvalidRequest(
                     f"outputs.{name}", "an output", "a state",
