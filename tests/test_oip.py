@@ -138,9 +138,9 @@ def test_models_are_loaded_and_unloaded_where_deploying_is_allowed() -> None:
         assert (oip.y("lstm-4", x, 7) != before).all()  # a live sequence goes on
         stub.RepositoryModelLoad(pb.RepositoryModelLoadRequest(model_name="lstm-4"))
         assert np.array_equal(oip.y("lstm-4", x, 8, start=True), before)
+        load = pb.RepositoryModelLoadRequest(model_name="lstm-4")
+        load.parameters["config"].string_param = "{}"
         with pytest.raises(grpc.RpcError) as error:
-            load = pb.RepositoryModelLoadRequest(model_name="lstm-4")
-            load.parameters["config"].string_param = "{}"
             stub.RepositoryModelLoad(load)
         assert error.value.code() == grpc.StatusCode.UNIMPLEMENTED
 
@@ -194,8 +194,7 @@ def test_the_start_of_a_live_sequence_is_refused_where_the_settings_say_so() -> 
 def test_a_request_without_a_sequence_keeps_nothing(served: Served) -> None:
     for _ in range(2):
         assert served.oip.y("adder", ones(1, 3)).tolist() == [[3, 3]]
-    status, reason, message, _ = served.refused("adder", ones(1, 1), rnnserve=1)
-    assert (status, reason) == ("INVALID_ARGUMENT", "INVALID_REQUEST")
+    assert served.refused("adder", ones(1, 1), step=1)[:2] == ("INVALID_ARGUMENT", "INVALID_REQUEST")
     flagged = request("adder", ones(1, 1))
     flagged.parameters["sequence_start"].bool_param = True
     with pytest.raises(grpc.RpcError) as error:
@@ -445,12 +444,11 @@ class TestBetterThanWhatItReplaces:
         assert "idle lifetime and expired" in expired
         assert "unknown to this server" in restarted
         assert "restarted" in restarted
-        with running_server(repository(), store=f"sqlite:///{tmp_path}/s.db") as server:
-            with grpc.insecure_channel(server.address) as channel:
-                Served(server, channel).oip.infer("adder", ones(1, 1), 4, start=True)
-        with running_server(repository(), store=f"sqlite:///{tmp_path}/s.db") as server:  # and with a store it goes on
-            with grpc.insecure_channel(server.address) as channel:
-                assert Served(server, channel).oip.y("adder", ones(1, 1), 4).tolist() == [[2, 2]]
+        store = {"store": f"sqlite:///{tmp_path}/s.db"}
+        with running_server(repository(), **store) as server, grpc.insecure_channel(server.address) as channel:
+            Served(server, channel).oip.infer("adder", ones(1, 1), 4, start=True)
+        with running_server(repository(), **store) as server, grpc.insecure_channel(server.address) as channel:
+            assert Served(server, channel).oip.y("adder", ones(1, 1), 4).tolist() == [[2, 2]]  # kept, it goes on
 
     def test_a_full_house_answers_with_a_hint_when_to_try_again(self) -> None:
         """Triton queues without a word."""
@@ -487,7 +485,7 @@ class TestBetterThanWhatItReplaces:
 
     def test_the_same_step_sent_again_is_answered_and_not_applied_again(self, served: Served) -> None:
         """Triton applies it twice."""
-        steps = [dict(start=True), {}, {}, dict(end=True)]
+        steps: list[dict[str, Any]] = [{"start": True}, {}, {}, {"end": True}]
         for number, flags in enumerate(steps):
             x = ones(1, 1, value=float(number + 1))
             first = served.oip.infer("adder", x, 32, step=number, **flags)

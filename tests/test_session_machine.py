@@ -237,7 +237,7 @@ class SessionMachine(RuleBasedStateMachine):
 
 
 class SequenceMachine(SessionMachine):
-    """The same by the Open Inference Protocol: sessions are sequences, which begin and end with a chunk of their own."""
+    """The same by the Open Inference Protocol: sequences, which begin and end with a chunk of their own."""
 
     def start(self) -> None:
         super().start()

@@ -1,0 +1,49 @@
+"""NVIDIA's client from PyPI, unchanged, against a real server: see `tritonclient_checks` for what it does.
+
+It runs in an environment of its own, with the protobuf that it wants. `make test` installs that.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from serving import running_server
+
+CHECKS = Path(__file__).with_name("tritonclient_checks.py")
+PYTHON = Path(__file__).parents[1] / ".cache" / "tritonclient" / "bin" / "python"
+
+pytestmark = pytest.mark.skipif(
+    not PYTHON.exists(), reason="tritonclient is not installed: make .cache/tritonclient/.ready"
+)
+
+
+def names() -> list[str]:
+    """The checks that there are, without importing them: this environment has no tritonclient."""
+    functions = [each for each in ast.parse(CHECKS.read_text()).body if isinstance(each, ast.FunctionDef)]
+    return [each.name for each in functions if each.decorator_list]
+
+
+@pytest.fixture(scope="module")
+def outcomes() -> dict[str, str | None]:
+    with running_server() as server:
+        done = subprocess.run(
+            [PYTHON, CHECKS, server.address],
+            env={key: value for key, value in os.environ.items() if not key.startswith("PYTHON")},
+            capture_output=True,
+            text=True,
+            timeout=100,
+        )
+    assert done.returncode == 0, done.stderr
+    return dict(json.loads(line) for line in done.stdout.splitlines())
+
+
+@pytest.mark.parametrize("name", names())
+def test_tritonclient(outcomes: dict[str, str | None], name: str) -> None:
+    """The check of that name."""
+    assert outcomes[name] is None, outcomes[name]
