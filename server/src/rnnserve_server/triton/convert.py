@@ -7,6 +7,7 @@ saw them in Triton; those of rnnserve.v1 see [batch, time, *shape].
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -45,6 +46,8 @@ _KINDS = {
     _CONTROL.CONTROL_SEQUENCE_CORRID: "corrid",
 }
 _VALUES = (("int32_false_true", "int32"), ("fp32_false_true", "float32"), ("bool_false_true", "bool"))
+# A list of messages may do without a colon, and then an unknown one is not passed over.
+_LIST = re.compile(r"\b([a-z_]+)\s*\[(?=\s*\{)")
 _GRAPH, _DEFAULTS = "model.onnx", "defaults.safetensors"
 
 
@@ -92,7 +95,7 @@ def read_config(path: Path) -> pb.ModelConfig:
         raise ModelError(f"{path}: cannot be read: {error}") from error
     config = pb.ModelConfig()
     try:
-        text_format.Parse(text, config, allow_unknown_field=True)
+        text_format.Parse(_LIST.sub(r"\1: [", text), config, allow_unknown_field=True)
     except text_format.ParseError as error:
         raise ModelError(f"{path}: is not a ModelConfig: {error}") from error
     return config
