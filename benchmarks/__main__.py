@@ -37,7 +37,7 @@ def main() -> None:
     only = arguments.only or [""]
     rows = [row for row in table.ROWS if any(text in f"{row.part}: {row.name}" for text in only)]
     if not triton.installed():
-        rows = [row for row in rows if row.server != "triton"]
+        rows = [row for row in rows if not isinstance(row, triton.TritonRow)]
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # ends the servers too
     where = report.machine()

@@ -12,7 +12,7 @@ from benchmarks.findings import Finding, at_least, at_most
 from benchmarks.report import Line, of_engine, of_parts
 from benchmarks.rows import EchoRow, Row, ServerRow
 from benchmarks.sdk import GroupRow, TasksRow, ThreadsRow
-from benchmarks.triton import TritonRow
+from benchmarks.triton import OipRow, TritonRow
 
 Lines = Mapping[Row, Line]
 
@@ -30,10 +30,13 @@ TRITON = [
     *(TritonRow(streams=n, streaming=True) for n in (1, 16)),
 ]
 
+# What perf_analyzer says of rnnserve, beside what it says of Triton.
+OIP = [OipRow(streams=n, streaming=streaming) for streaming in (False, True) for n in (1, 16, 64, 256)]
+
 # Each shape has its parts beside it.
 _ENGINE = sorted({row.engine for row in SERVER + SDK}, key=lambda row: (row.steps, row.sessions))
 _ECHO = sorted({row.echo for row in SERVER + SDK}, key=lambda row: (row.lanes, row.steps, row.streams, row.depth))
-ROWS: list[Row] = [*_ENGINE, *_ECHO, *SERVER, *SDK, *TRITON]
+ROWS: list[Row] = [*_ENGINE, *_ECHO, *SERVER, *SDK, *TRITON, *OIP]
 
 Seen = Callable[[Lines], NDArray[Any]]
 """From the lines to a figure of each round; KeyError where a row was not measured."""
