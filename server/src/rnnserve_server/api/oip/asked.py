@@ -111,7 +111,10 @@ def _contents(asked: Asked, name: str, parameter: pb.InferParameter) -> None:
 
 def _truth(attribute: str) -> Callable[[Asked, str, pb.InferParameter], None]:
     def read(asked: Asked, name: str, parameter: pb.InferParameter) -> None:
-        setattr(asked, attribute, _value(name, parameter, bool))
+        if parameter.WhichOneof("parameter_choice") == "bool_param":  # with every request: the fast way
+            setattr(asked, attribute, parameter.bool_param)
+        else:
+            setattr(asked, attribute, _value(name, parameter, bool))
 
     return read
 

@@ -11,7 +11,7 @@ from rnnserve_models.load import LoadedModel
 from rnnserve_models.spec import Axis, GraphControl, StateSpec, TensorSpec
 from rnnserve_server.api.oip import service_pb2 as pb
 from rnnserve_server.api.oip.axes import View
-from rnnserve_server.api.oip.infer import Controls
+from rnnserve_server.api.oip.face import Controls
 from rnnserve_server.api.oip.tensors import DATATYPES
 from rnnserve_server.config import Settings
 

@@ -15,17 +15,16 @@ from rnnserve_models.load import LoadedModel
 from rnnserve_models.options import LayerOptions
 from rnnserve_server.api.oip import service_pb2 as pb
 from rnnserve_server.api.oip.asked import Asked
-from rnnserve_server.api.oip.axes import View
+from rnnserve_server.api.oip.face import Face
 from rnnserve_server.api.oip.pending import Pending
 from rnnserve_server.api.oip.sequences import Sequences, session_id
-from rnnserve_server.api.oip.tensors import decode_inputs, encode_outputs, shared_memory
+from rnnserve_server.api.oip.tensors import decode_inputs, encode_outputs
 from rnnserve_server.blocks import Answers, Sessions
 from rnnserve_server.core import Core, resolve_options
 from rnnserve_server.errors import (
     InvalidInput,
     InvalidRequest,
     ModelUnknown,
-    OptionUnsupported,
     SequenceNotLive,
     ServiceError,
     SessionError,
@@ -40,30 +39,8 @@ from rnnserve_server.states import states_of
 
 _TAG = np.zeros(1, np.int64)
 _MASK = "mask"
-_SHARED_MEMORY, _CLASSIFICATION = "shared_memory_region", "classification"
+_FACES = 1024  # models come and go
 _REMEMBERED_BYTES = 16 << 20  # of answers to the last requests of sequences
-
-
-@dataclass(frozen=True)
-class Controls:
-    """The control inputs of a model that this protocol feeds.
-
-    Attributes:
-        end: the input that is told of the end of a sequence, or "".
-        corrid: the state that holds the id of the sequence, or "".
-        hidden: the inputs and states that clients of this protocol do not see.
-    """
-
-    end: str = ""
-    corrid: str = ""
-    hidden: frozenset[str] = frozenset()
-
-    @classmethod
-    def of(cls, model: LoadedModel) -> Controls:
-        """Those of a model."""
-        graph = model.spec.graph
-        named = {} if graph is None else {control.kind: control.tensor for control in graph.controls}
-        return cls(named.get("end", ""), named.get("corrid", ""), frozenset(named.values()))
 
 
 class Inference:
@@ -75,8 +52,7 @@ class Inference:
         self._sequences = Sequences(core)
         self._last = _LastAnswers()
         self._under_way: Counter[int] = Counter()  # requests of each session, by its number
-        self._views: dict[tuple[str, str, str, bool], View] = {}
-        self._controls: dict[tuple[str, str, str], Controls] = {}
+        self._faces: dict[tuple[str, str, str, bool], Face] = {}
 
     async def answer(self, request: pb.ModelInferRequest, deadline: float | None) -> pb.ModelInferResponse:
         """One request from its beginning to its end.
@@ -138,19 +114,15 @@ class Inference:
         self._count(pending)
         return response
 
-    def view(self, model: LoadedModel, *, time_major: bool = False) -> View:
-        """How clients see a model's tensors."""
+    def _face(self, model: LoadedModel, *, time_major: bool) -> Face:
+        """How clients see a model."""
         key = (model.name, model.version, model.digest, time_major)
-        if key not in self._views:
-            self._views[key] = View(model, time_major=time_major)
-        return self._views[key]
-
-    def controls(self, model: LoadedModel) -> Controls:
-        """A model's control inputs."""
-        key = (model.name, model.version, model.digest)
-        if key not in self._controls:
-            self._controls[key] = Controls.of(model)
-        return self._controls[key]
+        face = self._faces.get(key)
+        if face is None:
+            if len(self._faces) > _FACES:
+                self._faces.clear()
+            face = self._faces[key] = Face(model, time_major=time_major)
+        return face
 
     # Sending
 
@@ -174,26 +146,23 @@ class Inference:
                 raise
             except ModelUnknown as error:
                 raise _unknown(error) from error
-            model, options = session.group.model, session.group.options
-            self._check_outputs(model, request, asked)
-            given = self._given(model, options, asked, arrays, pending)
+            given = self._given(session.group.model, session.group.options, request, arrays, pending)
             if given.states:
                 name = next(iter(given.states))
                 raise InvalidInput(
                     f"inputs.{name}", "no state, unless the sequence starts", "a state",
                     "only the first request of a sequence may set states; rnnserve.v1 can set them later",
                 )  # fmt: skip
-            self._submit(request, pending, session, given, asked.step)
+            self._submit(pending, session, given, asked.step)
         pending.submitted = core.clock()
 
     def _send_alone(self, request: pb.ModelInferRequest, pending: Pending, arrays: Arrays) -> None:
         """A request without a sequence: state is the default, or what is given, and is forgotten."""
         core, asked = self._core, pending.asked
         model = self._model(request)
-        self._check_outputs(model, request, asked)
         options = resolve_options(model, self._options(model, request, asked), stateful=False)
-        given = self._given(model, options, asked, arrays, pending, whole=True)
-        states = self._initial(model, given, pending.rows, None)
+        given = self._given(model, options, request, arrays, pending)
+        states = self._initial(model, given, pending, None)
         core.submit_call(model, options, given.inputs, given.mask, states, pending)
 
     async def _send_first(self, request: pb.ModelInferRequest, pending: Pending, arrays: Arrays) -> None:
@@ -201,20 +170,19 @@ class Inference:
         core, asked = self._core, pending.asked
         assert asked.sequence is not None
         model = self._model(request)
-        self._check_outputs(model, request, asked)
         wanted = self._options(model, request, asked)
         options = resolve_options(model, wanted, stateful=True)
-        given = self._given(model, options, asked, arrays, pending)
+        given = self._given(model, options, request, arrays, pending)
         _check(model, options, given, pending.rows)
-        states = self._initial(model, given, pending.rows, asked.sequence)
+        states = self._initial(model, given, pending, asked.sequence)
         live = self._sequences.live(model.name, asked)
         if live is not None and asked.step is not None and await self._is_same_start(live, model, given):
-            self._submit(request, pending, live, given, 0)
+            self._submit(pending, live, given, 0)
             return
         session = await self._sequences.begin(model, asked, pending.rows, wanted, states)
         self._last.forget(session.id)
         try:
-            self._submit(request, pending, session, given, None)
+            self._submit(pending, session, given, None)
         except BaseException:
             _end(core, session)
             raise
@@ -242,9 +210,7 @@ class Inference:
                     return round_.digest(index) == digest(to_call(model.engine, group.options, inputs, mask), 0, 1)
         return False
 
-    def _submit(
-        self, request: pb.ModelInferRequest, pending: Pending, session: Session, given: _Given, step: int | None
-    ) -> None:
+    def _submit(self, pending: Pending, session: Session, given: _Given, step: int | None) -> None:
         core, group = self._core, session.group
         pending.session = session
         inputs, mask = given.columns()
@@ -266,7 +232,7 @@ class Inference:
             )
         )
         self._under_way[session.number] += 1
-        if not group.options.return_state and self._states_asked(group.model, request):
+        if pending.states_asked and not group.options.return_state:
 
             def look() -> None:
                 if pending.succeeded:
@@ -293,58 +259,58 @@ class Inference:
         self,
         model: LoadedModel,
         options: LayerOptions,
-        asked: Asked,
+        request: pb.ModelInferRequest,
         arrays: Arrays,
         pending: Pending,
-        *,
-        whole: bool = False,
     ) -> _Given:
         """Sorts tensors: inputs, states, a mask; and feeds what the protocol knows.
 
         Args:
             model: the model.
             options: of the layer.
-            asked: the request's parameters.
+            request: the request.
             arrays: its tensors.
-            pending: is told the batch size and whether there is a time axis.
-            whole: the request is a sequence of its own.
+            pending: is told what is found.
         """
-        engine, controls = model.engine, self.controls(model)
-        pending.model, pending.tally, pending.time_major = model, self.meter.of(model), options.time_major
-        for name in controls.hidden:
-            if name in arrays:
+        asked, time_major = pending.asked, options.time_major
+        face = self._face(model, time_major=time_major)
+        pending.model, pending.face, pending.tally = model, face, self.meter.of(model)
+        pending.states_asked = face.check_outputs(request, typed=asked.typed)
+        states: Arrays = {}
+        mask = None
+        if arrays.keys() != face.inputs:
+            for name in face.controls.hidden & arrays.keys():
                 raise InvalidInput(f"inputs.{name}", "no tensor: the server feeds it", "a tensor")
-        own = {spec.name for spec in engine.inputs}
-        states = {spec.name: arrays.pop(spec.name) for spec in engine.states if spec.name in arrays.keys() - own}
-        mask = arrays.pop(_MASK) if _MASK in arrays and _MASK not in own else None
-        inputs, pending.timed = self.view(model, time_major=options.time_major).take(arrays)
-        first = next((inputs[spec.name] for spec in engine.inputs if spec.name in inputs), None)
+            states = {name: arrays.pop(name) for name in face.states & arrays.keys()}
+            if _MASK not in face.inputs:
+                mask = arrays.pop(_MASK, None)
+        inputs, pending.timed = face.view.take(arrays)
+        first = inputs.get(model.engine.inputs[0].name)
         if first is None or first.ndim < 2:
             first = np.zeros((0, 0))  # the core says what is missing
-        pending.rows = first.shape[1 if options.time_major else 0]
-        if controls.end:
-            spec = next(spec for spec in engine.inputs if spec.name == controls.end)
-            end = np.zeros((*first.shape[:2], *spec.shape), spec.dtype)
-            value = next(c for c in model.spec.graph.controls if c.kind == "end").values  # type: ignore[union-attr]
-            end[:] = value[0]
-            if (asked.end or whole) and end.size:
-                last = (slice(None), -1) if not options.time_major else (-1,)
-                end[last] = value[1]
-            inputs[controls.end] = end
+        pending.rows = first.shape[1 if time_major else 0]
+        if face.controls.end:
+            spec = next(spec for spec in model.engine.inputs if spec.name == face.controls.end)
+            end = np.full((*first.shape[:2], *spec.shape), face.controls.values[0], spec.dtype)
+            if (asked.end or asked.sequence is None) and end.size:  # one without a sequence is all of one
+                end[(-1,) if time_major else (slice(None), -1)] = face.controls.values[1]
+            inputs[face.controls.end] = end
         if mask is not None and not pending.timed:
-            mask = mask[:, None] if not options.time_major else mask[None]
+            mask = mask[None] if time_major else mask[:, None]
         return _Given(inputs, mask, states)
 
     def _options(self, model: LoadedModel, request: pb.ModelInferRequest, asked: Asked) -> dict[str, bool]:
         """The layer options of a new sequence or of a request alone: states that are asked for are to be returned."""
         options = dict(asked.options)
-        if self._states_asked(model, request) and "return_state" in model.spec.settable_options:
+        states = self._face(model, time_major=False).check_outputs(request, typed=asked.typed)
+        if states and "return_state" in model.spec.settable_options:
             options["return_state"] = True
         return options
 
-    def _initial(self, model: LoadedModel, given: _Given, rows: int, sequence: int | str | None) -> Arrays:
+    def _initial(self, model: LoadedModel, given: _Given, pending: Pending, sequence: int | str | None) -> Arrays:
         """The states that a sequence begins with: those given, else the defaults; empty if nothing is said."""
-        controls, states = self.controls(model), dict(given.states)
+        assert pending.face is not None
+        controls, states, rows = pending.face.controls, dict(given.states), pending.rows
         if controls.corrid and sequence is not None:
             if not isinstance(sequence, int):
                 raise InvalidRequest(
@@ -361,48 +327,21 @@ class Inference:
         check_states(model.engine.states, complete, rows, "inputs")
         return complete
 
-    def _states_asked(self, model: LoadedModel, request: pb.ModelInferRequest) -> bool:
-        if not request.outputs:
-            return False
-        outputs = {spec.name for spec in model.engine.outputs}
-        return any(output.name not in outputs for output in request.outputs)
-
-    def _check_outputs(self, model: LoadedModel, request: pb.ModelInferRequest, asked: Asked) -> None:
-        """Finds out now what could not be answered later."""
-        specs = {spec.name: spec.dtype for spec in model.engine.states}
-        specs |= {spec.name: spec.dtype for spec in model.engine.outputs}
-        for name in self.controls(model).hidden:
-            specs.pop(name, None)
-        for output in request.outputs:
-            field = f"outputs.{output.name[:80]}"
-            if output.name not in specs:
-                raise InvalidRequest(field, f"one of {[*specs]}", "another name")
-            if _SHARED_MEMORY in output.parameters:
-                raise shared_memory(field)
-            if _CLASSIFICATION in output.parameters and output.parameters[_CLASSIFICATION].int64_param:
-                raise OptionUnsupported(f"{field}: classification is not offered; ask for the output itself")
-        wanted = [output.name for output in request.outputs] or [spec.name for spec in model.engine.outputs]
-        if asked.typed and any(specs[name] == np.float16 for name in wanted):
-            raise InvalidRequest("parameters.rnnserve_contents", "raw", "typed", "FP16 has no typed contents")
-
     # Answering
 
     def _response(self, request: pb.ModelInferRequest, pending: Pending, answers: Answers) -> pb.ModelInferResponse:
-        model, session = pending.model, pending.session
+        model, session, face = pending.model, pending.session, pending.face
         assert model is not None
-        view = self.view(model, time_major=pending.time_major)
-        features = {spec.name: len(spec.shape) for spec in model.engine.outputs}
+        assert face is not None
         replayed = session is not None and pending.began is None
-        states, hidden = answers.states, self.controls(model).hidden
+        states, timed = answers.states, pending.timed
         names = [output.name for output in request.outputs]
         if not names:
-            names = [*features, *(name for name in states if name not in hidden)]
+            names = [*face.outputs, *(name for name in states if name in face.states)]
         shown: list[tuple[str, Array]] = []
         for name in names:
-            if name in features:
-                y = answers.outputs[name][0]
-                sequences = y.ndim == 2 + features[name]
-                shown.append((name, view.give(name, y, timed=pending.timed, sequences=sequences)))
+            if name in face.outputs:
+                shown.append((name, face.shown(name, answers.outputs[name][0], timed=timed)))
             elif name in states:
                 shown.append((name, states[name][0]))
             elif pending.states is not None and not replayed:

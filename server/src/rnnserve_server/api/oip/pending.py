@@ -7,10 +7,13 @@ from collections.abc import Sequence
 from rnnserve_models.engine.base import Arrays
 from rnnserve_models.load import LoadedModel
 from rnnserve_server.api.oip.asked import Asked
+from rnnserve_server.api.oip.face import Face
 from rnnserve_server.blocks import Answers, Failure
 from rnnserve_server.calls import Call
 from rnnserve_server.meter import Meter, Tally
 from rnnserve_server.sessions import Session
+
+_NOTHING = Asked()
 
 
 class Pending(Call):
@@ -26,7 +29,8 @@ class Pending(Call):
         model: the version that runs it.
         tally: of that version.
         session: its sequence's session, or None.
-        time_major: an option of the layer.
+        face: how clients see it.
+        states_asked: whether states are among the outputs that are asked for.
         timed: whether its inputs had a time axis.
         rows: its batch size.
         states: of the session after it, where the answer does not bring them and they were asked for.
@@ -42,11 +46,12 @@ class Pending(Call):
         super().__init__(deadline)
         self._meter = meter
         self.received = received
-        self.asked = Asked()
+        self.asked = _NOTHING
         self.model: LoadedModel | None = None
         self.tally: Tally | None = None
         self.session: Session | None = None
-        self.time_major = False
+        self.face: Face | None = None
+        self.states_asked = False
         self.timed = True
         self.rows = 0
         self.states: Arrays | None = None

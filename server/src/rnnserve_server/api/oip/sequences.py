@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping
+from functools import lru_cache
 
 from rnnserve_models.engine.base import Array
 from rnnserve_models.load import LoadedModel
@@ -36,6 +37,7 @@ _ENDED: dict[type[SessionError], str] = {
 }
 
 
+@lru_cache(65536)
 def session_id(model: str, sequence: int | str) -> str:
     """The id of a sequence's session. An id that is no session's is represented by its digest.
 
