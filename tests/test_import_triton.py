@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -170,3 +171,21 @@ def test_a_model_that_is_no_graph_is_refused_with_what_there_is(tmp_path: Path) 
     (directory / "1" / "model.onnx").rename(directory / "1" / "model.py")
     with pytest.raises(ModelError, match=r"only ONNX graphs are converted.*"):
         import_triton(directory, tmp_path / "ours")
+
+
+def test_the_page_shows_what_the_command_writes(tmp_path: Path) -> None:
+    """The config.pbtxt of docs/triton.md becomes the model.yaml beside it."""
+    page = (Path(__file__).parents[1] / "docs" / "triton.md").read_text(encoding="utf-8")
+    config, document = (
+        re.search(rf"```{kind}\n(.*?)```", page[page.index("<table>") :], re.DOTALL) for kind in ("", "yaml")
+    )
+    assert config is not None
+    assert document is not None
+    directory = tmp_path / "theirs" / "asr"
+    (directory / "1").mkdir(parents=True)
+    (directory / "config.pbtxt").write_text(config[1])
+    (directory / "1" / "model.onnx").write_bytes(triton_models.page_graph())
+    made, _ = import_triton(directory, tmp_path / "ours")
+    written, shown = yaml.safe_load((made / "model.yaml").read_text()), yaml.safe_load(document[1])
+    del written["settable_options"]
+    assert written == shown

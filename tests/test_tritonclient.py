@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -47,3 +48,13 @@ def outcomes() -> dict[str, str | None]:
 def test_tritonclient(outcomes: dict[str, str | None], name: str) -> None:
     """The check of that name."""
     assert outcomes[name] is None, outcomes[name]
+
+
+def test_the_readmes_lines_run_as_they_stand() -> None:
+    """With nothing but the port changed."""
+    (block,) = re.findall(r"```py\n(.*?)```", (CHECKS.parents[1] / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    with running_server() as server:
+        script = block.replace("localhost:50051", server.address)
+        done = subprocess.run([PYTHON, "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 3

@@ -146,4 +146,41 @@ def lstm_graph(*, batched: bool) -> bytes:
     )
 
 
-__all__ = ["BARE", "CHUNK", "FEATURES", "FLOAT", "STEP", "UNITS", "lstm", "lstm_graph", "step", "step_graph"]
+def page_graph() -> bytes:
+    """The graph that the page on moving from Triton speaks of: x [batch, 40], h [batch, 128], START -> y, hn."""
+    rng = np.random.default_rng(6)
+    weights = {
+        "Wx": rng.normal(size=(40, 128)).astype(np.float32) / 8,
+        "Wh": rng.normal(size=(128, 128)).astype(np.float32) / 16,
+        "Wy": rng.normal(size=(128, 29)).astype(np.float32),
+        "one": np.ones(1, np.float32),
+    }
+    return model(
+        [
+            node("Sub", ["one", "START"], ["goes_on"]),
+            node("Mul", ["h", "goes_on"], ["before"]),
+            node("MatMul", ["x", "Wx"], ["from_x"]),
+            node("MatMul", ["before", "Wh"], ["from_h"]),
+            node("Add", ["from_x", "from_h"], ["sum"]),
+            node("Tanh", ["sum"], ["hn"]),
+            node("MatMul", ["hn", "Wy"], ["y"]),
+        ],
+        [info("x", ["batch", 40]), info("h", ["batch", 128]), info("START", ["batch", 1])],
+        [info("y", ["batch", 29]), info("hn", ["batch", 128])],
+        weights,
+    )
+
+
+__all__ = [
+    "BARE",
+    "CHUNK",
+    "FEATURES",
+    "FLOAT",
+    "STEP",
+    "UNITS",
+    "lstm",
+    "lstm_graph",
+    "page_graph",
+    "step",
+    "step_graph",
+]
