@@ -30,8 +30,9 @@ TRITON = [
     *(TritonRow(streams=n, streaming=True) for n in (1, 16)),
 ]
 
-# What perf_analyzer says of rnnserve, beside what it says of Triton.
-OIP = [OipRow(streams=n, streaming=streaming) for streaming in (False, True) for n in (1, 16, 64, 256)]
+# What perf_analyzer says of rnnserve, beside what it says of Triton. Of 256 sequences calls only: it hangs at its end
+# where it has not opened as many streams by then.
+OIP = [*(OipRow(streams=n) for n in (1, 16, 64, 256)), *(OipRow(streams=n, streaming=True) for n in (1, 16, 64))]
 
 # Each shape has its parts beside it.
 _ENGINE = sorted({row.engine for row in SERVER + SDK}, key=lambda row: (row.steps, row.sessions))
