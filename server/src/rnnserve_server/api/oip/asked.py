@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -124,7 +125,10 @@ def _option(asked: Asked, name: str, parameter: pb.InferParameter) -> None:
 
 
 def _seconds(asked: Asked, name: str, parameter: pb.InferParameter) -> None:
-    setattr(asked, name.removeprefix(_OURS), float(_value(name, parameter, int, float)))
+    seconds = float(_value(name, parameter, int, float))
+    if not 0 < seconds < math.inf:
+        raise InvalidRequest(f"parameters.{name}", "a positive number of seconds", str(seconds))
+    setattr(asked, name.removeprefix(_OURS), seconds)
 
 
 _READERS: dict[str, Callable[[Asked, str, pb.InferParameter], None]] = {

@@ -17,7 +17,7 @@ from rnnserve_server.api.oip import service_pb2 as pb
 from rnnserve_server.api.oip.asked import Asked
 from rnnserve_server.api.oip.face import Face
 from rnnserve_server.api.oip.pending import Pending
-from rnnserve_server.api.oip.sequences import Sequences, session_id
+from rnnserve_server.api.oip.sequences import Sequences
 from rnnserve_server.api.oip.tensors import decode_inputs, encode_outputs
 from rnnserve_server.blocks import Answers, Sessions
 from rnnserve_server.core import Core, resolve_options
@@ -369,7 +369,7 @@ class Inference:
 
     def _is_remembered(self, request: pb.ModelInferRequest, asked: Asked) -> bool:
         assert asked.sequence is not None
-        named = session_id(request.model_name, asked.sequence)
+        named = self._sequences.named(request.model_name, asked.sequence)
         return asked.step is not None and self._last.get(named, asked.step, _digest(request)) is not None
 
     def _remembered(self, request: pb.ModelInferRequest, pending: Pending) -> pb.ModelInferResponse | None:
@@ -377,7 +377,7 @@ class Inference:
         asked = pending.asked
         if pending.session is not None or asked.sequence is None or asked.step is None:
             return None
-        named = session_id(request.model_name, asked.sequence)
+        named = self._sequences.named(request.model_name, asked.sequence)
         before = self._last.get(named, asked.step, _digest(request))
         if before is None:
             return None

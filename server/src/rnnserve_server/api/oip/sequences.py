@@ -57,6 +57,10 @@ class Sequences:
         self._core = core
         self._since = core.clock()
 
+    def named(self, model: str, sequence: int | str) -> str:
+        """The id of the session of a caller's sequence: the one place where whose it is could come into it."""
+        return session_id(model, sequence)
+
     async def find(self, model: str, asked: Asked, version: str) -> Session:
         """The session of a sequence that must be live.
 
@@ -66,7 +70,7 @@ class Sequences:
             ServiceError: it is stored and cannot be had.
         """
         assert asked.sequence is not None
-        core, named = self._core, session_id(model, asked.sequence)
+        core, named = self._core, self.named(model, asked.sequence)
         try:
             session = core.sessions.get(named) if core.keeper is None else await core.session(named)
         except SessionError as error:
@@ -86,7 +90,7 @@ class Sequences:
     def live(self, model: str, asked: Asked) -> Session | None:
         """The session of a sequence, if it is in memory."""
         assert asked.sequence is not None
-        named = session_id(model, asked.sequence)
+        named = self.named(model, asked.sequence)
         return self._core.sessions.get(named) if named in self._core.sessions else None
 
     async def begin(
@@ -111,7 +115,7 @@ class Sequences:
             ServiceError: there is no room, or the store cannot be reached.
         """
         assert asked.sequence is not None
-        core, named = self._core, session_id(model.name, asked.sequence)
+        core, named = self._core, self.named(model.name, asked.sequence)
         own = model.spec.oip.idle_lifetime if model.spec.oip is not None else None
         for attempt in range(_TRIES):
             try:

@@ -79,9 +79,8 @@ def _raw(field: str, dtype: np.dtype[np.generic], shape: tuple[int, ...], data: 
         bits = np.frombuffer(data, np.uint8)
         if bits.size and bits.max() > 1:
             raise InvalidInput(field, "bool bytes of 0 or 1", f"a byte of {int(bits.max())}")
-        return bits.view(np.bool_).reshape(shape)
-    array: Array = np.frombuffer(data, dtype).reshape(shape)
-    return array
+        return _shaped(field, bits.view(np.bool_), shape)
+    return _shaped(field, np.frombuffer(data, dtype), shape)
 
 
 def _typed(
@@ -99,9 +98,16 @@ def _typed(
     wide = np.asarray(values[:], np.int64 if dtype == np.uint8 else dtype)
     if dtype == np.uint8 and wide.size and wide.max() > np.iinfo(np.uint8).max:
         raise InvalidInput(field, "elements of 0 to 255", str(int(wide.max())))
-    array: Array = wide.astype(dtype, copy=False).reshape(shape)
+    array = _shaped(field, wide.astype(dtype, copy=False), shape)
     array.flags.writeable = False
     return array
+
+
+def _shaped(field: str, values: Array, shape: tuple[int, ...]) -> Array:
+    try:
+        return values.reshape(shape)
+    except (ValueError, OverflowError) as error:  # an empty tensor whose other extents are beyond NumPy's
+        raise InvalidInput(field, "extents that fit in memory", f"shape {list(shape[:8])}") from error
 
 
 def encode_outputs(
