@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from rnnserve import _trace
 from rnnserve.codec import Array, encode_joined
 from rnnserve.errors import GroupError, RequestError
 from rnnserve.v1 import inference_pb2, session_pb2
@@ -103,7 +104,7 @@ class Chunk:
 
     `inputs` are [N, batch, time, ...] and `mask` is bool [N, batch, time], in C order, little-endian; the leading axis
     may be left out when N is 1. `key` is equal for chunks that may share a frame. `ticket` comes back in the answer,
-    which has `reply_bytes` for each lane.
+    which has `reply_bytes` for each lane. `trace` is the span that it was made within.
     """
 
     __slots__ = (
@@ -118,6 +119,7 @@ class Chunk:
         "shapes",
         "ticket",
         "timesteps",
+        "trace",
         "weight",
     )
 
@@ -143,6 +145,7 @@ class Chunk:
         self.lanes: list[Lane] = []
         self.first_steps: list[int] = []
         self.number = 0  # counts the wishes of a connection
+        self.trace = _trace.traceparent() if _trace.active() else ""
         self.weight = max(reply_bytes, REPLAY_WINDOW // REPLAY_CHUNKS)  # of REPLAY_WINDOW
 
     def own(self) -> Chunk:
@@ -159,7 +162,7 @@ class Chunk:
             inputs = [array[chosen] for array in self.inputs]
             mask = None if self.mask is None else self.mask[chosen]
             part = Chunk(self.names, inputs, mask, self.shapes, self.timesteps, self.key, self.ticket, self.weight)
-            part.number = self.number
+            part.number, part.trace = self.number, self.trace
         part.lanes, part.first_steps = lanes, first_steps
         return part
 
@@ -236,6 +239,8 @@ def write_frame(frame: inference_pb2.StepFrame, chunks: list[Chunk]) -> None:
     else:
         frame.lanes.extend([lane.number for chunk in chunks for lane in chunk.lanes])
         frame.first_steps.extend([step for chunk in chunks for step in chunk.first_steps])
+    if _trace.active():
+        frame.traceparent = next((chunk.trace for chunk in chunks if chunk.trace), "")
     count = len(frame.lanes)
     first = chunks[0]
     for index, name in enumerate(first.names):

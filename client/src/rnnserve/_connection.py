@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import grpc
 import grpc.aio
 
+from rnnserve import _trace
 from rnnserve._link import REPLAY_BYTES, Link
 from rnnserve._retry import RETRY_FOR, Retry
 from rnnserve.errors import ClientClosed, DeadlineExceeded, RequestError, Unavailable, from_rpc_error
@@ -84,7 +85,11 @@ class Connection:
         return self._link
 
     def _stream(self) -> Any:
-        return InferenceServiceStub(self.channel()).Stream()
+        return InferenceServiceStub(self.channel()).Stream(metadata=self.metadata())
+
+    def metadata(self) -> grpc.aio.Metadata:
+        """What every call says beside its request."""
+        return grpc.aio.Metadata(*_trace.headers())
 
     def channel(self) -> grpc.aio.Channel:
         """The channel, opened on first use."""
@@ -197,7 +202,8 @@ class Connection:
         while True:
             spent = self.retry.clock() - started
             try:
-                return await method(request, timeout=None if seconds is None else max(0.0, seconds - spent))
+                left = None if seconds is None else max(0.0, seconds - spent)
+                return await method(request, timeout=left, metadata=self.metadata())
             except grpc.RpcError as error:
                 failure: RequestError = from_rpc_error(error)
             except asyncio.CancelledError:

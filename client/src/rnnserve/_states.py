@@ -66,7 +66,7 @@ async def export(live: Live, limit: float | None) -> bytes:
 async def save(live: Live, path: str | os.PathLike[str], limit: float | None) -> None:
     """Writes the session to a file, which is there whole or not at all."""
     blob = await export(live, limit)
-    await asyncio.to_thread(_write, Path(path), blob)
+    await asyncio.to_thread(write, Path(path), blob)
 
 
 async def restore(
@@ -146,7 +146,8 @@ def _stub(connection: Connection) -> SessionServiceAsyncStub:
     return SessionServiceStub(connection.channel())
 
 
-def _write(path: Path, blob: bytes) -> None:
+def write(path: Path, blob: bytes) -> None:
+    """Writes a file, which is there whole or not at all."""
     part = path.with_name(path.name + ".part")
     part.write_bytes(blob)
     part.replace(path)

@@ -80,6 +80,14 @@ class Sink(Protocol):
         """All that a tick had to tell was told."""
 
 
+class Trace(Protocol):
+    """A frame or call that is traced."""
+
+    @property
+    def trace_id(self) -> str:
+        """32 hexadecimal digits."""
+
+
 _UNKNOWN = slice(0, 0)
 
 
@@ -151,6 +159,8 @@ class Block:
         order: its turn among the blocks that are ready.
         followers: what must wait for it.
         rounds: the blocks that it was made of, if it has several chunks of each session: see `Scheduler.absorb`.
+        queued_at: when it was queued, by the worker's clock, if anybody watches.
+        traces: the frames in it that are traced, as whoever traces them knows them.
         rows: N * batch_size.
         steps: compacted time steps in all: the largest number of valid steps of a row.
         nbytes: bytes of input that it holds.
@@ -172,6 +182,8 @@ class Block:
     order: int = -1
     followers: list[Block | Barrier] = field(default_factory=list)
     rounds: list[Block] = field(default_factory=list)
+    queued_at: float = 0.0
+    traces: Sequence[Trace] = ()
     rows: int = field(init=False)
     steps: int = field(init=False)
     nbytes: int = field(init=False)
@@ -266,6 +278,8 @@ class Block:
             begun=self.begun,
             outputs=[{name: y[:, rows] for name, y in part.items()} for part in self.outputs],
             rounds=[each.take(index) for each in self.rounds],
+            queued_at=self.queued_at,
+            traces=self.traces,
         )
 
 

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 import typer
 from pydantic import ValidationError
 
+from rnnserve_server.commands import sessions
 from rnnserve_server.config import ConfigError, Settings, load_settings
 
 Nonlinearity = Literal["tanh", "relu"]
@@ -51,7 +52,7 @@ def _serve(config: Path | None, **flags: Any) -> None:
 
     try:
         uvloop.run(serve(settings))
-    except (ModelError, StoreError, OSError) as error:
+    except (ConfigError, ModelError, StoreError, OSError) as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(1) from error
 
@@ -140,6 +141,26 @@ def import_triton(
 
 
 @app.command()
+def top(
+    addresses: Annotated[
+        list[str] | None,
+        typer.Argument(help="where they tell their metrics: host:port or URL [127.0.0.1 and RNNSERVE_METRICS_PORT]"),
+    ] = None,
+    interval: Annotated[float, typer.Option(help="seconds between two looks", min=0.05)] = 2.0,
+    once: Annotated[bool, typer.Option("--once", help="print what happened in one interval, and end")] = False,
+    timeout: Annotated[float, typer.Option(help="seconds to wait for an answer")] = 5.0,
+) -> None:
+    """Show what servers with a --metrics-port are doing: models, sessions, batch sizes, latencies."""
+    from rnnserve_server.commands.top import show
+
+    addresses = addresses or [f"127.0.0.1:{os.environ.get('RNNSERVE_METRICS_PORT') or 9464}"]
+    troubles = show(addresses, interval, once=once, timeout=timeout)
+    for address, trouble in troubles.items():
+        typer.echo(f"{address}: {trouble}; does it serve with --metrics-port?", err=True)
+    raise typer.Exit(1 if troubles else 0)
+
+
+@app.command()
 def health(
     address: Annotated[str, typer.Option(help="the server's address [127.0.0.1 and RNNSERVE_PORT]")] = "",
     timeout: Annotated[float, typer.Option(help="seconds to wait for an answer")] = 3.0,
@@ -158,6 +179,9 @@ def health(
     name = health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)
     typer.echo(f"{address}: {name}")
     raise typer.Exit(0 if name == "SERVING" else 1)
+
+
+app.add_typer(sessions.app, name="sessions")
 
 
 def _configure_logs(settings: Settings) -> None:

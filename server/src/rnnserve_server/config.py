@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -61,6 +63,11 @@ class Settings(BaseSettings):
     durability: Durability = Field(
         "step", description="when: with every step, at an interval, or when a session rests and at shutdown (none)"
     )
+    store_sync: Literal["full", "normal"] = Field(
+        "full",
+        description="what an answer waits for with SQLite: full, for the disk; normal, for the operating system, which "
+        "no end of the server can harm, but a power cut may cost the last answers",
+    )
     store_interval: Seconds = Field(1.0, description="seconds between writes, with durability interval")
     rest_seconds: Seconds = Field(300.0, description="seconds without use after which a stored session leaves memory")
 
@@ -84,6 +91,19 @@ class Settings(BaseSettings):
     stream_queue_chunks: Positive = Field(4096, description="unanswered chunks of one stream before it is held back")
     queue_bytes: Positive = Field(256 << 20, description="input bytes waiting in all before work is refused")
 
+    metrics_port: Annotated[int, Field(ge=0, le=65535)] | None = Field(
+        None,
+        description="the port of GET /metrics, for Prometheus and rnnserve top; 0 takes a free one; none: no metrics",
+    )
+    metrics_host: str = Field("", description="the address to answer it on; empty: that of --host")
+    traces: Literal["off", "otlp", "console"] | None = Field(
+        None, description="where OpenTelemetry spans go; none: to where the variables OTEL_* say, if they are set"
+    )
+    slow_tick_seconds: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="ticks that take longer are logged, one a second at most; 0 for no such lines"
+    )
+    channelz: bool = Field(False, description="tell about channels and sockets (grpc.channelz.v1)")
+
     drain_seconds: Seconds = Field(10.0, description="seconds that open streams have to finish after SIGTERM")
     log_format: Literal["console", "json"] = Field("console", description="how log lines look")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="the least severe line shown")
@@ -99,6 +119,17 @@ class Settings(BaseSettings):
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Flags, then the environment, then the file."""
         return init_settings, env_settings, YamlConfigSettingsSource(settings_cls)
+
+
+def traces_wanted(settings: Settings, environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether traces are asked for: by the setting, or else by OpenTelemetry's own variables."""
+    if settings.traces is not None:
+        return settings.traces != "off"
+    if environment.get("OTEL_SDK_DISABLED", "").lower() == "true":
+        return False
+    if exporter := environment.get("OTEL_TRACES_EXPORTER"):
+        return exporter != "none"
+    return any(environment.get(f"OTEL_EXPORTER_OTLP_{kind}ENDPOINT") for kind in ("", "TRACES_"))
 
 
 def load_settings(config: Path | None = None, **flags: object) -> Settings:

@@ -10,14 +10,15 @@ import math
 import re
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager, nullcontext, suppress
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from rnnserve_models.engine.base import Array, Arrays
 from rnnserve_models.load import LoadedModel
 from rnnserve_models.options import LayerOptions
-from rnnserve_server.blocks import Barrier, Block, Sink
+from rnnserve_server.blocks import Barrier, Block, Sink, Trace
 from rnnserve_server.config import Settings
 from rnnserve_server.deploy import Deployer
 from rnnserve_server.errors import (
@@ -37,13 +38,18 @@ from rnnserve_server.intake import Frame
 from rnnserve_server.keeper import Keeper, session_bytes
 from rnnserve_server.layout import check_call, check_states, faults, signature, to_call
 from rnnserve_server.meter import Meter
+from rnnserve_server.observer import Observer
 from rnnserve_server.replay import Limits
 from rnnserve_server.repository import Repository
 from rnnserve_server.scheduler import Scheduler
 from rnnserve_server.sessions import Group, Session, SessionTable
 from rnnserve_server.store import open_store
 from rnnserve_server.store.base import Head
+from rnnserve_server.store.observed import ObservedStore
 from rnnserve_server.worker import Worker
+
+if TYPE_CHECKING:
+    from rnnserve_server.tracing import Tracing
 
 _SESSION_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _MAX_SIGNATURES = 1024  # a client may send chunks of any length
@@ -52,7 +58,15 @@ _RETRY_AFTER = 0.1  # seconds; a tick takes milliseconds
 
 
 class Core:
-    """Everything that a server does between decoding a request and encoding its answer."""
+    """Everything that a server does between decoding a request and encoding its answer.
+
+    Attributes:
+        observer: who is told of ticks, if anybody is.
+        tracing: who traces requests, if anybody does.
+        streams: streams that are open.
+        streamed: streams that were opened.
+        observed_store: the store, if it is timed.
+    """
 
     def __init__(
         self,
@@ -61,6 +75,8 @@ class Core:
         *,
         clock: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
+        observer: Observer | None = None,
+        tracing: Tracing | None = None,
     ) -> None:
         self.settings = settings
         self.repository = repository
@@ -72,6 +88,11 @@ class Core:
         )
         self.clock = clock
         self.wall_clock = wall_clock
+        self.observer = observer
+        self.tracing = tracing
+        self.observed_store: ObservedStore | None = None
+        self.streams = 0
+        self.streamed = 0
         self.keeper: Keeper | None = None
         self.draining = asyncio.Event()
         self.deployer = Deployer(settings, repository)
@@ -159,7 +180,10 @@ class Core:
             StoreError: it cannot be opened.
         """
         if self.settings.store:
-            store = await open_store(self.settings.store)
+            store = await open_store(self.settings.store, synchronous=self.settings.store_sync)
+            if self.observer is not None:
+                span = nullcontext if self.tracing is None else self.tracing.store_span
+                store = self.observed_store = ObservedStore(store, self.clock, span)
             self.keeper = Keeper(
                 store,
                 self.settings.durability,
@@ -333,6 +357,7 @@ class Core:
         mask: Array | None,
         initial_states: Arrays | None,
         sink: Sink,
+        trace: Trace | None = None,
     ) -> None:
         """Queues one call without a session.
 
@@ -343,6 +368,7 @@ class Core:
             mask: bool, [batch, time] or [1, time] (likewise), or None.
             initial_states: every state, [batch, *shape]; None or empty for the model's default.
             sink: where results go.
+            trace: what whoever traces knows it by; None if nobody does.
 
         Raises:
             ServiceError: the inputs, the mask or the states do not fit; nothing was queued.
@@ -360,7 +386,10 @@ class Core:
         if initial_states:
             check_states(model.engine.states, initial_states, rows, "initial_states")
         states = initial_states or {spec.name: spec.initial(rows) for spec in model.engine.states}
-        self.worker(model).submit(Block(call, rows, options, [(sink, 1)], np.zeros(1, np.int64), states=states))
+        block = Block(call, rows, options, [(sink, 1)], np.zeros(1, np.int64), states=states)
+        if trace is not None:
+            block.traces = [trace]
+        self.worker(model).submit(block)
 
     def worker(self, model: LoadedModel) -> Worker:
         """The worker of a model version."""
@@ -375,8 +404,14 @@ class Core:
                 inline_seconds=self.settings.inline_seconds,
                 keeper=self.keeper,
                 meter=self.meter,
+                observer=self.observer,
             )
         return self._workers[key]
+
+    @property
+    def workers(self) -> list[Worker]:
+        """Those that there are."""
+        return list(self._workers.values())
 
     def _line_up(self, group: Group) -> None:
         """Has sessions for which work has come show as busy."""

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from rnnserve_server.sessions import Group
 
 _SPREAD = 4  # a round is thinned out when so many times a window of them came after it
+_DIGEST_BYTES = 16
 _SLACK = 1 << 20  # bytes of thinned rounds that are not worth a second look
 
 
@@ -125,6 +126,12 @@ class Round:
             return self.asked
         return digest(self.asked.part(self.start, self.timesteps), index, len(self.slots))
 
+    def digests(self, index: Array) -> Array:
+        """The same of some of the N sessions: uint8 [len(index), 16]."""
+        if isinstance(self.asked, bytes):
+            return np.frombuffer(self.asked, np.uint8)[None]
+        return digests(self.asked.part(self.start, self.timesteps).take(index, len(self.slots)), len(index))
+
     def began(self, index: int) -> tuple[Arrays, Compacted | None] | None:
         """What led to where one session's chunk began: every state, [batch, *shape], and what ran from there, if
         anything did. None: that is not known any more.
@@ -139,6 +146,11 @@ class Round:
         one = slice(index, index + 1)
         outputs = {name: y[one] for name, y in self.outputs.items()}
         return outputs, {name: state[one] for name, state in self.states.items()}
+
+    def shown_to(self, index: Array) -> tuple[Arrays, Arrays]:
+        """The outputs and states that some of the sessions were answered, each [len(index), ...]."""
+        outputs = {name: y[index] for name, y in self.outputs.items()}
+        return outputs, {name: state[index] for name, state in self.states.items()}
 
     def answers(self, index: int, tags: Array) -> Answers:
         """What one session was answered, for a sink that knows the chunk by another tag."""
@@ -225,6 +237,11 @@ class Window:
         self.nbytes += round_.nbytes
         self._forget(group)
 
+    @property
+    def by_count(self) -> bool:
+        """Whether only the number of answers limits the windows: all so far are small."""
+        return not self._bytes_count
+
     def oldest(self, group: Group, slots: Array) -> Array:
         """Where the windows of N sessions begin: uint64 [N]; their steps, if they are empty."""
         first = group.step.copy()  # [capacity]
@@ -263,6 +280,13 @@ class Window:
             here = (round_.slots == slot) & (round_.generations == generation) & self._live(group, round_)
             places += [(round_, index) for index in np.flatnonzero(here).tolist()]
         return sorted(places, key=lambda place: int(place[0].number[place[1]]))
+
+    def of_many(self, group: Group, slots: Array) -> Iterator[tuple[Round, Array]]:
+        """The windows of the sessions that have N slots: rounds, in any order, and the positions in each."""
+        for round_ in self._rounds():
+            index = np.flatnonzero(np.isin(round_.slots, slots) & self._live(group, round_))
+            if len(index):
+                yield round_, index
 
     def forget_from(self, group: Group, slot: int, step: int) -> None:
         """Forgets the chunks of a session that began at a step or later."""
@@ -337,10 +361,30 @@ def digest(call: Compacted, position: int, chunks: int) -> bytes:
     """What tells one of N chunks from another for the same step: 16 bytes over its inputs and its mask (BLAKE2b)."""
     rows = slice(position * len(call.lengths) // chunks, (position + 1) * len(call.lengths) // chunks)
     lengths = call.lengths[rows].tolist()
-    hashed = hashlib.blake2b(repr((call.timesteps, lengths)).encode(), digest_size=16)
+    hashed = hashlib.blake2b(repr((call.timesteps, lengths)).encode(), digest_size=_DIGEST_BYTES)
     if call.mask is not None and not call.mask[:, rows].all():  # alone, a mask that masks nothing is none
         hashed.update(call.mask[:, rows].tobytes())
     for name in sorted(call.inputs):
         hashed.update(f"{name}:".encode())
         hashed.update(call.inputs[name][: max(lengths), rows].tobytes())  # what follows is for longer ones beside it
     return hashed.digest()
+
+
+def digests(call: Compacted, chunks: int) -> Array:
+    """What tells each of N chunks from others for the same steps, as `digest` has it: uint8 [N, 16]."""
+    if call.mask is not None or len(call.inputs) > 1:
+        whole = b"".join([digest(call, position, chunks) for position in range(chunks)])
+    else:  # all that differs is the numbers
+        ((name, x),) = call.inputs.items()
+        rows = len(call.lengths) // chunks
+        said = hashlib.blake2b(repr((call.timesteps, [call.timesteps] * rows)).encode(), digest_size=_DIGEST_BYTES)
+        said.update(f"{name}:".encode())
+        parts = x.reshape(len(x), chunks, -1).swapaxes(0, 1)  # [N, T, numbers of a step]
+        content, size = memoryview(parts.tobytes()), parts[0].nbytes
+        found = []
+        for start in range(0, len(content), size):
+            hashed = said.copy()
+            hashed.update(content[start : start + size])
+            found.append(hashed.digest())
+        whole = b"".join(found)
+    return np.frombuffer(whole, np.uint8).reshape(chunks, _DIGEST_BYTES)

@@ -23,6 +23,7 @@ from rnnserve_server.config import Settings
 from rnnserve_server.core import Core
 from rnnserve_server.errors import StoreDown
 from rnnserve_server.repository import Repository
+from rnnserve_server.watch import Watch, add_channelz
 
 log = structlog.get_logger(__name__)
 
@@ -46,6 +47,7 @@ class Server:
     Attributes:
         core: what it serves.
         port: the port it listens on, once started.
+        metrics_port: the port of its metrics, once started; 0 if there are none.
     """
 
     def __init__(self, settings: Settings, repository: Repository | None = None) -> None:
@@ -53,14 +55,19 @@ class Server:
 
         Raises:
             ModelError: there are none.
+            ConfigError: there is nowhere for traces to go.
         """
         self.settings = settings
+        self._watch = Watch(settings)
         self.core = Core(
             settings,
             repository or Repository.load(settings.models, engine=settings.engine, threads=settings.engine_threads),
+            observer=self._watch.observer,
+            tracing=self._watch.tracing,
         )
         self.port = 0
         self._services = (*SERVICES, OIP_SERVICE) if settings.oip else SERVICES
+        self.metrics_port = 0
         self._health = HealthServicer()
         self._server: grpc.aio.Server | None = None
         self._chores: list[asyncio.Task[None]] = []
@@ -72,7 +79,9 @@ class Server:
             OSError: the address cannot be listened on.
         """
         await self.core.open_store()
-        server = grpc.aio.server(options=_options(self.settings))
+        server = grpc.aio.server(
+            interceptors=self._watch.interceptors, options=[*_options(self.settings), *self._watch.options]
+        )
         listed: Any = _Unregistered(server)
         model_pb2_grpc.add_ModelServiceServicer_to_server(ModelServicer(self.core), listed)
         session_pb2_grpc.add_SessionServiceServicer_to_server(SessionServicer(self.core), listed)
@@ -82,12 +91,15 @@ class Server:
             servicer = OpenInferenceServicer(self.core)
             service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(servicer, listed)
         names = (*self._services, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME)
+        if self.settings.channelz:
+            names = (*names, add_channelz(server))
         reflection.enable_server_reflection(names, server)
         address = f"{self.settings.host}:{self.settings.port}"
         try:
             self.port = server.add_insecure_port(address)
         except RuntimeError as error:
             raise OSError(f"cannot listen on {address}: {error}") from error
+        self.metrics_port = self._watch.listen(self.core)
         await server.start()
         self._server = server
         self._chores = [asyncio.create_task(self._sweep())]
@@ -95,7 +107,10 @@ class Server:
             self._chores.append(asyncio.create_task(self._save()))
         for service in ("", *self._services):
             await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
-        log.info("serving", address=f"{self.settings.host}:{self.port}", models=len(list(self.core.repository)))
+        watched = {"metrics": f"{self._watch.host}:{self.metrics_port}"} if self.metrics_port else {}
+        log.info(
+            "serving", address=f"{self.settings.host}:{self.port}", models=len(list(self.core.repository)), **watched
+        )
 
     async def stop(self) -> None:
         """Drains: says NOT_SERVING, takes no new calls, and lets open streams finish for ``drain_seconds``."""
@@ -108,6 +123,7 @@ class Server:
         if self._server is not None:
             await self._server.stop(self.settings.drain_seconds)
         await self.core.close()
+        await asyncio.to_thread(self._watch.close)
         log.info("stopped")
 
     async def _sweep(self) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -209,6 +209,12 @@ class SessionTable:
 
     Attributes:
         state_bytes: bytes of the states of all sessions.
+        entered: by model and version, how many sessions were made here or came from the store.
+        fetched: how many of those came from the store.
+        resumed: how many were opened by their ids.
+        rested: how many left memory and live on in the store.
+        ends: by model, version and why, how many ended.
+        dropped: rounds of answers that were forgotten because all together took too much memory.
         on_end: told of sessions in N slots of a group that are about to end, and why.
     """
 
@@ -235,6 +241,12 @@ class SessionTable:
         self._number = 0
         self._index = 0
         self.state_bytes = 0
+        self.entered: Counter[tuple[str, str]] = Counter()
+        self.fetched: Counter[tuple[str, str]] = Counter()
+        self.resumed: Counter[tuple[str, str]] = Counter()
+        self.rested: Counter[tuple[str, str]] = Counter()
+        self.ends: Counter[tuple[str, str, type[SessionError]]] = Counter()
+        self.dropped = 0
         self.on_end: Callable[[Group, Array, type[SessionError]], None] | None = None
 
     def __contains__(self, session_id: str) -> bool:
@@ -512,6 +524,7 @@ class SessionTable:
         for slot in slots.tolist():
             del self._part(group.ids[slot])[group.ids[slot]]
             group.ids[slot] = ""
+        self.rested[group.model.name, group.model.version] += len(slots)
         self._release(group, slots)
 
     def lose(self, group: Group, slots: Array, why: type[SessionError]) -> None:
@@ -525,6 +538,7 @@ class SessionTable:
         while sum(window.nbytes for window in windows) > most:
             if not max(windows, key=lambda window: window.nbytes).drop_oldest():
                 return
+            self.dropped += 1
 
     def _gone(self, session_id: str) -> SessionError:
         if self.is_stored(session_id):  # it left memory, and came back while this work waited
@@ -562,6 +576,7 @@ class SessionTable:
         for slot, session_id in zip(slots.tolist(), ids, strict=True):
             group.ids[slot] = session_id
             self._part(session_id)[session_id] = group.index << 32 | slot
+        self.entered[group.model.name, group.model.version] += count
         self._live += count
         self._number += count
         self.state_bytes += count * group.arena.session_bytes
@@ -576,6 +591,7 @@ class SessionTable:
 
     def _remember(self, group: Group, slots: Array, why: type[SessionError]) -> None:
         """Keeps in mind why the sessions in N slots ended."""
+        self.ends[group.model.name, group.model.version, why] += len(slots)
         for slot in slots.tolist():
             session_id = group.ids[slot]
             group.ids[slot] = ""

@@ -309,6 +309,12 @@ class StepFrame(_message.Message):
     FIRST_STEPS_FIELD_NUMBER: _builtins.int
     INPUTS_FIELD_NUMBER: _builtins.int
     MASK_FIELD_NUMBER: _builtins.int
+    TRACEPARENT_FIELD_NUMBER: _builtins.int
+    traceparent: _builtins.str
+    """The W3C trace context of the call that asks, as its header `traceparent` has it, so that one stream may carry the
+    calls of many traces. When the chunks come from several calls, that of one of them. Empty or not valid: the
+    stream's own, from its metadata. Ignored by a server that does not trace.
+    """
     @_builtins.property
     def lanes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The lanes, N distinct numbers, at least one."""
@@ -332,10 +338,11 @@ class StepFrame(_message.Message):
         first_steps: _abc.Iterable[_builtins.int] | None = ...,
         inputs: _abc.Iterable[_tensor_pb2.NamedTensor] | None = ...,
         mask: _tensor_pb2.Tensor | None = ...,
+        traceparent: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["mask", b"mask"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["first_steps", b"first_steps", "inputs", b"inputs", "lanes", b"lanes", "mask", b"mask"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["first_steps", b"first_steps", "inputs", b"inputs", "lanes", b"lanes", "mask", b"mask", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

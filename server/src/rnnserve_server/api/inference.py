@@ -6,6 +6,8 @@ from typing import Any
 
 import grpc
 import numpy as np
+import structlog
+from structlog.contextvars import bound_contextvars
 
 from rnnserve.codec import decode, decode_named, encode_named
 from rnnserve.v1 import inference_pb2 as pb
@@ -19,6 +21,8 @@ from rnnserve_server.core import Core, resolve_options
 from rnnserve_server.errors import InvalidRequest
 from rnnserve_server.intake import Frame
 from rnnserve_server.rollout import Feedback, Rule, rollout
+
+log = structlog.get_logger(__name__)
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -47,6 +51,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         call = Call(None if left is None else core.clock() + left, request.session_id)
         inputs = decode_named(request.inputs, "inputs")
         mask = decode(request.mask, "mask") if request.HasField("mask") else None
+        trace = None if core.tracing is None else core.tracing.received()
         if request.session_id:
             for field in ("model", "version", "options", "initial_states"):
                 if getattr(request, field) and (field != "options" or request.HasField("options")):
@@ -65,6 +70,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
                     ),
                     {name: x[None] for name, x in inputs.items()},
                     None if mask is None else mask[None],
+                    trace,
                 )
             )
         else:
@@ -76,7 +82,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             version = model.version
             options = resolve_options(model, asked_options(request.options), stateful=False)
             initial_states = decode_named(request.initial_states, "initial_states")
-            core.submit_call(model, options, inputs, mask, initial_states, call)
+            core.submit_call(model, options, inputs, mask, initial_states, call, trace)
         answers = await call.answer()
         return pb.PredictResponse(
             outputs=encode_named({name: y[0] for name, y in answers.outputs.items()}),
@@ -103,10 +109,14 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
 
     async def Stream(self, request_iterator: Any, context: Context) -> None:  # type: ignore[override]
         """See InferenceService.Stream."""
-        try:
-            await LaneStream(self._core, context).run()
-        except Exception as error:  # the boundary: every failure becomes a status here
-            await abort(context, error)
+        with bound_contextvars(peer=context.peer()):
+            log.debug("stream opened")
+            try:
+                await LaneStream(self._core, context).run()
+            except Exception as error:  # the boundary: every failure becomes a status here
+                await abort(context, error, method="Stream")
+            finally:
+                log.debug("stream ended")
 
 
 def _feedback(message: pb.Feedback) -> Feedback:

@@ -16,7 +16,7 @@ from rnnserve.codec import TensorError, decode, decode_named, encode_into
 from rnnserve.v1 import inference_pb2 as pb
 from rnnserve.v1 import session_pb2
 from rnnserve_models.engine.base import Array
-from rnnserve_server.api.errors import service_error, status
+from rnnserve_server.api.errors import rejections, service_error, status
 from rnnserve_server.api.messages import create_sessions, session_message
 from rnnserve_server.blocks import Answers, Failure, Sessions
 from rnnserve_server.column import span
@@ -85,6 +85,8 @@ class LaneStream:
         Raises:
             ServiceError: the stream itself is to blame, or the server is shutting down.
         """
+        self._core.streams += 1
+        self._core.streamed += 1
         reader = self._reader = asyncio.create_task(self._read())
         drainer = asyncio.create_task(self._drain(reader))
         try:
@@ -102,6 +104,7 @@ class LaneStream:
             self.cancelled = True
             reader.cancel()
             drainer.cancel()
+            self._core.streams -= 1
 
     # Reading
 
@@ -161,6 +164,9 @@ class LaneStream:
             Why it could not, by lane.
         """
         failed: dict[int, ServiceError] = {}
+        found = self._found.get(tuple(lanes))
+        if found and all(part.alive() for part in found):
+            return failed  # all are here, as they mostly are
         for _ in range(_TRIES):  # those that were here may have come to rest while the others were fetched
             away = self._away(lanes, failed)
             if not away:
@@ -226,6 +232,7 @@ class LaneStream:
                     raise error
                 session = await self._core.session(opening.session_id)  # it may rest again by now
                 group, slots = session.group, np.array([session.slot])
+                self._core.sessions.resumed[group.model.name, group.model.version] += 1
         except (ServiceError, TensorError) as error:
             self._fail_opens(lanes, service_error(error))
             return
@@ -352,6 +359,7 @@ class LaneStream:
                 _check_first_axis(f"inputs.{field}", array, chunks)
             if mask is not None:
                 _check_first_axis("mask", mask, chunks)
+            trace = None if self._core.tracing is None else self._core.tracing.received(frame.traceparent)
         except (ServiceError, TensorError) as error:
             self._fail_chunks(lanes, range(chunks), first_steps, service_error(error))
             return
@@ -372,13 +380,15 @@ class LaneStream:
                         part.sessions(steps),
                         inputs if index is None else {name: x[index] for name, x in inputs.items()},
                         mask if mask is None or index is None else mask[index],
+                        trace,
                     )
                 )
             except Exception as error:  # the frame's lanes are to blame, or a bug: the stream goes on
                 self._unanswered -= len(part.tags)
-                self._fail_chunks(
-                    lanes, range(chunks) if index is None else index.tolist(), first_steps, service_error(error)
+                told = service_error(
+                    error, model=part.group.model.name, sessions=[self._ids[tag] for tag in part.tags[:4].tolist()]
                 )
+                self._fail_chunks(lanes, range(chunks) if index is None else index.tolist(), first_steps, told)
 
     def _find(self, lanes: tuple[int, ...], away: Collection[int]) -> list[_Part]:
         """The sessions of a frame's lanes, group by group. A stream says the same lanes again and again.
@@ -463,6 +473,7 @@ class LaneStream:
     def _fail_opens(self, lanes: Sequence[int], error: ServiceError) -> None:
         """The same error for N lanes."""
         failure = pb.LaneError(operation=pb.LANE_OPERATION_OPEN, status=status(error))
+        rejections[error.reason] += len(lanes) - 1  # `status` has counted one
         response = self._response(len(lanes), len(lanes) * failure.ByteSize())
         for lane in lanes:
             failure.lane = lane
@@ -530,12 +541,20 @@ class _Part:
         self._at = span(slots) if len(slots) else slots
         self._ended = -1  # `Group.ended` when all of the sessions were alive
 
+    def alive(self) -> bool:
+        """Whether all of the lanes are open and their sessions alive."""
+        group = self.group
+        if group is None:
+            return False
+        if self._ended != group.ended and (group.generation[self._at] == self._generations).all():
+            self._ended = group.ended
+        return self._ended == group.ended
+
     def sessions(self, first_steps: Array | None) -> Sessions:
         """The sessions, n chunks of which begin at those steps."""
         group = self.group
         assert group is not None
-        if self._ended != group.ended and (group.generation[self._at] == self._generations).all():
-            self._ended = group.ended
+        self.alive()
         return Sessions(group, self._slots, self._generations, first_steps, self._ended, self._distinct, self._at)
 
 

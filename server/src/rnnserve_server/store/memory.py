@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -90,6 +91,11 @@ class MemoryStore(Store):
         """See `Store`."""
         records = sorted(self._live.values(), key=lambda record: record.cursor)
         return [_head(r) for r in records if r.cursor > after and model in ("", r.meta.model)][:limit]
+
+    async def count(self, models: Sequence[str]) -> list[int]:
+        """See `Store`."""
+        found = Counter(record.meta.model for record in self._live.values())
+        return [found[model] for model in models]
 
     async def close(self) -> None:
         """See `Store`."""

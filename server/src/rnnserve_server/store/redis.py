@@ -13,9 +13,10 @@ writes; to rule that out, have it promoted by hand or use one server with a disk
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import chain
+from itertools import chain, islice
 from typing import Any
 
+import numpy as np
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
@@ -46,9 +47,11 @@ from rnnserve_server.store.base import (
     Write,
     check_distinct,
 )
+from rnnserve_server.store.tick import Tick
 
 _HEAD = ("meta", "epoch", "revision", "step", "used")
 _FOREVER = 1e300  # what ends at infinity ends here: not every Lua reads "inf"
+_EXACT = 2**53  # of Lua's numbers
 _PER_CALL = 64  # sessions of one call of a script: no other client waits for longer than that takes
 _BATCH = 1000
 
@@ -177,13 +180,45 @@ class RedisStore(Store):
         arguments = [
             (
                 f"{w.epoch} {w.revision - 1} {w.revision} {w.step:020d} {w.forget_before:020d} {w.start:020d} "
-                f"{int(w.states is not None)} {len(w.replies)} {w.last_used!r}",
+                f"{int(w.states is not None)} {len(w.replies)} {w.keep} {w.last_used!r}",
                 w.states or b"",
                 *map(_pack, w.replies),
             )
             for w in writes
         ]
         return [result == ord("1") for result in await self._call(scripts.COMMIT, ids, (), arguments)]
+
+    async def commit_ticks(self, ticks: Sequence[Tick]) -> list[list[bool]]:
+        """See `Store`."""
+        check_distinct([session_id for tick in ticks for session_id in tick.ids])
+        if any(tick.forget_before or max((*tick.epochs, *tick.revisions, *tick.steps)) >= _EXACT for tick in ticks):
+            return await super().commit_ticks(ticks)
+        size = self._per_call
+        commands = [
+            self._tick(tick if len(tick.ids) <= size else tick.part(start, start + size))
+            for tick in ticks
+            for start in range(0, len(tick.ids), size)
+        ]
+        answers = iter(b"".join(await self._scripted(scripts.TICK, commands)).decode())
+        applied = [[each == "1" for each in islice(answers, len(tick.ids))] for tick in ticks]
+        for tick, done in zip(ticks, applied, strict=True):
+            if not all(done):  # another's, or sent before: each is looked at
+                late = [position for position, each in enumerate(done) if not each]
+                writes = tick.writes()
+                for position, each in zip(late, await self.commit([writes[at] for at in late]), strict=True):
+                    done[position] = each
+        return applied
+
+    def _tick(self, tick: Tick) -> tuple[Any, ...]:
+        """The call of the script for a tick."""
+        keys = [key for session_id in tick.ids for key in self._keys(session_id)[: scripts.TICK.keys]]
+        columns = np.array([tick.epochs, tick.revisions, tick.steps], np.int64).T - [0, 1, tick.timesteps]  # [N, 3]
+        rounds = [f"|{each.timesteps} {each.digests.shape[1]} {each.rest.shape[1]}" for each in tick.rounds]
+        common = f"{tick.last_used!r} {tick.keep} {tick.timesteps} {tick.states.shape[1]} {''.join(rounds)}"
+        arguments = [common, columns.tobytes(), tick.states.tobytes()]
+        for each in tick.rounds:
+            arguments += [each.digests.tobytes(), each.head, each.rest.tobytes()]
+        return ("EVALSHA", scripts.TICK.sha, len(keys), *keys, *arguments)
 
     async def delete(self, owned: Sequence[tuple[str, int]], why: End, now: float) -> list[bool]:
         """See `Store`."""
@@ -246,6 +281,10 @@ class RedisStore(Store):
             after = cursors[-1].decode()
         return heads
 
+    async def count(self, models: Sequence[str]) -> list[int]:
+        """See `Store`."""
+        return list(await self._pipeline([("ZCARD", f"{self._prefix}all:{model}") for model in models]))
+
     async def close(self) -> None:
         """See `Store`."""
         await self._client.aclose()
@@ -296,6 +335,10 @@ class RedisStore(Store):
             flat = chain.from_iterable
             count = script.keys * len(keys[part])
             commands.append(("EVALSHA", script.sha, count, *flat(keys[part]), *common, *flat(each[part])))
+        return list(chain.from_iterable(await self._scripted(script, commands)))
+
+    async def _scripted(self, script: scripts.Script, commands: list[tuple[Any, ...]]) -> list[Any]:
+        """Sends calls of a script, which the server may have to be given first. Their answers."""
         answers = await self._pipeline(commands)
         missing = [index for index, answer in enumerate(answers) if isinstance(answer, NoScriptError)]
         if missing:  # a server that was started again, or another one: nothing was done
@@ -304,7 +347,7 @@ class RedisStore(Store):
                 answers[index] = answer
                 if isinstance(answer, NoScriptError):
                     raise self._explained(answer)
-        return list(chain.from_iterable(answers))
+        return answers
 
     async def _pipeline(self, commands: Sequence[tuple[Any, ...]]) -> list[Any]:
         """Sends commands in one go. Their answers; NoScriptError, which a caller may mend, is one of them."""

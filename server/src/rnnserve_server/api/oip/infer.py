@@ -163,7 +163,8 @@ class Inference:
         options = resolve_options(model, self._options(model, request, asked), stateful=False)
         given = self._given(model, options, request, arrays, pending)
         states = self._initial(model, given, pending, None)
-        core.submit_call(model, options, given.inputs, given.mask, states, pending)
+        trace = None if core.tracing is None else core.tracing.received()
+        core.submit_call(model, options, given.inputs, given.mask, states, pending, trace)
 
     async def _send_first(self, request: pb.ModelInferRequest, pending: Pending, arrays: Arrays) -> None:
         """The first request of a sequence. What is wrong with it is found before the sequence begins anew."""
@@ -229,6 +230,7 @@ class Inference:
                 ),
                 inputs,
                 mask,
+                None if core.tracing is None else core.tracing.received(),
             )
         )
         self._under_way[session.number] += 1

@@ -8,7 +8,7 @@ from typing import Any
 
 import grpc
 
-from rnnserve_server.api.errors import service_error, status_code
+from rnnserve_server.api.errors import rejections, service_error, status_code
 from rnnserve_server.api.oip import service_pb2 as pb
 from rnnserve_server.api.oip.infer import Inference
 from rnnserve_server.api.oip.pending import Pending
@@ -47,6 +47,8 @@ class InferStream:
         Raises:
             ServiceError: the server is shutting down; or, if the stream is strict, a request failed.
         """
+        self._core.streams += 1
+        self._core.streamed += 1
         reader = asyncio.create_task(self._read())
         drainer = asyncio.create_task(self._drain(reader))
         try:
@@ -57,6 +59,7 @@ class InferStream:
         finally:
             reader.cancel()
             drainer.cancel()
+            self._core.streams -= 1
             for _, pending, _ in self._sent:
                 pending.forget()
 
@@ -125,6 +128,7 @@ class InferStream:
 
 
 def _failed(request: pb.ModelInferRequest, error: ServiceError) -> pb.ModelStreamInferResponse:
+    rejections[error.reason] += 1
     response = pb.ModelStreamInferResponse(error_message=said(error))
     about = response.infer_response
     about.id, about.model_name, about.model_version = request.id, request.model_name, request.model_version
