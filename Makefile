@@ -75,10 +75,11 @@ $(TRITON)/.ready: benchmarks/requirements-triton.txt
 	$(TRITON)/bin/python -m pip install --quiet --require-hashes --no-deps -r benchmarks/requirements-triton.txt
 	touch $@
 
-# NVIDIA's client, which the tests of the Open Inference Protocol run as it is.
-$(TRITONCLIENT)/.ready: requirements/tritonclient.txt
+# NVIDIA's client, and KServe's stubs, which the tests of the Open Inference Protocol run as they are.
+$(TRITONCLIENT)/.ready: requirements/tritonclient.txt requirements/kserve.txt
 	$(PYTHON) -m venv $(TRITONCLIENT)
 	$(TRITONCLIENT)/bin/python -m pip install --quiet --require-hashes -r requirements/tritonclient.txt
+	$(TRITONCLIENT)/bin/python -m pip install --quiet --require-hashes --no-deps -r requirements/kserve.txt
 	touch $@
 
 triton-requirements: $(VENV)/.dev
@@ -91,6 +92,8 @@ requirements: $(VENV)/.dev
 	    $(BIN)/uv pip compile --quiet --upgrade --generate-hashes --no-header --python-version 3.11 \
 	        --output-file requirements/$$name.txt requirements/$$name.in || exit 1; \
 	done
+	$(BIN)/uv pip compile --quiet --upgrade --no-deps --generate-hashes --no-header --python-version 3.11 \
+	    --output-file requirements/kserve.txt requirements/kserve.in
 
 clean:
 	rm -rf $(VENV) .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -370,6 +370,28 @@ def test_what_is_cancelled_before_its_turn_is_not_applied(served: Served) -> Non
     assert served.oip.y("adder", ones(1, 1), 27, end=True).tolist() == [[2, 2]]
 
 
+def test_a_stream_that_is_cancelled_takes_what_waits_with_it(served: Served) -> None:
+    served.oip.infer("adder", ones(1, 1), 28, start=True)
+    served.adder.gate.clear()
+    try:
+        served.adder.running.clear()
+        blocker = served.stub.ModelInfer.future(request("adder", ones(1, 1)))
+        assert served.adder.running.wait(30)
+        sent: queue.Queue[pb.ModelInferRequest] = queue.Queue()
+        stream = served.stub.ModelStreamInfer(iter(sent.get, None))
+        for _ in range(3):
+            sent.put(request("adder", ones(1, 1), 28))
+        while served.server.call(lambda: len(served.core.meter.waiting)) < 4:
+            pass
+        stream.cancel()
+        while served.server.call(lambda: len(served.core.meter.waiting)) > 1:
+            pass
+    finally:
+        served.adder.gate.set()
+    blocker.result()
+    assert served.oip.y("adder", ones(1, 1), 28, end=True).tolist() == [[2, 2]]
+
+
 def test_a_server_that_drains_ends_streams_and_is_not_ready() -> None:
     with running_server(repository()) as server, grpc.insecure_channel(server.address) as channel:
         oip = Oip(channel)

@@ -1,6 +1,6 @@
-"""NVIDIA's client from PyPI, unchanged, against a real server: see `tritonclient_checks` for what it does.
+"""Clients of others from PyPI, unchanged, against a real server: see `tritonclient_checks` for what NVIDIA's does.
 
-It runs in an environment of its own, with the protobuf that it wants. `make test` installs that.
+They run in an environment of their own, with the protobuf that they want. `make test` installs that.
 """
 
 from __future__ import annotations
@@ -48,6 +48,15 @@ def outcomes() -> dict[str, str | None]:
 def test_tritonclient(outcomes: dict[str, str | None], name: str) -> None:
     """The check of that name."""
     assert outcomes[name] is None, outcomes[name]
+
+
+def test_kserves_stubs() -> None:
+    """Metadata, typed contents both ways, and a sequence: see `kserve_checks`."""
+    with running_server() as server:
+        done = subprocess.run(
+            [PYTHON, CHECKS.with_name("kserve_checks.py"), server.address], capture_output=True, text=True, timeout=60
+        )
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_readmes_lines_run_as_they_stand() -> None:
