@@ -302,6 +302,22 @@ class ShutdownMachine(SessionMachine):
         self.start()
 
 
+def test_a_session_that_was_idle_before_it_was_fetched_expires_no_later() -> None:
+    """Memory and store agree on when: else its id would be taken by nobody."""
+    machine = ShutdownMachine()
+    machine.begin()
+    try:
+        machine.create(name="a")
+        machine.time_passes()
+        machine.crash()
+        machine.reset_elsewhere(name="a")  # fetches it, and does not use it
+        machine.time_passes()
+        machine.time_passes()
+        machine.create(name="a")
+    finally:
+        machine.teardown()
+
+
 TestSessions = SessionMachine.TestCase
 TestSessions.settings = settings(max_examples=30, stateful_step_count=25, deadline=None)
 TestSequences = SequenceMachine.TestCase
