@@ -4,8 +4,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 TRITON := .cache/triton
+TRITONCLIENT := .cache/tritonclient
 PROTOS := $(sort $(wildcard proto/rnnserve/v1/*.proto))
 SERVICES := $(shell grep -l '^service ' $(PROTOS))
+# The other protocol is the server's alone: nothing of it is in the client.
+OIP := server/src/rnnserve_server/api/oip
 
 .PHONY: run test vectors samples lint types stubs check-stubs torture fuzz soak bench bench-triton requirements triton-requirements clean
 
@@ -13,7 +16,7 @@ run: $(VENV)/.serve
 	-$(BIN)/rnnserve fetch models/zoo
 	$(BIN)/rnnserve serve $(ARGS)
 
-test: $(VENV)/.dev
+test: $(VENV)/.dev $(TRITONCLIENT)/.ready
 	-$(BIN)/rnnserve fetch models/zoo
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)
 
@@ -50,11 +53,15 @@ stubs: $(VENV)/.dev
 	    --python_out=client/src --mypy_out=quiet:client/src $(PROTOS)
 	$(BIN)/python -m grpc_tools.protoc -Iproto --plugin=protoc-gen-mypy_grpc=$(BIN)/protoc-gen-mypy_grpc \
 	    --grpc_python_out=client/src --mypy_grpc_out=quiet:client/src $(SERVICES)
+	$(BIN)/python -m grpc_tools.protoc -I$(OIP:server/src/%=%)=proto/inference \
+	    --plugin=protoc-gen-mypy=$(BIN)/protoc-gen-mypy --plugin=protoc-gen-mypy_grpc=$(BIN)/protoc-gen-mypy_grpc \
+	    --python_out=server/src --mypy_out=quiet:server/src --grpc_python_out=server/src \
+	    --mypy_grpc_out=quiet:server/src proto/inference/service.proto
 
 # Fails when the committed stubs are not what the contract generates.
 check-stubs: stubs
-	git diff --exit-code --stat -- client/src/rnnserve/v1
-	test -z "$$(git status --porcelain -- client/src/rnnserve/v1)"
+	git diff --exit-code --stat -- client/src/rnnserve/v1 $(OIP)/*_pb2*
+	test -z "$$(git status --porcelain -- client/src/rnnserve/v1 $(OIP)/*_pb2*)"
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks $(ARGS)
@@ -68,16 +75,25 @@ $(TRITON)/.ready: benchmarks/requirements-triton.txt
 	$(TRITON)/bin/python -m pip install --quiet --require-hashes --no-deps -r benchmarks/requirements-triton.txt
 	touch $@
 
+# NVIDIA's client, and KServe's stubs, which the tests of the Open Inference Protocol run as they are.
+$(TRITONCLIENT)/.ready: requirements/tritonclient.txt requirements/kserve.txt
+	$(PYTHON) -m venv $(TRITONCLIENT)
+	$(TRITONCLIENT)/bin/python -m pip install --quiet --require-hashes -r requirements/tritonclient.txt
+	$(TRITONCLIENT)/bin/python -m pip install --quiet --require-hashes --no-deps -r requirements/kserve.txt
+	touch $@
+
 triton-requirements: $(VENV)/.dev
 	$(BIN)/uv pip compile --quiet --upgrade --no-deps --generate-hashes --no-header --python-version 3.11 \
 	    --output-file benchmarks/requirements-triton.txt benchmarks/requirements-triton.in
 
 # Pins every dependency, with hashes and without download addresses.
 requirements: $(VENV)/.dev
-	for name in serve dev; do \
+	for name in serve dev tritonclient; do \
 	    $(BIN)/uv pip compile --quiet --upgrade --generate-hashes --no-header --python-version 3.11 \
 	        --output-file requirements/$$name.txt requirements/$$name.in || exit 1; \
 	done
+	$(BIN)/uv pip compile --quiet --upgrade --no-deps --generate-hashes --no-header --python-version 3.11 \
+	    --output-file requirements/kserve.txt requirements/kserve.in
 
 clean:
 	rm -rf $(VENV) .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -37,7 +37,7 @@ def main() -> None:
     only = arguments.only or [""]
     rows = [row for row in table.ROWS if any(text in f"{row.part}: {row.name}" for text in only)]
     if not triton.installed():
-        rows = [row for row in rows if row.server != "triton"]
+        rows = [row for row in rows if not isinstance(row, triton.TritonRow)]
     if not stores.installed() and any(row.server.startswith("redis") for row in rows):
         print("without Redis: redis-server is not installed (apt-get install redis-server)", file=sys.stderr)
         rows = [row for row in rows if not row.server.startswith("redis")]

@@ -14,7 +14,7 @@ from benchmarks.report import Line, of_engine, of_parts
 from benchmarks.rows import EchoRow, Row, ServerRow
 from benchmarks.sdk import GroupRow, TasksRow, ThreadsRow
 from benchmarks.stores import StoreRow
-from benchmarks.triton import TritonRow
+from benchmarks.triton import OipRow, TritonRow
 
 Lines = Mapping[Row, Line]
 
@@ -34,11 +34,15 @@ TRITON = [
     *(TritonRow(streams=n, streaming=True) for n in (1, 16)),
 ]
 
+# What perf_analyzer says of rnnserve, beside what it says of Triton. Of 256 sequences calls only: it hangs at its end
+# where it has not opened as many streams by then.
+OIP = [*(OipRow(streams=n) for n in (1, 16, 64, 256)), *(OipRow(streams=n, streaming=True) for n in (1, 16, 64))]
+
 # Each shape has its parts beside it.
 _ENGINE = sorted({row.engine for row in SERVER + SDK}, key=lambda row: (row.steps, row.sessions))
 _ECHO = sorted({row.echo for row in SERVER + SDK}, key=lambda row: (row.lanes, row.steps, row.streams, row.depth))
 _BARE = [row.bare for row in SERVER]
-ROWS: list[Row] = [*_ENGINE, *_ECHO, *_BARE, *SERVER, *STORES, *SDK, *TRITON]
+ROWS: list[Row] = [*_ENGINE, *_ECHO, *_BARE, *SERVER, *STORES, *SDK, *TRITON, *OIP]
 
 Seen = Callable[[Lines], NDArray[Any]]
 """From the lines to a figure of each round; KeyError where a row was not measured."""

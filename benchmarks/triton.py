@@ -17,7 +17,7 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from benchmarks import work
 from benchmarks.processes import Server
@@ -52,15 +52,20 @@ def installed() -> bool:
 
 def server(folder: Path) -> Server:
     """A Triton that serves the work; it keeps its files in the folder."""
-    prefix, libraries, packages, version = _python()
-    shipped = Path(packages, "pytriton", "tritonserver")
-    shutil.copytree(shipped / "backends", folder / "backends")
-    shutil.copy(shipped / "python_backend_stubs" / version / "triton_python_backend_stub", folder / "backends/python")
     model = folder / "models" / "lstm"
     (model / "1").mkdir(parents=True)
     shutil.copy(_MODEL, model / "1" / "model.py")
     (model / "1" / "model.onnx").write_bytes(export_cell(work.cell(), work.FEATURES)[0])
     (model / "config.pbtxt").write_text(_CONFIG)
+    return serve(folder)
+
+
+def serve(folder: Path) -> Server:
+    """A Triton that serves the models of ``folder / "models"``; it keeps its files in the folder."""
+    prefix, libraries, packages, version = _python()
+    shipped = Path(packages, "pytriton", "tritonserver")
+    shutil.copytree(shipped / "backends", folder / "backends")
+    shutil.copy(shipped / "python_backend_stubs" / version / "triton_python_backend_stub", folder / "backends/python")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -94,6 +99,7 @@ class TritonRow(Row):
 
     part = "Triton"
     server = "triton"
+    model: ClassVar[str] = "lstm"
 
     @property
     def name(self) -> str:
@@ -102,12 +108,12 @@ class TritonRow(Row):
 
     async def open(self, address: str, stack: AsyncExitStack) -> Measure:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        _link_libraries(folder)
+        link_libraries(folder)
         trips = folder / "trips.json"
 
         async def measure(seconds: float) -> Sample:
             # Three windows are the fewest that it takes; they count as stable however far they are apart.
-            command = [PERF_ANALYZER, "-m", "lstm", "-i", "grpc", "-u", address]
+            command = [PERF_ANALYZER, "-m", self.model, "-i", "grpc", "-u", address]
             command += ["--streaming"] if self.streaming else []
             command += ["--concurrency-range", self.streams, "--shape", f"input:{self.steps},{work.FEATURES}"]
             command += ["--sequence-length", 1_000_000, "--sequence-length-variation", 0]
@@ -121,6 +127,14 @@ class TritonRow(Row):
             raise RuntimeError(f"{self.name}: {said}")
 
         return measure
+
+
+class OipRow(TritonRow):
+    """The same client and the same requests, answered by rnnserve."""
+
+    part = "rnnserve, perf_analyzer"
+    server = "rnnserve"
+    model = work.MODEL
 
 
 async def _said(command: list[Any], env: dict[str, str]) -> str:
@@ -143,7 +157,7 @@ def _sample(trips: Path, rate: float) -> Sample:
     return Sample(len(each) / rate, each)
 
 
-def _link_libraries(folder: Path) -> None:
+def link_libraries(folder: Path) -> None:
     """Puts what perf_analyzer wants into a folder: Triton's wheel has it, under other names."""
     bundled = Path(_python()[2], "nvidia_pytriton.libs")
     for library, wanted in (("libb64-", "libb64.so.0d"), ("libcudart-", "libcudart.so.12")):

@@ -6,6 +6,7 @@ import asyncio
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,10 +15,13 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from house import FEATURES, AddingEngine, Clock, Notes, loaded
+from oip import arrays, request
+from rnnserve_server.api.oip.infer import Inference
+from rnnserve_server.api.oip.sequences import session_id
 from rnnserve_server.blocks import Sessions
 from rnnserve_server.config import Settings
 from rnnserve_server.core import Core
-from rnnserve_server.errors import ServiceError, SessionExists
+from rnnserve_server.errors import InvalidInput, SequenceNotLive, ServiceError, SessionExists
 from rnnserve_server.intake import Frame
 from rnnserve_server.repository import Repository
 
@@ -111,6 +115,10 @@ class SessionMachine(RuleBasedStateMachine):
             return None, sink.errors[0]
         return float(sink.results[0][1][0, 0]), None
 
+    def id_of(self, name: str) -> str:
+        """The id of a session's."""
+        return name
+
     def gone(self, name: str) -> str:
         return self.ended.get(name, "SESSION_UNKNOWN")
 
@@ -172,7 +180,7 @@ class SessionMachine(RuleBasedStateMachine):
     def reset(self, name: str, at: bool) -> None:
         model = self.alive.get(name)
         step = model.step if model and at else None
-        why = self.run(self.core.reset_session(name, None, step))
+        why = self.run(self.core.reset_session(self.id_of(name), None, step))
         assert why == ("" if model else self.gone(name))
         if model:
             model.total, model.used = 0.0, self.clock.now
@@ -180,7 +188,7 @@ class SessionMachine(RuleBasedStateMachine):
     @rule(name=names)
     def reset_elsewhere(self, name: str) -> None:
         if model := self.alive.get(name):
-            assert self.run(self.core.reset_session(name, None, model.step + 1)) == "STEP_AHEAD"
+            assert self.run(self.core.reset_session(self.id_of(name), None, model.step + 1)) == "STEP_AHEAD"
 
     @rule(name=names)
     def delete(self, name: str) -> None:
@@ -223,9 +231,64 @@ class SessionMachine(RuleBasedStateMachine):
         if not hasattr(self, "core"):
             return
         heads = self.runner.run(self.core.keeper.page("", 10, ""))
-        assert {head.id for head in heads} == self.alive.keys()
+        assert {head.id for head in heads} == {self.id_of(name) for name in self.alive}
         for name, model in self.alive.items():
-            assert self.runner.run(self.core.show(name)).step == model.step
+            assert self.runner.run(self.core.show(self.id_of(name))).step == model.step
+
+
+class SequenceMachine(SessionMachine):
+    """The same by the Open Inference Protocol: sequences, which begin and end with a chunk of their own."""
+
+    def start(self) -> None:
+        super().start()
+        self.inference = Inference(self.core)
+
+    def id_of(self, name: str) -> str:
+        return session_id("adder", name)
+
+    def send(self, name: str, first_step: int | None, count: int, value: int, **flags: bool) -> tuple[Any, Any]:
+        said = {} if first_step is None else {"step": first_step}
+        x = np.full((1, count, FEATURES), value, np.float32)
+        try:
+            answer = self.runner.run(self.inference.answer(request("adder", x, name, **said, **flags), None))
+        except SequenceNotLive as error:
+            return None, SimpleNamespace(reason=error.metadata["why"])
+        except ServiceError as error:
+            return None, error
+        return float(arrays(answer)["output"][0, 0]), None
+
+    @rule(name=names)
+    def create(self, name: str) -> None:
+        """It begins, or begins anew."""
+        model = Model(self.clock.now)
+        assert self.send(name, None, 1, 1, start=True) == (model.take(1, 1, self.clock.now), None)
+        self.alive[name] = model
+        self.ended.pop(name, None)
+
+    @rule(name=names, said=st.booleans())
+    def delete(self, name: str, said: bool) -> None:
+        """Its last chunk, which may be sent again if it says where it belongs."""
+        model = self.alive.get(name)
+        first = model.step if model and said else None
+        answer = self.send(name, first, 1, 1, end=True)
+        if model is None:
+            assert answer[1].reason == self.gone(name)
+            return
+        assert answer == (model.take(1, 1, self.clock.now), None)
+        if said:
+            assert self.send(name, first, 1, 1, end=True) == answer
+        del self.alive[name]
+        self.ended[name] = "SESSION_CLOSED"
+
+    @rule(name=names)
+    def bad_start(self, name: str) -> None:
+        """It is refused, and what was there is there."""
+        x = np.ones((1, 1, FEATURES + 1), np.float32)
+        try:
+            self.runner.run(self.inference.answer(request("adder", x, name, start=True), None))
+        except InvalidInput:
+            return
+        raise AssertionError("the input does not fit")
 
 
 class ShutdownMachine(SessionMachine):
@@ -239,7 +302,25 @@ class ShutdownMachine(SessionMachine):
         self.start()
 
 
+def test_a_session_that_was_idle_before_it_was_fetched_expires_no_later() -> None:
+    """Memory and store agree on when: else its id would be taken by nobody."""
+    machine = ShutdownMachine()
+    machine.begin()
+    try:
+        machine.create(name="a")
+        machine.time_passes()
+        machine.crash()
+        machine.reset_elsewhere(name="a")  # fetches it, and does not use it
+        machine.time_passes()
+        machine.time_passes()
+        machine.create(name="a")
+    finally:
+        machine.teardown()
+
+
 TestSessions = SessionMachine.TestCase
 TestSessions.settings = settings(max_examples=30, stateful_step_count=25, deadline=None)
+TestSequences = SequenceMachine.TestCase
+TestSequences.settings = TestSessions.settings
 TestSessionsStoredLate = ShutdownMachine.TestCase
 TestSessionsStoredLate.settings = TestSessions.settings

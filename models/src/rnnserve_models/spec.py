@@ -156,6 +156,40 @@ class GraphConstant(_Part):
         return np.asarray(self.value, self.dtype)
 
 
+class GraphControl(_Part):
+    """An input of the graph that tells it where its sequence stands, as Triton's control inputs do.
+
+    ``kind``: *start*, true in the first step since the state was the default, is a state; so is *corrid*, a number that
+    whoever makes the session gives and that stays. *end*, true in the last step of a sequence, is an input that whoever
+    sends the step gives. *ready*, that the row is somebody's, is always true. A graph with a time axis is told what
+    holds for the first step that it is given (start) and for the last (end).
+
+    ``values`` are the values for false and true; not of corrid.
+    """
+
+    kind: Literal["start", "end", "ready", "corrid"]
+    tensor: str
+    dtype: Literal[DType, "uint32", "uint64"] = "float32"
+    axes: tuple[Axis, ...] = ("batch", 1)
+    values: tuple[float, float] = (0, 1)
+
+    @model_validator(mode="after")
+    def _axes_of_a_state(self) -> Self:
+        if self.axes.count("batch") != 1 or "time" in self.axes:
+            raise ValueError(f"axes must name batch once and time never, got {list(self.axes)}")
+        return self
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The feature axes."""
+        return tuple(axis for axis in self.axes if isinstance(axis, int))
+
+    @property
+    def kept_as(self) -> np.dtype[Any]:
+        """The element type that sessions and clients see; the bits of an unsigned id are those of a signed one."""
+        return np.dtype("int64" if self.kind == "corrid" else self.dtype)
+
+
 class Source(_Part):
     """Where a file that is not ours to copy is taken from: a file in a package on PyPI, by its digest.
 
@@ -188,6 +222,7 @@ class GraphSpec(_Part):
     outputs: Annotated[tuple[GraphTensor, ...], Field(min_length=1)]
     states: tuple[GraphState, ...] = ()
     constants: tuple[GraphConstant, ...] = ()
+    controls: tuple[GraphControl, ...] = ()
     lengths: str | None = None
     defaults: str | None = None
     sliceable: bool = True
@@ -205,7 +240,21 @@ class GraphSpec(_Part):
             raise ValueError("lengths is given, but no input has a time axis")
         for kind in (self.inputs, self.states, self.outputs):
             _distinct([part.name for part in kind])
+        _distinct([control.tensor for control in self.controls])
         return self
+
+
+class OipSpec(_Part):
+    """How clients of the Open Inference Protocol see the model, as far as that is not what all models have.
+
+    ``axes``: of tensors that are not [batch, time, *shape]; without time, a request is one step; without batch, there
+    is one row. ``max_batch_size``: rows of a request at most; 0: tensors have no batch axis. ``idle_lifetime``: seconds
+    without a request after which a sequence expires.
+    """
+
+    axes: dict[str, tuple[Axis, ...]] = {}
+    max_batch_size: Annotated[int, Field(ge=0)] | None = None
+    idle_lifetime: Annotated[float, Field(gt=0)] | None = None
 
 
 class ModelSpec(_Part):
@@ -224,6 +273,7 @@ class ModelSpec(_Part):
     weights: str | None = None
     graph: GraphSpec | None = None
     network: str | None = None
+    oip: OipSpec | None = None
 
     @model_validator(mode="after")
     def _cells_or_graph(self) -> Self:

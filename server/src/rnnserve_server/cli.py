@@ -121,6 +121,27 @@ def import_model(
     typer.echo(f"{models / name / version}: ready to serve")
 
 
+@app.command("import-triton")
+def import_triton(
+    directory: Annotated[Path, typer.Argument(help="Triton's: config.pbtxt and <version>/model.onnx", file_okay=False)],
+    name: Annotated[str, typer.Option(help="what to call the model [as it is called there]")] = "",
+    version: Annotated[str, typer.Option(help="the version to take [the newest]")] = "",
+    models: Annotated[Path, typer.Option(help="the folder of models")] = Path("models/zoo"),
+) -> None:
+    """Make a served model of a stateful ONNX model of Triton's, and say what was found."""
+    from rnnserve_models.errors import ModelError
+    from rnnserve_server.triton.convert import import_triton
+
+    try:
+        made, findings = import_triton(directory, models, name, version)
+    except (ModelError, OSError) as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(1) from error
+    for finding in findings:
+        typer.echo(f"  {finding}")
+    typer.echo(f"{made}: ready to serve")
+
+
 @app.command()
 def top(
     addresses: Annotated[

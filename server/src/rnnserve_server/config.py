@@ -77,6 +77,11 @@ class Settings(BaseSettings):
         "sessions in memory only; 0: none has, and new ones are refused",
     )
 
+    oip: bool = Field(True, description="serve clients of Triton and KServe too: the Open Inference Protocol")
+    sequence_restart: Literal["restart", "refuse"] = Field(
+        "restart", description="what the start of a sequence that is live does: restart it, as Triton does, or fail"
+    )
+
     store: str = Field(
         "",
         description="where sessions are kept: sqlite:///path, redis://host:port/db (Redis or Valkey; rediss:// for "

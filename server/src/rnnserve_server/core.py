@@ -38,6 +38,7 @@ from rnnserve_server.errors import (
 from rnnserve_server.intake import Frame
 from rnnserve_server.keeper import Keeper, session_bytes
 from rnnserve_server.layout import answer_bytes, check_call, check_states, faults, signature, timesteps, to_call
+from rnnserve_server.meter import Meter
 from rnnserve_server.observer import Observer
 from rnnserve_server.replay import Limits
 from rnnserve_server.repository import Repository
@@ -105,6 +106,7 @@ class Core:
         self.draining = asyncio.Event()
         self.deployer = Deployer(settings, repository)
         self.watches: set[Watch] = set()
+        self.meter = Meter() if settings.oip else None
         self._workers: dict[tuple[str, str, str], Worker] = {}
         self._room = asyncio.Event()
 
@@ -488,6 +490,7 @@ class Core:
                 on_progress=self._room.set,
                 inline_seconds=self.settings.inline_seconds,
                 keeper=self.keeper,
+                meter=self.meter,
                 observer=self.observer,
             )
         return self._workers[key]

@@ -183,6 +183,20 @@ class SessionExists(SessionError):
     ended = "is live already; take it by its id, or choose another id"
 
 
+class SequenceNotLive(ServiceError):
+    """A request of a sequence of the Open Inference Protocol came without its start."""
+
+    reason = "SEQUENCE_NOT_LIVE"
+
+    def __init__(self, model: str, sequence_id: int | str, why: SessionError, ended: str) -> None:
+        """``ended`` says what ``why`` is, of a sequence."""
+        super().__init__(
+            f"inference request for sequence {sequence_id} to model {model!r} must specify the START flag on the first "
+            f"request of the sequence: {ended}",
+            metadata={**why.metadata, "why": why.reason, "sequence_id": sequence_id, "model": model},
+        )
+
+
 class ModelChanged(ServiceError):
     """A stored session's model is not served any more."""
 

@@ -114,6 +114,11 @@ class Repository:
         for _, versions in sorted(self._models.items()):
             yield from (model for model in versions.values() if isinstance(model, LoadedModel))
 
+    def index(self) -> Iterator[tuple[str, str, LoadedModel | ModelError]]:
+        """Every version that is known, by name, newest first: the model, or why it could not be loaded."""
+        for name, versions in sorted(self._models.items()):
+            yield from ((name, version, model) for version, model in versions.items())
+
     def __contains__(self, model: LoadedModel) -> bool:
         """Whether this very model is served to new calls."""
         return self._models.get(model.name, {}).get(model.version) is model

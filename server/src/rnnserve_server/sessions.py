@@ -651,7 +651,8 @@ class SessionTable:
     def age(self, group: Group, slots: Array, age: Array) -> None:
         """Makes sessions in N slots so many seconds older: float64 [N]."""
         group.ends_at[slots] -= age
-        group.expiry.put(slots, np.minimum(group.ends_at[slots], self._clock() + group.idle_lifetime[slots]))
+        idle_until = group.last_used[slots] + group.idle_lifetime[slots]  # it may have been idle elsewhere
+        group.expiry.put(slots, np.minimum(group.ends_at[slots], idle_until))
 
     def _make(
         self,

@@ -33,6 +33,7 @@ from rnnserve_server.errors import (
 from rnnserve_server.intake import Frame, Intake, joined
 from rnnserve_server.keeper import Keeper
 from rnnserve_server.layout import Signature, faults, same_lengths, to_wire
+from rnnserve_server.meter import Meter
 from rnnserve_server.observer import Observer, Ticked, some_sessions
 from rnnserve_server.replay import Run, digest
 from rnnserve_server.resets import resets
@@ -57,6 +58,7 @@ class Worker:
         on_progress: called when queued work got less.
         inline_seconds: a run that is expected to take less is not handed over to the model's thread.
         keeper: what keeps the sessions in a store, if there is one.
+        meter: who is told of each run, if anybody is.
         observer: who is told of each tick, if anybody is.
 
     Attributes:
@@ -74,6 +76,7 @@ class Worker:
         on_progress: Callable[[], None],
         inline_seconds: float = 0.0,
         keeper: Keeper | None = None,
+        meter: Meter | None = None,
         observer: Observer | None = None,
     ) -> None:
         self.model = model
@@ -88,6 +91,7 @@ class Worker:
         self._inline_seconds = inline_seconds
         self._keeper = keeper
         self._resetting = False  # there was a block with resets
+        self._meter = meter
         self._observer = observer
         self._watched: Ticked | None = None  # the tick that runs, if anybody watches
         self._expected: dict[tuple[int, int], float] = {}  # seconds of a run, by the magnitudes of its rows and steps
@@ -233,13 +237,16 @@ class Worker:
             tick = self._cut(tick)
         watched = self._watched
         if tick.steps and tick.blocks:
+            started = 0.0 if self._meter is None and watched is None else self._clock()
             if watched is not None:
-                watched.runs(tick.blocks, tick.steps, self._clock())
+                watched.runs(tick.blocks, tick.steps, started)
             try:
                 outputs, states = await self._run(_assemble(tick), tick.steps)
             except EngineError as error:
                 self._engine_failed(tick.blocks, error)
                 return
+            if self._meter is not None:
+                self._meter.ran(self.model, tick.blocks, started, self._clock())
             if watched is not None:
                 watched.ran_at = self._clock()
             _advance(tick, outputs, states)

@@ -26,6 +26,8 @@ Every error has a google.rpc.ErrorInfo whose domain is "rnnserve" and whose reas
   SESSION_TAKEN_OVER     ABORTED              another server has taken the session; opening it again takes it back
   SESSION_EXISTS         ALREADY_EXISTS       a live session has the id that the client chose
   BLOB_INVALID           INVALID_ARGUMENT     what was to be imported is damaged, of a newer version or no session
+  SEQUENCE_NOT_LIVE      INVALID_ARGUMENT     a request of a sequence (of package inference) that was not started, or
+                                              has ended: `why` among the metadata is the session's reason
   MODEL_CHANGED          FAILED_PRECONDITION  the model with which the session was stored or exported is not here
   SESSIONS_FULL          RESOURCE_EXHAUSTED   the server holds as many sessions as it may
   QUOTA_EXCEEDED       RESOURCE_EXHAUSTED   the principal has as many sessions or state bytes, or runs as many rows, as it may

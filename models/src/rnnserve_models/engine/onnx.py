@@ -12,6 +12,7 @@ import onnxruntime as ort
 
 from rnnserve_models.engine.axes import Axes
 from rnnserve_models.engine.base import Array, Arrays, Engine, EngineError
+from rnnserve_models.engine.controls import Control
 from rnnserve_models.errors import ModelError
 from rnnserve_models.spec import GraphInput, GraphSpec, GraphTensor, StateSpec, TensorSpec
 
@@ -23,6 +24,8 @@ _DTYPES = {
     "tensor(int64)": "int64",
     "tensor(bool)": "bool",
     "tensor(uint8)": "uint8",
+    "tensor(uint32)": "uint32",
+    "tensor(uint64)": "uint64",
 }
 
 
@@ -85,8 +88,11 @@ class OnnxEngine(Engine):
         self._fetches += [state.output for state in spec.states]
         self._input_axes = [(t, Axes(t.name, t.axes, *_leading(t))) for t in spec.inputs]
         self._output_axes = [(t, Axes(t.name, t.axes, *_leading(t))) for t in spec.outputs]
+        self._carried = [state.name for state in spec.states]
+        self._carried += [each.tensor for each in spec.controls if each.kind in ("start", "corrid")]
         self._state_axes = [(state, Axes(state.name, state.axes, "batch")) for state in spec.states]
         self._contexts = [tensor for tensor in spec.inputs if tensor.context]
+        self._controls = [Control(control) for control in spec.controls]
         self.bit_identical = spec.bit_identical
         self.inputs = tuple(TensorSpec(t.name, np.dtype(t.dtype), t.shape, t.finite) for t in spec.inputs)
         self.outputs = tuple(TensorSpec(t.name, np.dtype(t.dtype), t.shape) for t in spec.outputs)
@@ -103,6 +109,9 @@ class OnnxEngine(Engine):
             )
             for index, tensor in enumerate(self._contexts)
         )
+        for control in self._controls:
+            self.inputs += control.inputs
+            self.states += control.states(len(self.states))
 
     def run(self, inputs: Mapping[str, Array], lengths: Array, states: Mapping[str, Array]) -> tuple[Arrays, Arrays]:
         """See `Engine.run`."""
@@ -137,7 +146,7 @@ class OnnxEngine(Engine):
     ) -> tuple[Arrays, Arrays]:
         steps, rows = next(iter(inputs.values())).shape[:2]
         outputs = {spec.name: np.zeros((steps, rows, *spec.shape), spec.dtype) for spec in self.outputs}
-        carried = {state.name: states[state.name].copy() for state in self._spec.states}  # [R, ...]
+        carried = {name: states[name].copy() for name in self._carried}  # [R, ...]
         for start, stop in _segments(lengths, stepwise=self._stepwise):
             live = np.flatnonzero(lengths > start)
             part, after = self._run(
@@ -157,7 +166,7 @@ class OnnxEngine(Engine):
         """Rows of equal length together, each from its first step to its last."""
         steps, rows = next(iter(inputs.values())).shape[:2]
         outputs = {spec.name: np.zeros((steps, rows, *spec.shape), spec.dtype) for spec in self.outputs}
-        carried = {state.name: states[state.name].copy() for state in self._spec.states}  # [R, ...]
+        carried = {name: states[name].copy() for name in self._carried}  # [R, ...]
         for length in np.unique(lengths):
             live = np.flatnonzero(lengths == length)
             part, after = self._run(
@@ -204,6 +213,8 @@ class OnnxEngine(Engine):
             feeds[tensor.tensor or tensor.name] = axes.to_graph(x if tensor.has_time else x[0])
         for state, axes in self._state_axes:
             feeds[state.input] = axes.to_graph(states[state.name])
+        for control in self._controls:
+            control.feed(feeds, inputs, lengths, states)
         if spec.lengths is not None:
             feeds[spec.lengths] = lengths.astype(self._lengths_dtype)
         try:
@@ -222,6 +233,8 @@ class OnnxEngine(Engine):
             state.name: axes.from_graph(y, rows, *state.shape)
             for (state, axes), y in zip(self._state_axes, results[len(spec.outputs) :], strict=True)
         }
+        for control in self._controls:
+            control.follow(after, states)
         return outputs, after
 
 
@@ -249,6 +262,8 @@ def _check_graph(session: ort.InferenceSession, spec: GraphSpec, origin: str) ->
         described[tensor.tensor or tensor.name] = (tensor.dtype, len(tensor.axes))
     for state in spec.states:
         described[state.input] = (state.dtype, len(state.axes))
+    for control in spec.controls:
+        described[control.tensor] = (control.dtype, len(control.axes))
     for constant in spec.constants:
         described[constant.tensor] = (constant.dtype, constant.array().ndim)
     if spec.lengths is not None:

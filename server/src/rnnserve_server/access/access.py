@@ -23,6 +23,10 @@ _NEEDED = {
     "/rnnserve.v1.ModelService/ListModels": _LOOK,
     "/rnnserve.v1.ModelService/GetModel": _LOOK,
     "/rnnserve.v1.ModelService/": _DEPLOY,
+    "/inference.GRPCInferenceService/ModelInfer": _USE,
+    "/inference.GRPCInferenceService/ModelStreamInfer": _USE,
+    "/inference.GRPCInferenceService/RepositoryModel": _DEPLOY,
+    "/inference.GRPCInferenceService/": _LOOK,
     "/grpc.reflection.": _LOOK,
 }
 

@@ -43,6 +43,7 @@ _STATUS: dict[type[ServiceError], grpc.StatusCode] = {
     errors.SessionError: grpc.StatusCode.NOT_FOUND,
     errors.SessionAway: grpc.StatusCode.UNAVAILABLE,
     errors.SessionTakenOver: grpc.StatusCode.ABORTED,
+    errors.SequenceNotLive: grpc.StatusCode.INVALID_ARGUMENT,  # as Triton says it
     errors.ModelChanged: grpc.StatusCode.FAILED_PRECONDITION,
     errors.StoreDown: grpc.StatusCode.UNAVAILABLE,
     errors.SessionExists: grpc.StatusCode.ALREADY_EXISTS,

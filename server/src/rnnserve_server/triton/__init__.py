@@ -1,0 +1,1 @@
+"""From a model directory of Triton to one of ours."""
