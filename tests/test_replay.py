@@ -264,3 +264,17 @@ def test_a_digest_tells_chunks_apart():
     assert digest(plain, 0, 2) == digest(plain, 1, 2)
     assert digest(masked, 0, 2) == digest(plain, 0, 2)  # alone, a mask that masks nothing is none
     assert len({digest(plain, 0, 2), digest(masked, 1, 2), digest(shorter, 0, 2)}) == 3
+
+
+async def test_nothing_is_kept_of_sessions_that_have_ended(house):
+    """Of those that were abandoned beside one that lives on, and what that one was answered is answered again."""
+    group, slots = house.open(20)
+    said = [await house.step(group, slots, [step] * 20) for step in range(3)]
+    one = group.window.nbytes // 20
+    house.sessions.delete_many(group, np.array(slots[1:]))
+    house.sessions.trim_replays(1 << 30)
+    assert one <= group.window.nbytes <= 1.2 * one
+    again = await house.step(group, slots[:1], [1])
+    assert again.results[0][1].tobytes() == said[1].results[0][1][:, :1].tobytes()
+    house.sessions.delete_many(group, np.array(slots[:1]))
+    assert house.sessions.held_bytes == 0

@@ -195,6 +195,7 @@ class Window:
         self._recent: deque[Round] = deque()
         self._thinned: deque[Round] = deque()
         self._thinned_bytes = 0
+        self._ended = 0  # `Group.ended` when the rounds were last looked through for that
         self._bytes_count = False  # all answers so far are so small that only their number is limited
         self._look_again = _SLACK
 
@@ -340,6 +341,26 @@ class Window:
                     self._thinned_bytes -= less
         self.nbytes -= made
         return made
+
+    def forget_ended(self, group: Group) -> None:
+        """Lets go of the rounds of sessions that have ended, and of half-empty rounds' other half."""
+        if group.ended == self._ended:
+            return
+        self._ended = group.ended
+        self._thinned = self._without_ended(group, self._thinned)
+        self._recent = self._without_ended(group, self._recent)
+        self._thinned_bytes = sum([round_.nbytes for round_ in self._thinned])
+        self.nbytes = self._thinned_bytes + sum([round_.nbytes for round_ in self._recent])
+
+    def _without_ended(self, group: Group, rounds: deque[Round]) -> deque[Round]:
+        kept: deque[Round] = deque()
+        for round_ in rounds:
+            index = np.flatnonzero(group.generation[round_.slots] == round_.generations)
+            if 2 * len(index) > len(round_.slots):
+                kept.append(round_)
+            elif len(index):
+                kept.append(round_.take(index))
+        return kept
 
     def drop_oldest(self) -> bool:
         """Forgets the oldest round, whoever might still ask for it, to make room: whether there was one."""

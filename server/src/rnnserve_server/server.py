@@ -28,6 +28,7 @@ from rnnserve_server.core import Core
 from rnnserve_server.errors import StoreDown
 from rnnserve_server.limits import grpc_options
 from rnnserve_server.owners import Owners
+from rnnserve_server.process import Ebb
 from rnnserve_server.repository import Repository
 from rnnserve_server.watch import Watch, add_channelz
 
@@ -71,6 +72,7 @@ class Server:
             self._credentials = server_credentials(settings.tls_cert, settings.tls_key, settings.tls_client_ca)
         self._guard: Guard | None = None
         self._watch = Watch(settings)
+        self._ebb = Ebb()
         self.core = Core(
             settings,
             repository or Repository.load(settings.models, engine=settings.engine, threads=settings.engine_threads),
@@ -183,6 +185,7 @@ class Server:
             try:
                 if expired := await self.core.sweep():
                     log.info("sessions expired", count=expired)
+                self._ebb.look(self.core.sessions.held_bytes)
             except StoreDown as error:
                 log.warning("the store does not answer", error=str(error))
 

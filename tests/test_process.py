@@ -1,0 +1,45 @@
+"""What the process asks of its surroundings."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+from rnnserve_server.process import Ebb
+
+FLOOD = """
+from pathlib import Path
+import numpy as np
+from rnnserve_server.process import Ebb, keep_freed_memory
+
+keep_freed_memory()
+ebb = Ebb()
+
+def memory():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+flood = [np.ones(1 << 15) for _ in range(400)]  # 100 MiB in arrays of 256 KiB
+rest = np.ones(1 << 10)  # above them in the heap
+ebb.look(100 << 20)
+full = memory()
+del flood
+kept = memory()
+assert ebb.look(0)
+print(full - kept, kept - memory())
+"""
+
+
+def test_memory_goes_back_after_a_flood() -> None:
+    """What glibc was told to keep for the next message is given back when much of what was held is gone."""
+    ran = subprocess.run([sys.executable, "-c", FLOOD], capture_output=True, text=True, timeout=60, check=True)
+    kept, given = map(int, ran.stdout.split())
+    assert kept < 20 << 20
+    assert given > 80 << 20
+
+
+def test_it_is_not_done_for_little() -> None:
+    """Neither a small part of much nor all of little is worth the time; what was looked at is not looked at again."""
+    ebb = Ebb(least=100)
+    assert [ebb.look(held) for held in (90, 0, 1000, 800, 700, 650, 0, 0)] == [
+        False, False, False, False, True, False, True, False,
+    ]  # fmt: skip
