@@ -8,10 +8,10 @@ from __future__ import annotations
 import asyncio
 import os
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from rnnserve import nest
 from rnnserve._connection import Connection
@@ -21,10 +21,6 @@ from rnnserve.errors import SessionExists
 from rnnserve.v1 import inference_pb2, session_pb2
 from rnnserve.v1.inference_pb2_grpc import InferenceServiceStub
 from rnnserve.v1.session_pb2_grpc import SessionServiceStub
-
-if TYPE_CHECKING:
-    from rnnserve.v1.session_pb2_grpc import SessionServiceAsyncStub
-
 
 _RULES = {
     "copy": inference_pb2.FEEDBACK_RULE_COPY,
@@ -38,7 +34,7 @@ async def get_states(live: Live, limit: float | None) -> list[nest.Nest]:
     """The states, each [batch_size, ...], nested as Keras nests them."""
     await live.connection.limited(live.settled(), limit)
     request = session_pb2.GetStateRequest(session_id=live.session_ids[0])
-    response = await live.connection.unary(_stub(live.connection).GetState, request, limit)
+    response = await _call(live, lambda stub: stub.GetState, request, limit)
     states = decode_named(response.states, "states")
     return nest.pack(live.signature.model.states, lambda spec: states[spec.name])
 
@@ -52,15 +48,17 @@ async def fork(live: Live, count: int, limit: float | None) -> list[Live]:
     ids = [uuid.uuid4().hex for _ in range(count)]
     request = session_pb2.ForkSessionRequest(session_id=live.session_ids[0], session_ids=ids)
     with suppress(SessionExists):
-        await live.connection.unary(_stub(live.connection).ForkSession, request, limit)
-    return await asyncio.gather(*[Live.attach(live.connection, each, limit) for each in ids])
+        await _call(live, lambda stub: stub.ForkSession, request, limit)
+    # At the replica that made them: without a store, no other has them.
+    return await asyncio.gather(*[Live.attach(live.connection, each, limit, live.place) for each in ids])
 
 
 async def export(live: Live, limit: float | None) -> bytes:
     """The session as a blob."""
     await live.connection.limited(live.settled(), limit)
     request = session_pb2.ExportSessionRequest(session_id=live.session_ids[0])
-    return (await live.connection.unary(_stub(live.connection).ExportSession, request, limit)).blob
+    blob: bytes = (await _call(live, lambda stub: stub.ExportSession, request, limit)).blob
+    return blob
 
 
 async def save(live: Live, path: str | os.PathLike[str], limit: float | None) -> None:
@@ -75,8 +73,11 @@ async def restore(
     """A new session that goes on where a saved or exported one was."""
     blob = source if isinstance(source, bytes) else await asyncio.to_thread(Path(source).read_bytes)
     request = session_pb2.ImportSessionRequest(blob=blob, session_id=session_id or uuid.uuid4().hex)
+    about = request.session_id
     try:
-        await connection.unary(_stub(connection).ImportSession, request, limit, retry=not session_id)
+        await connection.unary(
+            lambda channel: SessionServiceStub(channel).ImportSession, request, limit, retry=not session_id, about=about
+        )
     except SessionExists:
         if session_id:  # else it is ours: a first answer was lost
             raise
@@ -89,7 +90,7 @@ async def rewind(live: Live, step: int, limit: float | None) -> None:
         raise ValueError(f"step must be 0 or more, got {step}")
     await live.connection.limited(live.settled(), limit)
     request = session_pb2.RewindSessionRequest(session_id=live.session_ids[0], step=step)
-    response = await live.connection.unary(_stub(live.connection).RewindSession, request, limit)
+    response = await _call(live, lambda stub: stub.RewindSession, request, limit)
     live.moved(response.session.step)
 
 
@@ -134,7 +135,9 @@ async def rollout(
         ],
         seed=seed,
     )
-    response = await live.connection.unary(InferenceServiceStub(live.connection.channel()).Rollout, request, limit)
+    response = await live.connection.unary(
+        lambda channel: InferenceServiceStub(channel).Rollout, request, limit, about=live.lane
+    )
     return Rollout(_bare(decode_named(response.outputs, "outputs")), _bare(decode_named(response.inputs, "inputs")))
 
 
@@ -142,8 +145,10 @@ def _bare(arrays: dict[str, Array]) -> Any:
     return next(iter(arrays.values())) if len(arrays) == 1 else arrays
 
 
-def _stub(connection: Connection) -> SessionServiceAsyncStub:
-    return SessionServiceStub(connection.channel())
+async def _call(live: Live, method: Callable[[Any], Any], request: Any, limit: float | None) -> Any:
+    return await live.connection.unary(
+        lambda channel: method(SessionServiceStub(channel)), request, limit, about=live.lane
+    )
 
 
 def _write(path: Path, blob: bytes) -> None:
