@@ -27,7 +27,7 @@ class Fleet:
 
     def __init__(self, folder: Path, store: str) -> None:
         self._folder = folder
-        self._settings = {"models": str(ZOO), "store": store, "drain_seconds": 10.0}
+        self._settings = {"models": str(ZOO), "store": store, "drain_seconds": 10.0, "log_level": "info"}
         self.replicas: list[ServerProcess] = []
 
     def add(self) -> ServerProcess:

@@ -37,6 +37,9 @@ SESSION_KEY = "x-session-id"
 #: Seconds in which a server whose stream broke must take a connection, else its sessions go elsewhere.
 _REACHED_WITHIN = 1.0
 
+#: Seconds between questions to a replica that does not answer, at most.
+_PROBED_WITHIN = 0.5
+
 #: Seconds between looks at lanes that are not where they belong.
 _TENDED_EVERY = 1.0
 
@@ -290,6 +293,8 @@ class Links:
             return False
         self._lose(place)
         if not any(not other.down for other in self._places.values()):
+            await asyncio.gather(*[self._ask(other) for other in self._places.values() if other is not place])
+        if not any(not other.down for other in self._places.values()):
             return False
         lanes = link.lanes.part()
         if lanes:
@@ -325,11 +330,14 @@ class Links:
 
     async def _probe(self, place: Place) -> None:
         """Asks a replica that did not answer again and again, until it serves."""
-        trial = replace(self._retry, limit=None).begin()
+        trial = replace(self._retry, limit=None, longest=_PROBED_WITHIN).begin()
         while place.down and not place.gone:
             await self._retry.sleep(max(self._retry.first, trial.next() or 0.0))
-            if place.down and await self._serves(place.replica):
-                self.heard(place.link)
+            await self._ask(place)
+
+    async def _ask(self, place: Place) -> None:
+        if place.down and await self._serves(place.replica):
+            self.heard(place.link)
 
     async def _tend(self) -> None:
         """Brings lanes home that are elsewhere, when nothing is wished on them."""

@@ -43,6 +43,7 @@ _FOUND_LANES = 65536  # of frames whose sessions are remembered
 _TRIES = 3  # to have all sessions of a frame in memory at once: there may not be room for them
 _NONE = np.zeros(0, np.int64)
 _QUIET_SECONDS = 0.1  # a stream that says nothing for so long while the server drains has said all
+_HEARD_SECONDS = 0.5  # after which a stream that goes on and on is not listened to any more
 
 
 Item = TypeVar("Item")
@@ -74,6 +75,7 @@ class LaneStream:
         self._unanswered = 0  # chunks and closes that were accepted and not answered
         self._received = 0
         self._partway = False  # a message was taken in part
+        self._heard_out = False  # the server drains, and no further message is taken
         self._writing = False
         self._lost: Exception | None = None  # why nothing can be sent any more
         self._sent = asyncio.Event()
@@ -96,7 +98,7 @@ class LaneStream:
             if not reader.cancelled():
                 await reader
             elif self._core.draining.is_set():
-                raise Draining("the server is shutting down; go on elsewhere", retry_after=1.0)
+                raise _leaving()
         finally:
             self.cancelled = True
             reader.cancel()
@@ -108,6 +110,8 @@ class LaneStream:
         while (request := await self._context.read()) is not grpc.aio.EOF:
             self._received += 1
             await self._receive(request)
+            if self._heard_out:
+                raise _leaving()
             if not self._core.has_room:
                 await self._core.wait_for_room()
             while self._unanswered + self._unsent > self._core.settings.stream_queue_chunks:
@@ -118,6 +122,7 @@ class LaneStream:
         """Once the server drains: lets the client say what it was saying, then stops listening."""
         await self._core.draining.wait()
         heard = -1
+        self._loop.call_later(_HEARD_SECONDS, setattr, self, "_heard_out", True)
         while heard != self._received or self._partway:
             heard = self._received
             await asyncio.sleep(_QUIET_SECONDS)
@@ -536,6 +541,11 @@ class _Part:
         if self._ended != self.group.ended and (self.group.generation[self.slots] == self.generations).all():
             self._ended = self.group.ended
         return self._ended
+
+
+def _leaving() -> Draining:
+    """The end of a stream whose client should go on elsewhere, and need not wait for that."""
+    return Draining("the server is shutting down; go on elsewhere")
 
 
 def _alike(openings: Sequence[pb.LaneOpen]) -> Iterator[list[pb.LaneOpen]]:
