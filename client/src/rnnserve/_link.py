@@ -172,6 +172,8 @@ class Link:
             if trial is None or self._progress:
                 trial = self._retry.begin()
             delay = trial.next(failure.retry_after) if isinstance(failure, Unavailable) else None
+            if delay and self.served and failure.reason == "DRAINING" and not failure.retry_after:
+                delay = 0.0  # in good order: somebody else is there, if there is a proxy
             gave_up = delay is None
             if delay is None:
                 self._give_up(failure, trial)
