@@ -41,8 +41,7 @@ class Envoy:
         config["admin"]["address"]["socket_address"] |= {"address": "127.0.0.1", "port_value": self._admin}
         resources["listeners"][0]["address"]["socket_address"] |= {"address": "127.0.0.1", "port_value": self._listener}
         cluster = resources["clusters"][0]
-        for name in ("load_assignment", "dns_lookup_family", "dns_refresh_rate", "dns_failure_refresh_rate"):
-            del cluster[name]
+        del cluster["load_assignment"], cluster["cluster_type"]
         source = {"path_config_source": {"path": str(self._folder / "replicas.json")}, "resource_api_version": "V3"}
         cluster |= {"type": "EDS", "eds_cluster_config": {"eds_config": source}}
         config["node"] = {"id": "test", "cluster": "test"}
