@@ -69,17 +69,30 @@ class Envoy:
 
     def well(self) -> set[str]:
         """The replicas that Envoy sends to."""
+        return {
+            address
+            for address, host in self._hosts().items()
+            if host["health_status"].get("eds_health_status") == "HEALTHY" and len(host["health_status"]) == 1
+        }
+
+    def requests(self) -> dict[str, int]:
+        """Streams and calls that went to each replica."""
+        return {
+            address: sum(int(each.get("value", 0)) for each in host["stats"] if each["name"] == "rq_total")
+            for address, host in self._hosts().items()
+        }
+
+    def _hosts(self) -> dict[str, Any]:
         try:
             with urllib.request.urlopen(f"http://127.0.0.1:{self._admin}/clusters?format=json", timeout=5) as answer:
                 clusters = json.load(answer)["cluster_statuses"]
         except (urllib.error.URLError, OSError):
-            return set()
-        return {
-            f"{host['address']['socket_address']['address']}:{host['address']['socket_address']['port_value']}"
-            for cluster in clusters
-            for host in cluster.get("host_statuses", [])
-            if host["health_status"].get("eds_health_status") == "HEALTHY" and len(host["health_status"]) == 1
-        }
+            return {}
+        found = {}
+        for host in [host for cluster in clusters for host in cluster.get("host_statuses", [])]:
+            where = host["address"]["socket_address"]
+            found[f"{where['address']}:{where['port_value']}"] = host
+        return found
 
     def close(self) -> None:
         if self._process is not None:
