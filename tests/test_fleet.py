@@ -11,6 +11,8 @@ import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import pytest
+
 from fleet.envoy import running_envoy
 from fleet.haproxy import running_haproxy
 from fleet.traffic import Traffic
@@ -31,10 +33,12 @@ class Fleet:
         self._settings = {"models": str(ZOO), "store": store, "drain_seconds": 10.0, "log_level": "info"}
         self.replicas: list[ServerProcess] = []
 
-    def add(self) -> None:
-        replica = ServerProcess(self._settings, self._folder / f"replica{len(self.replicas)}.log")
-        self.replicas.append(replica)
-        replica.start()
+    def add(self, count: int = 1) -> None:
+        for _ in range(count):
+            self.replicas.append(ServerProcess(self._settings, self._folder / f"replica{len(self.replicas)}.log"))
+            self.replicas[-1].start(wait=False)
+        for replica in self.replicas[-count:]:
+            replica.wait_until_ready()
 
     @property
     def alive(self) -> list[ServerProcess]:
@@ -53,8 +57,7 @@ def running_fleet(folder: Path, count: int) -> Iterator[Fleet]:
     with running_redis() as redis:
         fleet = Fleet(folder, redis.url)
         try:
-            for _ in range(count):
-                fleet.add()
+            fleet.add(count)
             yield fleet
         finally:
             for replica in fleet.replicas:
@@ -101,6 +104,7 @@ async def test_behind_envoy(tmp_path: Path) -> None:
         assert all(count > 0 for count in proxy.requests().values()), proxy.requests()
 
 
+@pytest.mark.slow
 async def test_behind_haproxy(tmp_path: Path) -> None:
     """The same through HAProxy."""
     with running_fleet(tmp_path, 3) as fleet, running_haproxy(tmp_path, fleet.addresses) as address:
