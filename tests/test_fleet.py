@@ -96,6 +96,7 @@ async def harm(fleet: Fleet, client: aio.Client, changed: Callable[[], None] | N
     assert ends == 3, f"{ends} of 3 replicas drained to the end"
 
 
+@pytest.mark.timeout(300)
 async def test_behind_envoy(tmp_path: Path) -> None:
     """Sessions on several streams through Envoy: every output is the oracle's and none is lost or doubled."""
     with running_fleet(tmp_path, 3) as fleet, running_envoy(tmp_path, fleet.addresses) as proxy:
@@ -105,6 +106,7 @@ async def test_behind_envoy(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)
 async def test_behind_haproxy(tmp_path: Path) -> None:
     """The same through HAProxy."""
     with running_fleet(tmp_path, 3) as fleet, running_haproxy(tmp_path, fleet.addresses) as address:
@@ -112,6 +114,7 @@ async def test_behind_haproxy(tmp_path: Path) -> None:
             await harm(fleet, client, None)
 
 
+@pytest.mark.timeout(300)
 async def test_without_a_proxy(tmp_path: Path) -> None:
     """The client spreads its sessions over the replicas itself: the same holds."""
     with running_fleet(tmp_path, 3) as fleet:

@@ -9,7 +9,7 @@
 # stand-ins for the images of Redis (Debian's) and Envoy (PyPI's), under names of their own. Where Docker is at hand
 # already, this script is not needed:
 #
-#   docker compose --profile fleet up --wait && PYTHONPATH=tests python tests/docker/fleet.py localhost:50051
+#   docker compose --profile fleet up --wait && PYTHONPATH=tests python tests/docker/stream.py localhost:50051
 set -euo pipefail
 
 # shellcheck source=tests/docker/engine.sh
@@ -69,8 +69,8 @@ if compose --profile fleet up --wait; then
         || grep -q '^FAILED' "$results" || failed "tests/docker/check.py"
 
     say "$sessions sessions stream"
-    PYTHONPATH=$root/tests "$cache/venv/bin/python" "$root/tests/docker/fleet.py" "127.0.0.1:$RNNSERVE_PORT" "$sessions" \
-        | tee -a "$results" || grep -q '^FAILED' "$results" || failed "tests/docker/fleet.py"
+    PYTHONPATH=$root/tests "$cache/venv/bin/python" "$root/tests/docker/stream.py" "127.0.0.1:$RNNSERVE_PORT" "$sessions" \
+        | tee -a "$results" || grep -q '^FAILED' "$results" || failed "tests/docker/stream.py"
 else
     failed "docker compose --profile fleet up --wait"
 fi

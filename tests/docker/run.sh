@@ -44,6 +44,8 @@ else:
     # shellcheck disable=SC2016  # the shell inside
     check "is healthy by its own command" compose exec -T server rnnserve health
 
+    remembered=$("$cache/venv/bin/python" "$root/tests/docker/check.py" "127.0.0.1:$RNNSERVE_PORT" remember)
+
     say "docker compose stop, under an open stream"
     coproc HOLD { exec "$cache/venv/bin/python" "$root/tests/docker/check.py" "127.0.0.1:$RNNSERVE_PORT" hold 2>&1; }
     # Copies, because the shell forgets its own when the process ends.
@@ -60,6 +62,12 @@ else:
     exec 5<&- 6>&-
     kill "$hold_pid" 2> /dev/null || true
     echo "stopped in $((SECONDS - started)) s"
+
+    say "docker compose down, which leaves the volume, and up"
+    compose down
+    compose up --wait
+    check "a session outlives its container" \
+        "$cache/venv/bin/python" "$root/tests/docker/check.py" "127.0.0.1:$RNNSERVE_PORT" recall "$remembered"
 else
     failed "docker compose up --wait"
 fi

@@ -10,7 +10,7 @@ import grpc
 import grpc.aio
 
 from rnnserve._chunks import Lane
-from rnnserve._links import REPLAY_BYTES, Links, Place
+from rnnserve._links import REPLAY_BYTES, Links, Place, Routing
 from rnnserve._resolve import Replica, fixed, resolve
 from rnnserve._retry import RETRY_FOR, Retry
 from rnnserve.errors import ClientClosed, DeadlineExceeded, RequestError, Unavailable, from_rpc_error
@@ -139,7 +139,7 @@ class Connection:
             self.retry,
             self._replay_bytes,
             channel=self._channel,
-            start=lambda replica, metadata: InferenceServiceStub(self._channel(replica)).Stream(metadata=metadata),
+            start=self._stream,
             knows=self._knows,
             serves=self._serves,
             drop=self._drop,
@@ -149,6 +149,13 @@ class Connection:
             replicas = {f"{name}#{number}": each for name, each in replicas.items() for number in range(self._streams)}
         links.set(replicas)
         return links
+
+    def _stream(self, replica: Replica, routing: Routing) -> Any:
+        return InferenceServiceStub(self._channel(replica)).Stream(metadata=self.metadata(routing))
+
+    def metadata(self, routing: Routing = ()) -> grpc.aio.Metadata:
+        """What every call says beside its request; `routing` tells a proxy where it belongs."""
+        return grpc.aio.Metadata(*routing)
 
     def _channel(self, replica: Replica) -> grpc.aio.Channel:
         """The channel to a replica, opened on first use."""
@@ -176,7 +183,9 @@ class Connection:
     async def _knows(self, replica: Replica, session_id: str) -> bool:
         request = session_pb2.GetSessionRequest(session_id=session_id)
         try:
-            await SessionServiceStub(self._channel(replica)).GetSession(request, timeout=_PROBE_SECONDS)
+            await SessionServiceStub(self._channel(replica)).GetSession(
+                request, timeout=_PROBE_SECONDS, metadata=self.metadata()
+            )
         except grpc.RpcError:
             return False
         return True
@@ -184,7 +193,7 @@ class Connection:
     async def _serves(self, replica: Replica) -> bool:
         check: Callable[..., Awaitable[bytes]] = self._channel(replica).unary_unary(_HEALTH)
         try:
-            return await check(b"", timeout=_PROBE_SECONDS) == _SERVING
+            return await check(b"", timeout=_PROBE_SECONDS, metadata=self.metadata()) == _SERVING
         except grpc.RpcError:
             return False
 
@@ -277,7 +286,7 @@ class Connection:
     async def _healthy(self, place: Place) -> bool:
         check: Callable[..., Awaitable[bytes]] = self._channel(place.replica).unary_unary(_HEALTH)
         try:
-            return await check(b"") == _SERVING
+            return await check(b"", metadata=self.metadata()) == _SERVING
         except grpc.RpcError as error:
             failure = from_rpc_error(error)
             if isinstance(failure, (Unavailable, DeadlineExceeded)):
@@ -312,19 +321,20 @@ class Connection:
         links = await self.links()
         while True:
             spent = self.retry.clock() - started
-            metadata: tuple[tuple[str, str], ...] = ()
+            routing: Routing = ()
             if isinstance(about, Lane):
                 place = links.holding(about)
                 about.asked = True
-                metadata = links.metadata(place, "")
+                routing = links.routing(place, "")
             elif about is not None:
                 place = links.place(about)
-                metadata = links.metadata(place, about)
+                routing = links.routing(place, about)
             else:
                 place = links.any()
             try:
+                left = None if seconds is None else max(0.0, seconds - spent)
                 return await method(self._channel(place.replica))(
-                    request, timeout=None if seconds is None else max(0.0, seconds - spent), metadata=metadata
+                    request, timeout=left, metadata=self.metadata(routing)
                 )
             except grpc.RpcError as error:
                 failure: RequestError = from_rpc_error(error)

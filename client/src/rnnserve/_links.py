@@ -46,6 +46,9 @@ _TENDED_EVERY = 1.0
 _MISSES = 3  # sessions that a replica does not know, after which it is not asked for others
 _AT_ONCE = 256  # lanes that are looked at in one turn of the event loop
 _GONE = ("", "DRAINING")  # reasons that tell that there is no server any more; others come from one
+#: Metadata for proxies.
+Routing = tuple[tuple[str, str], ...]
+
 _KEY = re.compile(r"[A-Za-z0-9._:-]{1,128}", re.ASCII)
 
 
@@ -79,7 +82,7 @@ class Links:
         retry: when to try again.
         replay_bytes: see above.
         channel: the channel to a replica.
-        start: starts a stream on a channel, with metadata.
+        start: starts a stream to a replica, with metadata.
         knows: asks a replica whether it knows a session.
         serves: asks a replica whether it serves.
         drop: closes the channel to a replica.
@@ -95,7 +98,7 @@ class Links:
         replay_bytes: int,
         *,
         channel: Callable[[Replica], grpc.aio.Channel],
-        start: Callable[[Replica, tuple[tuple[str, str], ...]], Any],
+        start: Callable[[Replica, Routing], Any],
         knows: Callable[[Replica, str], Any],
         serves: Callable[[Replica], Any],
         drop: Callable[[Replica], Any],
@@ -177,7 +180,7 @@ class Links:
         return list(self._places.values())
 
     @staticmethod
-    def metadata(place: Place, session_id: str) -> tuple[tuple[str, str], ...]:
+    def routing(place: Place, session_id: str) -> Routing:
         """What a call for a session says, so that it comes where the session's stream goes."""
         key = place.link.key or session_id
         return ((SESSION_KEY, key),) if _KEY.fullmatch(key) else ()

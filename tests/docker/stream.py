@@ -1,6 +1,6 @@
 """Streams through a fleet of `docker compose` while it is killed, scaled and rolled:
 
-    PYTHONPATH=tests python tests/docker/fleet.py localhost:50051 [SESSIONS]
+    PYTHONPATH=tests python tests/docker/stream.py localhost:50051 [SESSIONS]
 
 Needs the installed client and models, and `docker` with Compose. Prints a line for each event, and ends with status 1
 if an output is not the oracle's or one is lost or doubled.
@@ -88,10 +88,10 @@ async def main(address: str, sessions: int) -> int:
 
 if __name__ == "__main__":
     if len(sys.argv) not in (2, 3):
-        sys.exit("usage: fleet.py HOST:PORT [SESSIONS]")
+        sys.exit("usage: stream.py HOST:PORT [SESSIONS]")
     try:
         sys.exit(asyncio.run(main(sys.argv[1], int(sys.argv[2]) if len(sys.argv) == 3 else 500)))
     except Exception:
         traceback.print_exc()
-        print("FAILED   tests/docker/fleet.py")
+        print("FAILED   tests/docker/stream.py")
         sys.exit(1)
