@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
 
+import compose
 import envoy
 import kubernetes_validate
 import pytest
@@ -138,3 +140,24 @@ def test_the_proxies_look_for_the_replicas_where_they_are() -> None:
     (endpoint,) = cluster["load_assignment"]["endpoints"][0]["lb_endpoints"]
     assert endpoint["endpoint"]["address"]["socket_address"] == {"address": "replica", "port_value": 50051}
     assert "replica:50051" in (DEPLOY / "haproxy" / "haproxy.cfg").read_text()
+
+
+@pytest.mark.parametrize(
+    ("profiles", "services"),
+    [
+        ([], {"server"}),
+        (["fleet"], {"redis", "replica", "envoy"}),
+        (["observe"], {"prometheus", "grafana"}),
+        (["fleet", "observe"], {"redis", "replica", "envoy", "prometheus", "grafana"}),
+    ],
+)
+def test_compose_takes_its_file(profiles: list[str], services: set[str]) -> None:
+    """By the schema of Compose itself; and each profile has the services that it says."""
+    command = [f"{compose.__path__[0]}/docker-compose", "--file", str(ROOT / "docker-compose.yml")]
+    command += [f"--profile={each}" for each in profiles]
+    variables = {name: value for name, value in os.environ.items() if not name.startswith("COMPOSE_")}
+    done = subprocess.run(
+        [*command, "config", "--services"], capture_output=True, text=True, check=False, env=variables, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    assert set(done.stdout.split()) == services
