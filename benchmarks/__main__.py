@@ -15,7 +15,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from benchmarks import fairness, findings, plot, report, sessions, startup, table, triton, work
-from benchmarks.processes import ECHO, RowProcess, Server, serve
+from benchmarks.processes import BARE, ECHO, RowProcess, Server, serve
 from benchmarks.report import Line
 from benchmarks.rows import Row
 
@@ -67,6 +67,7 @@ def measured(rows: list[Row], rounds: int, seconds: float) -> dict[Row, Line]:
         work.write_model(folder / "models")
         starts: dict[str, Callable[[], Server]] = {
             "echo": lambda: Server(*ECHO, log=folder / "echo.log"),
+            "bare": lambda: Server(*BARE, log=folder / "bare.log"),
             "rnnserve": lambda: Server(*serve(folder / "models"), log=folder / "rnnserve.log"),
             "triton": lambda: triton.server(folder / "triton"),
         }

@@ -23,6 +23,7 @@ from benchmarks.rows import Row, Sample
 CORES = sorted(os.sched_getaffinity(0))
 SERVER_CORE, CLIENT_CORE = CORES[0], CORES[-1]  # the same one where there is only one
 ECHO = (sys.executable, "-m", "benchmarks.echo")
+BARE = (sys.executable, "-m", "benchmarks.bare")
 _START_SECONDS = 60.0
 # The port in what a server says when it listens: the echo, rnnserve, Triton.
 _PORT = re.compile(r'^(\d+)$|"address": ?"[^"]*:(\d+)"|GRPCInferenceService at [^ ]*:(\d+)"', re.MULTILINE)

@@ -24,8 +24,8 @@ Rounds = NDArray[np.float64]
 _PACKAGES = ("grpcio", "protobuf", "onnxruntime", "numpy", "uvloop")
 _CPU = ("server_cpu_seconds", "client_cpu_seconds")
 _HEAD = (
-    "| | steps/s | round trip p50, p99 | server, client CPU a trip | × engine | × sum of parts |\n"
-    "|---|--:|--:|--:|--:|--:|"
+    "| | steps/s | round trip p50, p99 | server, client CPU a trip | × engine | × sum of parts | × bare |\n"
+    "|---|--:|--:|--:|--:|--:|--:|"
 )
 
 
@@ -70,10 +70,17 @@ def of_parts(lines: Mapping[Row, Line], row: Row) -> Rounds:
     return (lines[row.echo].server_cpu + lines[row.engine].server_cpu) / lines[row].server_cpu
 
 
+def of_bare(lines: Mapping[Row, Line], row: Row) -> Rounds:
+    """CPU that a step costs the bare server over what it costs the server. KeyError: it was not measured."""
+    return lines[row.bare].server_cpu / lines[row].server_cpu
+
+
 def figures(lines: Mapping[Row, Line], row: Row) -> dict[str, Any]:
     """The figures of a row, one for each round. CPU is that of a step."""
     line = lines[row]
-    measured = {"of_engine": of_engine, "of_sum_of_parts": of_parts} if row.server == "rnnserve" else {}
+    measured = {"of_engine": of_engine, "of_sum_of_parts": of_parts} if row.server in ("bare", "rnnserve") else {}
+    if row.server == "rnnserve":
+        measured["of_bare"] = of_bare
     ratios = {}
     for name, ratio in measured.items():
         with suppress(KeyError):
@@ -110,7 +117,7 @@ def markdown(rows: Iterable[dict[str, Any]]) -> str:
     for row in rows:
         if row["part"] != part:
             part = row["part"]
-            lines.append(f"| **{part}** | | | | | |")
+            lines.append(f"| **{part}** | | | | | | |")
         p50, p99 = (np.median(row[name]) * 1e3 for name in ("p50_seconds", "p99_seconds"))
         steps = row["lanes"] * row["steps"]
         of_both = _CPU if row["part"] != "engine" else _CPU[:1]  # the engine is its own client
@@ -120,7 +127,7 @@ def markdown(rows: Iterable[dict[str, Any]]) -> str:
             _spread(row["steps_per_second"]),
             f"{p50:.2f} ms, {p99:.2f} ms",
             ", ".join(cpu),
-            *(_spread(row[key]) if key in row else "" for key in ("of_engine", "of_sum_of_parts")),
+            *(_spread(row[key]) if key in row else "" for key in ("of_engine", "of_sum_of_parts", "of_bare")),
         )
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

@@ -15,16 +15,14 @@ from time import perf_counter
 from typing import Any, ClassVar
 
 import grpc
-import numpy as np
-import onnxruntime as ort
 
 from benchmarks import work
 from benchmarks.echo import METHOD, SERVICE
+from benchmarks.engine import Engine
 from rnnserve.codec import encode_named
 from rnnserve.v1 import inference_pb2 as pb
 from rnnserve.v1.options_pb2 import LayerOptions
 from rnnserve.v1.session_pb2 import SessionConfig
-from rnnserve_models.export import export_cell
 
 
 @dataclass(frozen=True)
@@ -56,7 +54,7 @@ class Row:
     depth: int = 1
 
     part: ClassVar[str]  # of the table
-    server: ClassVar[str] = ""  # the one it talks to: "echo", "rnnserve", "triton" or none
+    server: ClassVar[str] = ""  # the one it talks to: "echo", "bare", "rnnserve", "triton" or none
 
     @property
     def name(self) -> str:
@@ -78,6 +76,11 @@ class Row:
         """The row of gRPC carrying the same bytes."""
         return EchoRow(self.streams, self.lanes, self.steps, self.depth)
 
+    @property
+    def bare(self) -> Row:
+        """The row of the least server doing the same work."""
+        return BareRow(self.streams, self.lanes, self.steps, self.depth)
+
     async def open(self, address: str, stack: AsyncExitStack) -> Measure:
         """Readies all that is not to be measured, until the stack is closed."""
         raise NotImplementedError
@@ -93,21 +96,14 @@ class EngineRow(Row):
         return f"batch of {self.lanes}, {count(self.steps, 'step')} a run"
 
     async def open(self, address: str, stack: AsyncExitStack) -> Measure:
-        graph, spec = export_cell(work.cell(), work.FEATURES)
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = options.inter_op_num_threads = 1
-        run = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"]).run
-        fetches = ["output", *(state.output for state in spec.states)]
-        feeds = {"input": work.numbers(self.steps, self.lanes, work.FEATURES)}
-        feeds["lengths"] = np.full(self.lanes, self.steps, np.int32)
-        feeds |= {state.input: np.zeros((1, self.lanes, work.UNITS), np.float32) for state in spec.states}
+        engine = Engine(self.lanes, self.steps)
+        x = work.numbers(self.steps, self.lanes, work.FEATURES)
 
         async def measure(seconds: float) -> Sample:
             trips: list[float] = []
             now = started = perf_counter()
             while now < started + seconds:
-                _, *states = run(fetches, feeds)
-                feeds.update(zip((state.input for state in spec.states), states, strict=True))
+                engine.run(x)
                 then, now = now, perf_counter()
                 trips.append(now - then)
             return Sample(now - started, trips)
@@ -196,11 +192,8 @@ class EchoRow(StreamRow):
         await call.write(pb.StreamResponse(frames=[frame]).SerializeToString())
 
 
-class ServerRow(StreamRow):
-    """rnnserve."""
-
-    part = "rnnserve"
-    server = "rnnserve"
+class OpenedRow(StreamRow):
+    """Of a server on which lanes are opened."""
 
     async def _greet(self, call: Any) -> None:
         config = SessionConfig(model=work.MODEL, options=LayerOptions(return_sequences=True))
@@ -208,6 +201,20 @@ class ServerRow(StreamRow):
         opened = 0
         while opened < self.lanes:
             opened += len((await self._read(call)).opened)
+
+
+class BareRow(OpenedRow):
+    """The least that a server can do."""
+
+    part = "bare server"
+    server = "bare"
+
+
+class ServerRow(OpenedRow):
+    """rnnserve."""
+
+    part = "rnnserve"
+    server = "rnnserve"
 
 
 def count(number: int, thing: str) -> str:

@@ -33,7 +33,8 @@ TRITON = [
 # Each shape has its parts beside it.
 _ENGINE = sorted({row.engine for row in SERVER + SDK}, key=lambda row: (row.steps, row.sessions))
 _ECHO = sorted({row.echo for row in SERVER + SDK}, key=lambda row: (row.lanes, row.steps, row.streams, row.depth))
-ROWS: list[Row] = [*_ENGINE, *_ECHO, *SERVER, *SDK, *TRITON]
+_BARE = [row.bare for row in SERVER]
+ROWS: list[Row] = [*_ENGINE, *_ECHO, *_BARE, *SERVER, *SDK, *TRITON]
 
 Seen = Callable[[Lines], NDArray[Any]]
 """From the lines to a figure of each round; KeyError where a row was not measured."""

@@ -64,6 +64,10 @@ class ServerProcess:
             self._ready.close()
 
     @property
+    def pid(self) -> int:
+        return int(self._process.pid)
+
+    @property
     def alive(self) -> bool:
         return self._process is not None and self._process.is_alive()
 

@@ -16,6 +16,7 @@ import numpy as np
 from rnnserve_models.engine.base import Array, Arrays
 from rnnserve_models.masking import Compacted
 from rnnserve_models.options import LayerOptions
+from rnnserve_server.column import Index, span
 from rnnserve_server.errors import ServiceError
 
 if TYPE_CHECKING:
@@ -79,6 +80,9 @@ class Sink(Protocol):
         """All that a tick had to tell was told."""
 
 
+_UNKNOWN = slice(0, 0)
+
+
 @dataclass(slots=True, eq=False)
 class Sessions:
     """Which sessions a block's N chunks belong to, as columns.
@@ -90,6 +94,7 @@ class Sessions:
         first_steps: uint64 [N]; None: wherever each session is.
         ended: `Group.ended` when all of them were known to be alive; -1 for unknown.
         distinct: no session is there twice, for certain.
+        at: the slots as an index, see `span`; worked out if it is not given.
     """
 
     group: Group
@@ -98,6 +103,11 @@ class Sessions:
     first_steps: Array | None
     ended: int = -1
     distinct: bool = False
+    at: Index = field(default_factory=lambda: _UNKNOWN)
+
+    def __post_init__(self) -> None:
+        if self.at is _UNKNOWN:
+            self.at = span(self.slots)
 
     def goes_on(self, following: Sessions, timesteps: int) -> bool:
         """Whether the following chunks are of the very same sessions, so many steps later. Fills in their steps."""
@@ -115,7 +125,8 @@ class Sessions:
     def take(self, index: Array) -> Sessions:
         """Some of them."""
         first_steps = None if self.first_steps is None else self.first_steps[index]
-        return replace(self, slots=self.slots[index], generations=self.generations[index], first_steps=first_steps)
+        slots, generations = self.slots[index], self.generations[index]
+        return replace(self, slots=slots, generations=generations, first_steps=first_steps, at=_UNKNOWN)
 
 
 @dataclass(slots=True, eq=False)

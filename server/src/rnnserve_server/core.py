@@ -296,6 +296,7 @@ class Core:
         try:
             await self.keeper.save(session.group, slots)
         except StoreDown:
+            self.check_alive(session)
             self.sessions.lose(session.group, slots, SessionAway)
             raise
         self.check_alive(session)

@@ -78,6 +78,8 @@ class Intake:
 
     def empty(self) -> list[list[Frame]]:
         """Takes everything out: the frames to be joined, in the order in which they run."""
+        if not self._piles:
+            return []
         piles = self._piles
         self._piles, self._open, self._last, self.queued_bytes = [], {}, {}, 0
         return [pile.frames for pile in piles]

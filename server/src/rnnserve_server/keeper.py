@@ -298,6 +298,7 @@ class Keeper:
     async def _rest(self, group: Group, slots: Array, line_up: Callable[[Group], None]) -> int:
         resting = 0
         for piece in _pieces(slots):
+            piece = np.intersect1d(piece, self._sessions.resting(group, 0.0))  # as it is now: some may have ended
             generations = group.generation[piece]
             await self.save(group, piece)
             line_up(group)
@@ -353,7 +354,10 @@ class Keeper:
 
     async def _save(self, group: Group, slots: Array) -> None:
         async with self._saving:
-            for piece in _pieces(slots[group.dirty[slots]]):
+            for piece in _pieces(slots):
+                piece = piece[group.dirty[piece]]  # as it is now: some may have been stored, or have ended
+                if not len(piece):
+                    continue
                 generations = group.generation[piece]
                 writes = [self._snapshot(group, slot) for slot in piece.tolist()]
                 used = group.last_used[piece]
@@ -361,7 +365,7 @@ class Keeper:
                 try:
                     applied = await self.store.commit(writes)
                 except StoreError as error:
-                    group.dirty[piece] = True
+                    group.dirty[piece[group.generation[piece] == generations]] = True
                     raise StoreDown(error) from error
                 alive = group.generation[piece] == generations
                 kept = np.array(applied) & alive

@@ -12,14 +12,14 @@ from __future__ import annotations
 import hashlib
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from rnnserve_models.engine.base import Array, Arrays
 from rnnserve_models.masking import Compacted
-from rnnserve_server.blocks import Answers
+from rnnserve_server.blocks import Answers, Sessions
 
 if TYPE_CHECKING:
     from rnnserve_server.sessions import Group
@@ -52,16 +52,16 @@ class Run:
     Attributes:
         call: the inputs of all the chunks, in rows of N * batch.
         states: what it started from: every state, [N * batch, *shape].
+        nbytes: of the inputs and the states.
     """
 
     call: Compacted
     states: Arrays
+    nbytes: int = field(init=False)
     _thinned: tuple[bytes, Run] | None = None
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the states."""
-        return sum([state.nbytes for state in self.states.values()])
+    def __post_init__(self) -> None:
+        self.nbytes = sum([array.nbytes for array in (*self.call.inputs.values(), *self.states.values())])
 
     def part(self, start: int, timesteps: int) -> Compacted:
         """Some of its steps."""
@@ -84,7 +84,7 @@ class Run:
         return self._thinned[1]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Round:
     """A chunk of each of N sessions, and what was answered.
 
@@ -99,6 +99,7 @@ class Round:
         start: where in it the chunks began.
         outputs: as `Answers` has them.
         states: as `Answers` has them.
+        nbytes: of inputs, states and answers that it holds: its part, where it shares a run.
     """
 
     slots: Array
@@ -111,15 +112,12 @@ class Round:
     start: int
     outputs: Arrays
     states: Arrays
+    nbytes: int = field(init=False)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of inputs, states and answers that it holds: its part, where it shares a run."""
-        nbytes = sum([array.nbytes for array in (*self.outputs.values(), *self.states.values())])
-        if isinstance(self.asked, bytes):
-            return nbytes
-        whole = sum([x.nbytes for x in self.asked.call.inputs.values()]) + self.asked.nbytes
-        return nbytes + whole * self.timesteps // self.asked.call.timesteps
+    def __post_init__(self) -> None:
+        self.nbytes = sum([array.nbytes for array in (*self.outputs.values(), *self.states.values())])
+        if not isinstance(self.asked, bytes):
+            self.nbytes += self.asked.nbytes * self.timesteps // self.asked.call.timesteps
 
     def digest(self, index: int) -> bytes:
         """What tells one session's chunk from another for the same step."""
@@ -180,19 +178,11 @@ class Window:
         self._look_again = _SLACK
 
     def remember(
-        self,
-        group: Group,
-        slots: Array,
-        generations: Array,
-        first_steps: Array,
-        timesteps: int,
-        run: Run,
-        start: int,
-        outputs: Arrays,
-        states: Arrays,
+        self, sessions: Sessions, timesteps: int, run: Run, start: int, outputs: Arrays, states: Arrays
     ) -> None:
         """Keeps what N sessions are about to be answered. Arguments as `Round` has them."""
-        self._keep(group, slots, generations, first_steps, timesteps, run, start, outputs, states)
+        assert sessions.first_steps is not None
+        self._keep(sessions, sessions.first_steps, timesteps, run, start, outputs, states)
 
     def restore(
         self,
@@ -205,13 +195,12 @@ class Window:
         states: Arrays,
     ) -> None:
         """Keeps what one session was answered elsewhere, and of which nothing younger is known here."""
-        self._keep(group, slots, group.generation[slots], first_steps, timesteps, asked, 0, outputs, states)
+        sessions = Sessions(group, slots, group.generation[slots], first_steps)
+        self._keep(sessions, first_steps, timesteps, asked, 0, outputs, states)
 
     def _keep(
         self,
-        group: Group,
-        slots: Array,
-        generations: Array,
+        sessions: Sessions,
         first_steps: Array,
         timesteps: int,
         asked: Run | bytes,
@@ -221,14 +210,17 @@ class Window:
     ) -> None:
         if not self.limits.replies:
             return
-        number, before = group.answered[slots], _NONE
-        group.answered[slots] = number + 1
+        group, slots, at = sessions.group, sessions.slots, sessions.at
+        number, before = group.answered[at].copy(), _NONE
+        group.answered[at] += 1
         nbytes = sum([array.nbytes for array in (*outputs.values(), *states.values())]) // len(slots)
         if self._bytes_count or nbytes * self.limits.replies > self.limits.bytes:
             self._bytes_count = True
-            before = group.answered_bytes[slots]
-            group.answered_bytes[slots] = before + nbytes
-        round_ = Round(slots, generations, first_steps, timesteps, number, before, asked, start, outputs, states)
+            before = group.answered_bytes[at].copy()
+            group.answered_bytes[at] += nbytes
+        round_ = Round(
+            slots, sessions.generations, first_steps, timesteps, number, before, asked, start, outputs, states
+        )
         self._recent.append(round_)
         self.nbytes += round_.nbytes
         self._forget(group)

@@ -151,6 +151,7 @@ class Group:
     def release(self, slots: Array) -> None:
         """Takes N distinct slots back. Work that is queued for them will find another generation."""
         self.generation[slots] += 1
+        self.dirty[slots] = False
         self.live -= len(slots)
         self.ended += len(slots)
         self.arena.release(slots)
@@ -454,9 +455,9 @@ class SessionTable:
         Returns:
             The positions of the chunks that fit (None: all of them), and by position the errors of the others.
         """
-        group, slots = sessions.group, sessions.slots
+        group, slots = sessions.group, sessions.at
         here = group.step[slots]  # [N]
-        first_steps = here if sessions.first_steps is None else sessions.first_steps
+        first_steps = here.copy() if sessions.first_steps is None else sessions.first_steps
         # Columns are mostly equal, and the fastest way to find that out is to compare their bytes.
         if first_steps.tobytes() == here.tobytes() and (
             group.ended == sessions.ended or group.generation[slots].tobytes() == sessions.generations.tobytes()
@@ -482,7 +483,7 @@ class SessionTable:
             timesteps: of each chunk.
             stored: whether a store has them already.
         """
-        group, slots = sessions.group, sessions.slots
+        group, slots = sessions.group, sessions.at
         assert sessions.first_steps is not None
         group.arena.scatter(slots, states)
         group.step[slots] = sessions.first_steps + np.uint64(timesteps)

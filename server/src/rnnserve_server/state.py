@@ -15,7 +15,7 @@ import numpy as np
 
 from rnnserve_models.engine.base import Array, Arrays
 from rnnserve_models.spec import StateSpec
-from rnnserve_server.column import Column
+from rnnserve_server.column import Column, Index
 
 _GROWN_SLOTS = 1 << 13  # an arena doubles until it grows by so many slots at a time
 _PAGE_BYTES = 1 << 16  # states are given back to the system in pieces of so many bytes
@@ -85,19 +85,19 @@ class Arena:
             value = states[spec.name] if states else spec.initial(self.batch_size)
             self._states[spec.name].array[slots] = value
 
-    def gather(self, slots: Array) -> Arrays:
+    def gather(self, slots: Index) -> Arrays:
         """Copies the states of N slots: each [N * batch_size, *shape]."""
-        rows = len(slots) * self.batch_size
-        return {
-            spec.name: self._states[spec.name].array.take(slots, axis=0).reshape(rows, *spec.shape)
-            for spec in self._specs
-        }
+        found = {}
+        for name, column in self._states.items():
+            states = column.array[slots].copy() if isinstance(slots, slice) else column.array.take(slots, axis=0)
+            found[name] = states.reshape(len(states) * self.batch_size, *states.shape[2:])
+        return found
 
-    def scatter(self, slots: Array, states: Mapping[str, Array]) -> None:
+    def scatter(self, slots: Index, states: Mapping[str, Array]) -> None:
         """Writes the states of N distinct slots: each [N * batch_size, *shape]."""
-        for spec in self._specs:
-            shape = (len(slots), self.batch_size, *spec.shape)
-            self._states[spec.name].array[slots] = states[spec.name].reshape(shape)
+        for name, column in self._states.items():
+            state = states[name]
+            column.array[slots] = state.reshape(len(state) // self.batch_size, self.batch_size, *state.shape[1:])
 
     def trim(self) -> bool:
         """Gives memory that holds no session's states back to the system, a bounded amount at a time.

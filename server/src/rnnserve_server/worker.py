@@ -69,6 +69,7 @@ class Worker:
     ) -> None:
         self.model = model
         self._engine = model.engine
+        self._guarded = [spec for spec in model.engine.inputs if spec.finite or spec.bounds is not None]
         self._scheduler = scheduler
         self._intake = Intake()
         self._sessions = sessions
@@ -167,7 +168,7 @@ class Worker:
         """Puts the frames that were taken in into the queue, where their sessions show as busy."""
         for frames in self._intake.empty():
             block = joined(frames)
-            if wrong := faults(self._engine.inputs, block.call, block.batch_size):
+            if self._guarded and (wrong := faults(self._guarded, block.call, block.batch_size)):
                 block.fail(wrong.items())
                 left = np.delete(np.arange(len(block.tags)), list(wrong))
                 if not len(left):
@@ -280,7 +281,7 @@ class Worker:
             return self._alive(block)
         checked = self._checked(block)
         if checked is not None and checked.sessions is not None:
-            checked.states = checked.initial = checked.sessions.group.arena.gather(checked.sessions.slots)
+            checked.states = checked.initial = checked.sessions.group.arena.gather(checked.sessions.at)
             checked.begun = True
         return checked
 
@@ -339,18 +340,7 @@ class Worker:
     def _answer(self, block: Block, run: Run, start: int, outputs: Arrays, states: Arrays) -> None:
         """Remembers the answers of a block, which stands at a time step of what was run, and gives them."""
         if (sessions := block.sessions) is not None:
-            assert sessions.first_steps is not None
-            sessions.group.window.remember(
-                sessions.group,
-                sessions.slots,
-                sessions.generations,
-                sessions.first_steps,
-                block.call.timesteps,
-                run,
-                start,
-                outputs,
-                states,
-            )
+            sessions.group.window.remember(sessions, block.call.timesteps, run, start, outputs, states)
         for sink, answers in block.shares(outputs, states):
             try:
                 sink.result(answers)

@@ -19,6 +19,7 @@ from rnnserve_models.engine.base import Array
 from rnnserve_server.api.errors import service_error, status
 from rnnserve_server.api.messages import create_sessions, session_message
 from rnnserve_server.blocks import Answers, Failure, Sessions
+from rnnserve_server.column import span
 from rnnserve_server.core import Core
 from rnnserve_server.eager import Eager
 from rnnserve_server.errors import (
@@ -373,7 +374,7 @@ class LaneStream:
                     Frame(
                         self,
                         part.tags,
-                        Sessions(part.group, part.slots, part.generations, steps, part.ended(), part.distinct),
+                        part.sessions(steps),
                         inputs if index is None else {name: x[index] for name, x in inputs.items()},
                         mask if mask is None or index is None else mask[index],
                     )
@@ -512,12 +513,9 @@ class _Part:
         index: their positions among the frame's N lanes; None: all of them.
         tags: int64 [n], the lanes.
         group: their group; None: they are not open.
-        slots: int64 [n], their sessions' slots.
-        generations: int64 [n], the slots' generations.
-        distinct: no two are of one session.
     """
 
-    __slots__ = ("_ended", "distinct", "generations", "group", "index", "slots", "tags")
+    __slots__ = ("_at", "_distinct", "_ended", "_generations", "_slots", "group", "index", "tags")
 
     def __init__(
         self,
@@ -527,20 +525,23 @@ class _Part:
         slots: Array = _NONE,
         generations: Array = _NONE,
     ) -> None:
+        """The sessions' slots and the slots' generations are int64 [n]."""
         self.index = index
         self.tags = tags
         self.group = group
-        self.slots = slots
-        self.generations = generations
-        self.distinct = len(np.unique(slots)) == len(slots)
-        self._ended = -1
+        self._slots = slots
+        self._generations = generations
+        self._distinct = len(np.unique(slots)) == len(slots)
+        self._at = span(slots) if len(slots) else slots
+        self._ended = -1  # `Group.ended` when all of the sessions were alive
 
-    def ended(self) -> int:
-        """`Group.ended` if all of the sessions are alive, else -1."""
-        assert self.group is not None
-        if self._ended != self.group.ended and (self.group.generation[self.slots] == self.generations).all():
-            self._ended = self.group.ended
-        return self._ended
+    def sessions(self, first_steps: Array | None) -> Sessions:
+        """The sessions, n chunks of which begin at those steps."""
+        group = self.group
+        assert group is not None
+        if self._ended != group.ended and (group.generation[self._at] == self._generations).all():
+            self._ended = group.ended
+        return Sessions(group, self._slots, self._generations, first_steps, self._ended, self._distinct, self._at)
 
 
 def _leaving() -> Draining:

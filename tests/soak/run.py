@@ -1,0 +1,109 @@
+"""A soak: visitors come and go as fast as the server bears it, and the sessions that they leave behind live for
+seconds, not hours.
+
+As many lifetimes pass in minutes as in days of use: what is lost with each shows.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections import Counter
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import grpc.aio
+
+from rnnserve.v1 import session_pb2, session_pb2_grpc
+from serving import ZOO
+from soak.visits import VISITS
+from soak.watch import Holdings, growth
+from torture.servers import ServerProcess, server_process
+
+_EXPIRED = 60.0  # seconds after which the last session is gone
+
+
+@dataclass
+class Report:
+    """What came of it.
+
+    Attributes:
+        visits: how many there were, by name.
+        chunks: that were sent.
+        before: the server, before anybody came.
+        during: every second.
+        after: when all had gone and the last session had expired.
+        sessions: that were still there then.
+    """
+
+    seconds: float
+    visits: Counter[str] = field(default_factory=Counter)
+    chunks: int = 0
+    before: Holdings | None = None
+    during: list[Holdings] = field(default_factory=list)
+    after: Holdings | None = None
+    sessions: int = -1
+
+    def memory_growth(self) -> float:
+        """Bytes by which the last third of the time is above the second."""
+        return growth([each.memory for each in self.during])
+
+    def __str__(self) -> str:
+        assert self.before is not None
+        assert self.after is not None
+        memory = [each.memory / 1e6 for each in self.during]
+        third = len(memory) // 3
+        return (
+            f"{self.seconds:.0f} s, {sum(self.visits.values())} visits ({dict(self.visits)}), {self.chunks} chunks\n"
+            f"memory: {self.before.memory / 1e6:.1f} MB before, {max(memory):.1f} at most, "
+            f"{sorted(memory[third:-third])[third // 2]:.1f} in the second third, "
+            f"{sorted(memory[-third:])[third // 2]:.1f} in the last, {self.after.memory / 1e6:.1f} after\n"
+            f"descriptors: {self.before.files} before, {max(each.files for each in self.during)} at most, "
+            f"{self.after.files} after; threads: {self.before.threads} before, {self.after.threads} after\n"
+            f"sessions left: {self.sessions}"
+        )
+
+
+async def soak(seconds: float, folder: Path, *, store: bool = True, visitors: int = 6, seed: int = 0) -> Report:
+    """Runs a soak against a server of its own."""
+    settings = {"models": ZOO, "idle_lifetime": 30.0, "log_level": "error"}
+    if store:
+        settings |= {"store": f"sqlite:///{folder / 'sessions.db'}", "rest_seconds": 0.5, "durability": "interval"}
+    with server_process(folder / "log", **settings) as server:
+        report = Report(seconds)
+        await _sessions(server)
+        report.before = Holdings.of(server.pid)
+        until = time.monotonic() + seconds
+        watcher = asyncio.create_task(_watch(server, report))
+        await asyncio.gather(*(_visitor(server, report, until, random.Random(seed + n)) for n in range(visitors)))
+        watcher.cancel()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_EXPIRED):
+                while report.sessions:
+                    await asyncio.sleep(0.5)
+                    report.sessions = await _sessions(server)
+        report.after = Holdings.of(server.pid)
+        assert server.alive, server.log()
+    return report
+
+
+async def _visitor(server: ServerProcess, report: Report, until: float, dice: random.Random) -> None:
+    while time.monotonic() < until:
+        visit = dice.choice(VISITS)
+        report.chunks += await visit(server.address, dice)
+        report.visits[visit.__name__] += 1
+
+
+async def _watch(server: ServerProcess, report: Report) -> None:
+    while True:
+        report.during.append(Holdings.of(server.pid))
+        await asyncio.sleep(0.5)
+
+
+async def _sessions(server: ServerProcess) -> int:
+    """How many sessions there are."""
+    async with grpc.aio.insecure_channel(server.address) as channel:
+        listed = await session_pb2_grpc.SessionServiceStub(channel).ListSessions(session_pb2.ListSessionsRequest())
+        return len(listed.sessions)
