@@ -146,6 +146,26 @@ async def test_sessions_come_home():
             assert len(away.applied) - before == len(mine) > 0
 
 
+@pytest.mark.parametrize("well", [False, True])
+async def test_a_replica_that_hangs(monkeypatch, well):
+    """A replica that answers neither what it was asked nor that it serves has lost its sessions; one that only takes
+    its time has not."""
+    monkeypatch.setattr("rnnserve._links._SILENT_AFTER", 0.05)
+    with replicas(2) as fakes:
+        async with quick(aio.Client([fake.target for fake in fakes], timeout=30)) as client:
+            sessions = [await client.session("sum") for _ in range(8)]
+            slow = home(fakes, sessions[0].session_id)
+            slow.serving = well
+            slow.hold()
+            steps = [asyncio.create_task(session.step(row(1))) for session in sessions]
+            if well:
+                await until(lambda: client.waits.count(0.05 / 3) > 100)
+                assert not steps[0].done()
+                slow.release()
+            np.testing.assert_array_equal(await asyncio.gather(*steps), np.ones((8, 3)))
+            assert bool(seen(slow)) == well
+
+
 async def test_a_cut_connection_moves_nobody():
     """A replica whose stream broke and that takes another keeps its sessions: without a store no other has them."""
     with replicas(2, shared=False) as fakes:

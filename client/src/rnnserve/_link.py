@@ -75,6 +75,8 @@ class Link:
         closed: it was closed for good.
         trouble: why there is no stream now although there should be; None while there is one, or none is needed.
         served: whether the last stream was heard of.
+        heard_at: when the stream began or was heard of last, by the clock of `retry`.
+        silent: the last stream was given up because nothing was heard of it.
     """
 
     def __init__(
@@ -85,7 +87,8 @@ class Link:
         self.key = ""
         self.closed = False
         self.trouble: str | None = None
-        self.served = False
+        self.served = self.silent = False
+        self.heard_at = retry.clock()
         self._target = target
         self._start = start
         self._retry = retry
@@ -201,7 +204,8 @@ class Link:
     async def _converse(self, trial: Trial | None) -> RequestError:
         """One stream, from its start to its end, and why it ended. After a loss, it must be heard before the limit."""
         self._call = call = self._start(self)
-        self._progress = self.served = False
+        self._progress = self.served = self.silent = False
+        self.heard_at = self._retry.clock()
         self._fault = None
         limit = None
         if trial is not None and trial.left is not None:
@@ -212,6 +216,7 @@ class Link:
                 response = await call.read()
                 if response is grpc.aio.EOF:
                     return from_lost_stream(None)
+                self.heard_at = self._retry.clock()
                 if not self.served:
                     self.served = True
                     self._hear()
@@ -263,6 +268,12 @@ class Link:
             pass  # the stream has ended; the reader hears why
         except Exception as error:  # a chunk that cannot be written is a fault of ours, and must not hang its caller
             self._break(call, ServerError(f"the stream could not be written: {error!r}"))
+
+    def silence(self, message: str) -> None:
+        """Gives up the stream, if there is one, because nothing is heard of it."""
+        if self._call is not None:
+            self.silent = True
+            self._break(self._call, Unavailable(message))
 
     def _break(self, call: _Call, fault: RequestError) -> None:
         self._fault = fault

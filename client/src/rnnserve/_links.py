@@ -40,6 +40,9 @@ _REACHED_WITHIN = 1.0
 #: Seconds between questions to a replica that does not answer, at most.
 _PROBED_WITHIN = 0.5
 
+#: Seconds that an answer may take before the replica is asked whether it serves.
+_SILENT_AFTER = 3.0
+
 #: Seconds between looks at lanes that are not where they belong.
 _TENDED_EVERY = 1.0
 
@@ -121,7 +124,8 @@ class Links:
         self._turn = 0
         self._chores: set[asyncio.Task[None]] = set()
         self._astray: asyncio.Event = asyncio.Event()
-        self._tending = self._loop.create_task(self._tend()) if moves else None
+        if moves:
+            self._chores |= {self._loop.create_task(self._tend()), self._loop.create_task(self._listen())}
 
     # Places
 
@@ -292,7 +296,7 @@ class Links:
         place = self._of[link]
         if not self._moves or failure.reason not in _GONE:
             return False
-        if not failure.reason and link.served and await self._reached(place):
+        if not failure.reason and link.served and not link.silent and await self._reached(place):
             return False
         self._lose(place)
         if not any(not other.down for other in self._places.values()):
@@ -342,6 +346,23 @@ class Links:
         if place.down and await self._serves(place.replica):
             self.heard(place.link)
 
+    async def _listen(self) -> None:
+        """Gives up streams whose replicas hang, or have vanished without a word."""
+        while True:
+            await self._retry.sleep(_SILENT_AFTER / 3)
+            now = self._retry.clock()
+            late = [
+                place
+                for place in self._of.values()
+                if place.link.lanes.in_flight and now - place.link.heard_at > _SILENT_AFTER
+            ]
+            await asyncio.gather(*[self._wonder(place) for place in late])
+
+    async def _wonder(self, place: Place) -> None:
+        heard_at = place.link.heard_at
+        if not await self._serves(place.replica) and place.link.heard_at == heard_at:
+            place.link.silence(f"nothing was heard of the replica for {self._retry.clock() - heard_at:.1f} s")
+
     async def _tend(self) -> None:
         """Brings lanes home that are elsewhere, when nothing is wished on them."""
         while True:
@@ -386,7 +407,7 @@ class Links:
     async def close(self) -> None:
         """Ends the streams; what is unanswered fails with ClientClosed."""
         self.closed = True
-        tasks = [*self._chores, *([] if self._tending is None else [self._tending])]
+        tasks = list(self._chores)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, *[link.close() for link in self._of], return_exceptions=True)
