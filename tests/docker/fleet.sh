@@ -61,7 +61,8 @@ build
 say "docker compose --profile fleet up --wait, port $RNNSERVE_PORT"
 if compose --profile fleet up --wait; then
     passed "docker compose --profile fleet up --wait"
-    "$cache/venv/bin/pip" install --quiet --disable-pip-version-check --constraint "$run/constraints.txt" "$root/models"
+    "$cache/venv/bin/pip" install --quiet --disable-pip-version-check --constraint "$run/constraints.txt" "$root/models" \
+        onnxruntime
     "$cache/venv/bin/pip" install --quiet --disable-pip-version-check --no-deps --force-reinstall "$root/models"
 
     say "the client, through Envoy"

@@ -21,7 +21,7 @@ from rnnserve import aio
 
 ROOT = Path(__file__).parents[2]
 COMPOSE = ["docker", "compose", "--file", str(ROOT / "docker-compose.yml"), "--profile", "fleet"]
-MOST = 5.0  # seconds that no pause may take, on a machine that does other things too; the goals are printed beside
+GOAL = 2.0  # seconds that a pause may take, beside five times what an answer takes when nothing happens
 
 
 async def run(*command: str, **variables: str) -> str:
@@ -58,7 +58,7 @@ async def roll() -> None:
 
 async def main(address: str, sessions: int) -> int:
     events = [
-        ("docker kill of 1 of 3 replicas (goal: 2 s)", kill_one),
+        ("docker kill of 1 of 3 replicas (goal: less than 2 s)", kill_one),
         ("up to 5 replicas", lambda: scale(5)),
         ("down to 2 replicas", lambda: scale(2)),
         ("roll to another image (goal: none to be seen)", roll),
@@ -68,13 +68,14 @@ async def main(address: str, sessions: int) -> int:
         traffic = Traffic(client, sessions, pause=0.25, steps=4000)
         async with traffic.flowing():
             await traffic.go_on(10)
+            most = GOAL + 5 * traffic.longest
             print(f"nothing happens: longest answer {traffic.longest:.3f} s", flush=True)
             for name, event in events:
                 traffic.mark()
                 started, before = time.monotonic(), traffic.done
                 await event()
                 await traffic.go_on(8)
-                ok = traffic.longest < MOST
+                ok = traffic.longest < most
                 failed += not ok
                 took, steps = time.monotonic() - started, traffic.done - before
                 print(

@@ -41,6 +41,7 @@ class Traffic:
     def __init__(self, client: aio.Client, count: int, *, pause: float, steps: int, seed: int = 0) -> None:
         self.longest = 0.0
         self.session_ids: list[str] = []
+        self._oracle = model_from_file(ZOO / MODEL / "1", return_sequences=True)
         self._client = client
         self._pause = pause
         self._x = np.random.default_rng(seed).standard_normal((count, steps, FEATURES), np.float32)
@@ -110,9 +111,8 @@ class Traffic:
         return int(self._done.sum())
 
     def _check(self) -> None:
-        oracle = model_from_file(ZOO / MODEL / "1", return_sequences=True)
         longest = int(self._done.max())
-        expected = np.asarray(oracle(self._x[:, :longest]))
+        expected = np.asarray(self._oracle(self._x[:, :longest]))
         for n, steps in enumerate(self._done.tolist()):
             wrong = np.flatnonzero((self._y[n, :steps] != expected[n, :steps]).any(axis=-1))
             assert not len(wrong), f"session {n} differs from the oracle from step {wrong[0]} on, of {steps}"
