@@ -118,7 +118,7 @@ async def test_sessions_of_a_lost_replica_go_on_elsewhere(how):
             np.testing.assert_array_equal(together, np.full((12, 3), 2.0))
             elsewhere = {session for fake in rest for session, first in fake.applied if first == 1}
             assert set(mine) <= elsewhere
-        assert len(mine) >= 2
+        assert mine
         applied = [each for fake in fakes for each in fake.applied]
         assert len(applied) == len(set(applied)) == 48
 
@@ -128,7 +128,7 @@ async def test_sessions_come_home():
     with replicas(2) as fakes:
         away = fakes[0]
         async with quick(aio.Client([fake.target for fake in fakes], timeout=30)) as client:
-            sessions = [await client.session("sum") for _ in range(12)]
+            sessions = [await client.session("sum") for _ in range(24)]
             mine = [session for session in sessions if home(fakes, session.session_id) is away]
             for session in sessions:
                 await session.step(row(1))
@@ -164,6 +164,10 @@ async def test_a_replica_that_hangs(monkeypatch, well):
                 slow.release()
             np.testing.assert_array_equal(await asyncio.gather(*steps), np.ones((8, 3)))
             assert bool(seen(slow)) == well
+            slow.mute()  # opens too
+            slow.serving = False
+            more = await asyncio.gather(*[client.session("sum") for _ in range(8)])
+            assert len(more) == 8
 
 
 async def test_a_cut_connection_moves_nobody():
@@ -184,13 +188,13 @@ async def test_sessions_do_not_go_where_they_are_not_known():
     with replicas(2, shared=False) as fakes:
         old, new = fakes
         async with quick(aio.Client([old.target], timeout=30)) as client:
-            sessions = [await client.session("sum") for _ in range(12)]
+            sessions = [await client.session("sum") for _ in range(24)]
             links = await client._connection.links()
             links.set({fake.target: Replica(fake.target) for fake in fakes})
             await asyncio.to_thread(wait_for_key, new, "GetSession")
             for session in sessions:
                 np.testing.assert_array_equal(await session.step(row(1)), row(1))
-            later = [await client.session("sum") for _ in range(12)]
+            later = [await client.session("sum") for _ in range(24)]
             for session in later:
                 await session.step(row(1))
         assert seen(new) == {s.session_id for s in later if home(fakes, s.session_id) is new}
@@ -256,7 +260,7 @@ async def test_streams_through_one_target():
     for its sessions."""
     with running() as fake:
         async with aio.Client(fake.target, timeout=30, streams=4) as client:
-            sessions = [await client.session("sum") for _ in range(24)]
+            sessions = [await client.session("sum") for _ in range(80)]
             streams = [key for name, key in fake.keys if name == "Stream"]
             assert fake.streams == len(set(streams)) == 4
             for session in sessions:
@@ -276,8 +280,8 @@ async def test_streams_through_one_target():
 def test_a_client_for_threads(three):
     """The client for threads does all of that too."""
     with rnnserve.Client([fake.target for fake in three], timeout=30) as client:
-        with client.session_group("sum", 9) as group:
-            np.testing.assert_array_equal(group.step(np.ones((9, 3), "f4")), np.ones((9, 3)))
+        with client.session_group("sum", 60) as group:
+            np.testing.assert_array_equal(group.step(np.ones((60, 3), "f4")), np.ones((60, 3)))
         with client.session("sum") as session:
             assert list(map(float, (y[0] for y in session.stream(np.ones((20, 3), "f4"))))) == [*range(1, 21)]
             assert session.info().step == 20

@@ -278,6 +278,11 @@ class Lanes:
         return bool(self._opens or self._chunks or self._closes)
 
     @property
+    def waiting(self) -> bool:
+        """Whether the server owes an answer."""
+        return self.in_flight > 0 or any(lane.opening for lane in self._lanes.values())
+
+    @property
     def unanswered(self) -> tuple[int, int]:
         """After a loss: how many chunks are to be sent again, and on how many lanes."""
         return len(self._parked), len({lane for chunk in self._parked for lane in chunk.lanes})

@@ -176,8 +176,9 @@ class Links:
         return up[self._turn % len(up)]
 
     def holding(self, lane: Lane) -> Place:
-        """The place that has a lane now."""
-        return next(place for place in self._of.values() if place.link.lanes is lane.holder)
+        """The place that has a lane now, or where it would belong if it is closed."""
+        found = next((place for place in self._of.values() if place.link.lanes is lane.holder), None)
+        return found or self.place(_session_id(lane))
 
     def all(self) -> list[Place]:
         """The replicas."""
@@ -283,8 +284,8 @@ class Links:
 
     def heard(self, link: Link) -> None:
         """There is a server at the other end of a link."""
-        place = self._of[link]
-        if place.down:
+        place = self._of.get(link)  # not if it was forgotten meanwhile
+        if place is not None and place.down:
             place.down = False
             self._astray.set()
 
@@ -293,8 +294,8 @@ class Links:
 
         Not if only its connection broke: the server takes another at once, and has the sessions in its memory.
         """
-        place = self._of[link]
-        if not self._moves or failure.reason not in _GONE:
+        place = self._of.get(link)
+        if place is None or not self._moves or failure.reason not in _GONE:
             return False
         if not failure.reason and link.served and not link.silent and await self._reached(place):
             return False
@@ -354,7 +355,7 @@ class Links:
             late = [
                 place
                 for place in self._of.values()
-                if place.link.lanes.in_flight and now - place.link.heard_at > _SILENT_AFTER
+                if now - place.link.heard_at > _SILENT_AFTER and place.link.lanes.waiting
             ]
             await asyncio.gather(*[self._wonder(place) for place in late])
 
