@@ -9,6 +9,7 @@ if an output is not the oracle's or one is lost or doubled.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import subprocess
 import sys
@@ -90,6 +91,7 @@ async def main(address: str, sessions: int) -> int:
 if __name__ == "__main__":
     if len(sys.argv) not in (2, 3):
         sys.exit("usage: stream.py HOST:PORT [SESSIONS]")
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")  # what the client says of its streams
     try:
         sys.exit(asyncio.run(main(sys.argv[1], int(sys.argv[2]) if len(sys.argv) == 3 else 500)))
     except Exception:
