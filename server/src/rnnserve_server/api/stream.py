@@ -87,6 +87,8 @@ class LaneStream:
         Raises:
             ServiceError: the stream itself is to blame, or the server is shutting down.
         """
+        if self._core.draining.is_set():  # before anything is answered: a proxy may still send it elsewhere
+            raise _leaving()
         reader = self._reader = asyncio.create_task(self._read())
         drainer = asyncio.create_task(self._drain(reader))
         try:
