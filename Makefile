@@ -7,7 +7,7 @@ TRITON := .cache/triton
 PROTOS := $(sort $(wildcard proto/rnnserve/v1/*.proto))
 SERVICES := $(shell grep -l '^service ' $(PROTOS))
 
-.PHONY: run test vectors samples lint types stubs check-stubs torture soak bench bench-triton requirements triton-requirements clean
+.PHONY: run test vectors samples lint types stubs check-stubs torture fuzz soak bench bench-triton requirements triton-requirements clean
 
 run: $(VENV)/.serve
 	-$(BIN)/rnnserve fetch models/zoo
@@ -85,6 +85,10 @@ clean:
 # Servers are killed and connections cut for minutes: every session must come out as if nothing had been.
 torture: $(VENV)/.dev
 	PYTHONPATH=tests $(BIN)/python -m torture $(ARGS)
+
+# A million frames that nobody should send: nobody else may notice, and nothing may be left of them.
+fuzz: $(VENV)/.dev
+	PYTHONPATH=tests $(BIN)/python -m fuzz $(ARGS)
 
 # Visitors come and go, rude ones too, while the server's memory and descriptors are watched.
 soak: $(VENV)/.dev

@@ -14,13 +14,13 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
-from benchmarks import fairness, findings, plot, report, sessions, startup, table, triton, work
+from benchmarks import abandoned, fairness, findings, plot, report, sessions, startup, stores, table, triton, work
 from benchmarks.processes import BARE, ECHO, RowProcess, Server, serve
 from benchmarks.report import Line
 from benchmarks.rows import Row
 
 RESULTS = Path(__file__).parent / "results"
-SCRIPTS = {"sessions": sessions, "fairness": fairness, "startup": startup}
+SCRIPTS = {"sessions": sessions, "abandoned": abandoned, "fairness": fairness, "startup": startup}
 
 
 def main() -> None:
@@ -38,6 +38,9 @@ def main() -> None:
     rows = [row for row in table.ROWS if any(text in f"{row.part}: {row.name}" for text in only)]
     if not triton.installed():
         rows = [row for row in rows if row.server != "triton"]
+    if not stores.installed() and any(row.server.startswith("redis") for row in rows):
+        print("without Redis: redis-server is not installed (apt-get install redis-server)", file=sys.stderr)
+        rows = [row for row in rows if not row.server.startswith("redis")]
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # ends the servers too
     where = report.machine()
@@ -70,6 +73,7 @@ def measured(rows: list[Row], rounds: int, seconds: float) -> dict[Row, Line]:
             "bare": lambda: Server(*BARE, log=folder / "bare.log"),
             "rnnserve": lambda: Server(*serve(folder / "models"), log=folder / "rnnserve.log"),
             "triton": lambda: triton.server(folder / "triton"),
+            **stores.starts(folder, stack),
         }
         wanted = {row.server for row in rows}
         servers = {name: stack.enter_context(start()) for name, start in starts.items() if name in wanted}

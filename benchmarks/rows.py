@@ -54,7 +54,11 @@ class Row:
     depth: int = 1
 
     part: ClassVar[str]  # of the table
-    server: ClassVar[str] = ""  # the one it talks to: "echo", "bare", "rnnserve", "triton" or none
+
+    @property
+    def server(self) -> str:
+        """The one it talks to: "echo", "bare", "rnnserve", one of `stores.SERVERS`, "triton" or none."""
+        return ""
 
     @property
     def name(self) -> str:

@@ -8,10 +8,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks import stores
 from benchmarks.findings import Finding, at_least, at_most
 from benchmarks.report import Line, of_engine, of_parts
 from benchmarks.rows import EchoRow, Row, ServerRow
 from benchmarks.sdk import GroupRow, TasksRow, ThreadsRow
+from benchmarks.stores import StoreRow
 from benchmarks.triton import TritonRow
 
 Lines = Mapping[Row, Line]
@@ -20,10 +22,12 @@ ONE = ServerRow()
 STREAMS = [ServerRow(streams=n) for n in (4, 16, 64, 256)]
 CHUNKS = ServerRow(streams=64, steps=20)
 FRAMES_16, FRAMES_64, FRAMES_256 = (ServerRow(lanes=n, depth=4) for n in (16, 64, 256))
+DEEP_64 = ServerRow(lanes=64, depth=16)
 FRAMES_OF_CHUNKS = ServerRow(lanes=64, steps=20, depth=4)
-SERVER = [ONE, *STREAMS, CHUNKS, FRAMES_16, FRAMES_64, FRAMES_256, FRAMES_OF_CHUNKS]
+SERVER = [ONE, *STREAMS, CHUNKS, FRAMES_16, FRAMES_64, DEEP_64, FRAMES_256, FRAMES_OF_CHUNKS]
 TASKS = [TasksRow(streams=n) for n in (1, 16, 64, 256)]
 SDK = [ThreadsRow(), ThreadsRow(streams=64), *TASKS, GroupRow(lanes=64), GroupRow(lanes=64, steps=20)]
+STORES = [*stores.rows(DEEP_64), *stores.rows(FRAMES_64)]
 TRITON = [
     *(TritonRow(streams=n, steps=steps) for n, steps in ((1, 1), (16, 1), (64, 1), (256, 1), (64, 20))),
     # With more sequences its streams crash, or, in batches of 8, are slower than its calls and stall at times.
@@ -34,7 +38,7 @@ TRITON = [
 _ENGINE = sorted({row.engine for row in SERVER + SDK}, key=lambda row: (row.steps, row.sessions))
 _ECHO = sorted({row.echo for row in SERVER + SDK}, key=lambda row: (row.lanes, row.steps, row.streams, row.depth))
 _BARE = [row.bare for row in SERVER]
-ROWS: list[Row] = [*_ENGINE, *_ECHO, *_BARE, *SERVER, *SDK, *TRITON]
+ROWS: list[Row] = [*_ENGINE, *_ECHO, *_BARE, *SERVER, *STORES, *SDK, *TRITON]
 
 Seen = Callable[[Lines], NDArray[Any]]
 """From the lines to a figure of each round; KeyError where a row was not measured."""
@@ -56,6 +60,11 @@ def targets() -> list[tuple[Callable[..., Finding], str, float, Seen]]:
         (at_most, "one session: p50 over the echo's", 1.30, _trips(ONE, 0.50, EchoRow())),
         (at_most, "one session: p99 over the echo's", 2.0, _trips(ONE, 0.99, EchoRow())),
         (at_least, "256 tasks over 256 streams", 4.0, _rates(TasksRow(streams=256), streams[256])),
+        *(
+            (at_least, f"{row.name}: of memory's, by {by}", 0.60 if "step" in row.kept else 0.90, seen(row))
+            for row in STORES
+            for by, seen in (("rate", _kept), ("CPU", _kept_cpu))
+        ),
         *((at_least, f"{n} streams over Triton", 2.0, _triton(streams[n], n)) for n in (16, 64, 256)),
         (at_least, "64 streams, 20 steps, over Triton", 1.5, _triton(CHUNKS, 64, 20)),
         (at_least, "frames of 64 over Triton's 64 sequences", 30.0, _triton(FRAMES_64, 64)),
@@ -94,6 +103,14 @@ def _rates(row: Row, other: Row) -> Seen:
 
 def _trips(row: Row, quantile: float, *others: Row) -> Seen:
     return lambda lines: lines[row].trip(quantile) / np.min([lines[other].trip(quantile) for other in others], 0)
+
+
+def _kept(row: StoreRow) -> Seen:
+    return _rates(row, row.in_memory)
+
+
+def _kept_cpu(row: StoreRow) -> Seen:
+    return lambda lines: lines[row.in_memory].server_cpu / lines[row].server_cpu
 
 
 def _ways(sequences: int, steps: int) -> list[TritonRow]:

@@ -8,8 +8,9 @@ import shutil
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import grpc
 import numpy as np
 import pytest
 
-from redis_server import RedisServer, running_redis
+from redis_server import RedisServer, Wire, running_redis
 from rnnserve.v1 import inference_pb2 as pb
 from rnnserve.v1 import session_pb2
 from rnnserve_models.cells import LSTMCell
@@ -198,6 +199,41 @@ async def stored(url: str, session_id: str, step: int) -> None:
                 await asyncio.sleep(0.01)
     finally:
         await store.close()
+
+
+@pytest.mark.parametrize("back", [True, False])
+async def test_a_store_that_is_away_at_sigterm(models: Path, tmp_path: Path, back: bool) -> None:
+    """A server that drains goes on trying to hand its sessions over: nothing is lost if the store comes back meanwhile.
+    If it does not, the server says so, and ends in bounded time all the same.
+    """
+    xs = chunks(5)
+    starts, expected = first_steps(xs), oracle(xs)
+    with (
+        running_redis() as redis,
+        killable(models, redis.url, tmp_path, durability="none", drain_seconds=30.0 if back else 1.0) as server,
+    ):
+        async with Talk(server.address) as talk:
+            await talk.create(0, config(MODEL, "s", return_sequences=True))
+            assert same(await talk.steps(0, 0, xs[:3]), expected[:3])
+            redis.kill()
+            server.terminate(wait=False)
+        if back:
+            while "the store does not answer" not in server.log():  # noqa: ASYNC110
+                await asyncio.sleep(0.02)
+            redis.start()
+        began = time.monotonic()
+        await asyncio.to_thread(server.join)
+        assert time.monotonic() - began < 20
+        assert server.exit_code == (0 if back else 1)
+        assert ("sessions are lost" in server.log()) is not back
+        assert "Traceback" not in server.log()
+        if not back:
+            redis.start()
+            return
+        server.start()
+        async with Talk(server.address) as talk:
+            assert (await talk.open(0, "s")).session.step == starts[3]
+            assert same(await talk.steps(0, starts[2], xs[2:]), expected[2:])
 
 
 async def test_the_command_is_what_the_tests_run(models: Path, tmp_path: Path) -> None:
@@ -435,6 +471,48 @@ async def test_a_session_that_rested_elsewhere_is_not_taken_back_unasked(models:
             behind = await first.step(0, starts[2], -xs[2])
             assert reason(behind) == "STEP_CONFLICT"
             assert same(await first.steps(0, starts[4], xs[4:]), expected[4:])
+
+
+async def test_a_commit_on_its_way_when_the_session_is_taken(models: Path, tmp_path: Path) -> None:
+    """A server's commit of a chunk is held back on its way to Redis while another server takes the session over and
+    moves it on. It arrives after that, and is refused: its client is told so and not answered, and nothing of the
+    chunk is in the session's history.
+    """
+    xs = chunks(8)
+    starts, expected = first_steps(xs), oracle(xs)
+    with running_redis() as redis:
+        async with (
+            Wire(redis, tmp_path / "wire") as wire,
+            beside(models, wire.url) as a,
+            beside(models, redis.url) as b,
+            Talk(a.address) as first,
+            Talk(b.address) as second,
+        ):
+            await first.create(0, config(MODEL, "s", return_sequences=True))
+            assert same(await first.steps(0, 0, xs[:3]), expected[:3])
+            for lane, number in enumerate((3, 5)):
+                wire.waiting.clear()
+                wire.open.clear()
+                under_way = asyncio.create_task(first.step(lane, starts[number], -xs[number]))
+                await wire.waiting.wait()
+                assert (await second.open(lane, "s")).session.step == starts[number]
+                moved = slice(number, number + 2)
+                assert same(await second.steps(lane, starts[number], xs[moved]), expected[moved])
+                wire.open.set()
+                assert reason(await under_way) == "SESSION_TAKEN_OVER"
+                assert (await first.open(lane + 1, "s")).session.step == starts[number + 2]
+            assert same(await first.steps(2, starts[7], xs[7:]), expected[7:])
+
+
+@asynccontextmanager
+async def beside(models: Path, store: str) -> AsyncIterator[RunningServer]:
+    """A server that begins and ends while this event loop goes on."""
+    server = running_server(models=models, store=store)
+    running = await asyncio.to_thread(server.__enter__)
+    try:
+        yield running
+    finally:
+        await asyncio.to_thread(server.__exit__, None, None, None)
 
 
 @pytest.mark.parametrize("seed", range(3))

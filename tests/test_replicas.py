@@ -135,12 +135,12 @@ async def test_sessions_come_home():
             away.serving = False
             away.end_streams(DRAINING)
             links = await client._connection.links()
-            await until(lambda: all(links.holding(s._live.lane).name == fakes[1].target for s in mine))
+            await until(lambda: all(links.holding(s._live.lane()).name == fakes[1].target for s in mine))
             for session in sessions:
                 np.testing.assert_array_equal(await session.step(row(1)), row(2))
             before = len(away.applied)
             away.serving = True
-            await until(lambda: all(links.holding(s._live.lane).name == away.target for s in mine))
+            await until(lambda: all(links.holding(s._live.lane()).name == away.target for s in mine))
             for session in sessions:
                 np.testing.assert_array_equal(await session.step(row(1)), row(3))
             assert len(away.applied) - before == len(mine) > 0
@@ -353,7 +353,7 @@ async def test_replicas_that_come_and_go(monkeypatch):
         links = await client._connection.links()
 
         def at(n):
-            return sum(links.holding(s._live.lane).name == f"127.0.0.{n}:{port}" for s in sessions)
+            return sum(links.holding(s._live.lane()).name == f"127.0.0.{n}:{port}" for s in sessions)
 
         assert at(2) + at(3) == 24
         names.addresses["fleet"] = ["127.0.0.3", "127.0.0.4"]

@@ -16,11 +16,12 @@ from pathlib import Path
 
 import pytest
 
-from compliance.store_suite import NOW, after, applied, created, record
+from compliance.store_suite import NOW, after, applied, created, record, rows
 from redis_server import RedisServer, Wire, running_redis
 from rnnserve_server.store import Record, Store, StoreUnavailable, Write
 from rnnserve_server.store.redis import RedisStore
 from rnnserve_server.store.sqlite import SqliteStore
+from rnnserve_server.store.tick import Answered, Tick
 
 SESSIONS = ["a", "b", "c"]
 WINDOW = 4
@@ -29,14 +30,13 @@ WRITER = """
 import asyncio, random, sys
 from compliance.store_suite import NOW, after, applied
 from rnnserve_server.store import open_store
-from test_store_crashes import SESSIONS, WINDOW, tick
+from test_store_crashes import SESSIONS, commit
 
 async def main(url):
     store = await open_store(url)
     sessions = await store.take(SESSIONS, NOW)
     while True:
-        writes = tick(sessions)
-        assert await store.commit(writes) == [True] * len(writes)
+        writes = await commit(store, sessions, sys.argv[2])
         sessions = [applied(session, write) for session, write in zip(sessions, writes)]
         print(sessions[0].step, flush=True)
 
@@ -50,6 +50,36 @@ def tick(sessions: list[Record]) -> list[Write]:
         after(each, 2, states=b"%d " % (each.step + 2) * 700, forget_before=max(0, each.step - 2 * (WINDOW - 1)))
         for each in sessions
     ]
+
+
+def columns(sessions: list[Record]) -> Tick:
+    """The same, as a server writes it. They are at the same step."""
+    writes = tick(sessions)
+    (answer,) = writes[0].replies
+    count = len(sessions)
+    rest = rows([answer.payload[5:]] * count)
+    answered = Answered(answer.timesteps, rows([answer.request_digest] * count), answer.payload[:5], rest)
+    return Tick(
+        [each.id for each in writes],
+        [each.epoch for each in writes],
+        [each.revision for each in writes],
+        [each.step for each in writes],
+        answer.timesteps,
+        writes[0].last_used,
+        rows([each.states or b"" for each in writes]),
+        (answered,),
+        WINDOW,
+    )
+
+
+async def commit(store: Store, sessions: list[Record], how: str) -> list[Write]:
+    """Has a store keep a tick, as writes or in columns: the writes."""
+    writes = tick(sessions)
+    if how == "columns":
+        assert await store.commit_ticks([columns(sessions)]) == [[True] * len(writes)]
+    else:
+        assert await store.commit(writes) == [True] * len(writes)
+    return writes
 
 
 def check(session: Record, acknowledged: int) -> None:
@@ -78,10 +108,10 @@ def redis_server() -> Iterator[RedisServer]:
         yield server
 
 
-def kill_while_writing(url: str, rng: random.Random, commits: int) -> int:
+def kill_while_writing(url: str, how: str, rng: random.Random, commits: int) -> int:
     """Lets another process commit, and kills it around so many commits. The last step that it acknowledged."""
     process = subprocess.Popen(
-        [sys.executable, "-c", WRITER, url], stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent
+        [sys.executable, "-c", WRITER, url, how], stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent
     )
     assert process.stdout is not None
     acknowledged = 0
@@ -96,7 +126,8 @@ def kill_while_writing(url: str, rng: random.Random, commits: int) -> int:
     return acknowledged
 
 
-def test_sqlite_survives_its_process(tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["writes", "columns"])
+def test_sqlite_survives_its_process(tmp_path: Path, how: str) -> None:
     """A process that is killed while it commits leaves whole commits, and all that it acknowledged."""
     path = tmp_path / "s.db"
 
@@ -114,10 +145,11 @@ def test_sqlite_survives_its_process(tmp_path: Path) -> None:
     asyncio.run(begin())
     for seed in range(6):
         rng = random.Random(seed)
-        asyncio.run(look(kill_while_writing(str(path), rng, rng.randrange(1, 40))))
+        asyncio.run(look(kill_while_writing(str(path), how, rng, rng.randrange(1, 40))))
 
 
-async def test_sqlite_survives_a_log_that_ends_anywhere(tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["writes", "columns"])
+async def test_sqlite_survives_a_log_that_ends_anywhere(tmp_path: Path, how: str) -> None:
     """However much of the log reached the disk before a power cut, what is found is a moment that was."""
     store = await SqliteStore.open(tmp_path / "s.db")
     assert all(await store.create([record(name) for name in SESSIONS]))
@@ -126,8 +158,7 @@ async def test_sqlite_survives_a_log_that_ends_anywhere(tmp_path: Path) -> None:
     sessions, ends = await check_all(store, 0), [(0, 0)]
     log = tmp_path / "s.db-wal"
     for _ in range(12):
-        writes = tick(sessions)
-        assert await store.commit(writes) == [True] * len(SESSIONS)
+        writes = await commit(store, sessions, how)
         sessions = [applied(session, write) for session, write in zip(sessions, writes, strict=True)]
         ends.append((log.stat().st_size, sessions[0].step))
     rng = random.Random(5)
@@ -144,7 +175,8 @@ async def test_sqlite_survives_a_log_that_ends_anywhere(tmp_path: Path) -> None:
     await store.close()
 
 
-def test_redis_survives_its_clients_process(redis_server: RedisServer) -> None:
+@pytest.mark.parametrize("how", ["writes", "columns"])
+def test_redis_survives_its_clients_process(redis_server: RedisServer, how: str) -> None:
     """A server that is killed while it commits leaves each session whole, and all that it acknowledged."""
 
     async def begin() -> None:
@@ -160,7 +192,7 @@ def test_redis_survives_its_clients_process(redis_server: RedisServer) -> None:
     asyncio.run(begin())
     for seed in range(4):
         rng = random.Random(seed)
-        asyncio.run(look(kill_while_writing(redis_server.url, rng, rng.randrange(1, 40))))
+        asyncio.run(look(kill_while_writing(redis_server.url, how, rng, rng.randrange(1, 40))))
 
 
 async def test_redis_killed_while_it_is_written_to(redis_server: RedisServer) -> None:
@@ -190,8 +222,8 @@ async def test_redis_killed_while_it_is_written_to(redis_server: RedisServer) ->
     await store.close()
 
 
-@pytest.mark.parametrize("per_call", [1, 64])
-async def test_a_wire_cut_at_any_byte(redis_server: RedisServer, tmp_path: Path, per_call: int) -> None:
+@pytest.mark.parametrize(("how", "per_call"), [("writes", 1), ("writes", 64), ("columns", 1), ("columns", 64)])
+async def test_a_wire_cut_at_any_byte(redis_server: RedisServer, tmp_path: Path, how: str, per_call: int) -> None:
     """Wherever a pipeline is cut, on its way there or back, each session is before or after its write; the very same
     writes sent again are applied once."""
     rng = random.Random(per_call)
@@ -203,27 +235,33 @@ async def test_a_wire_cut_at_any_byte(redis_server: RedisServer, tmp_path: Path,
         sessions = await check_all(store, 0)
         for _ in range(2):  # at the first, the server is still to be given the script
             wire.sent = wire.received = 0
-            writes = tick(sessions)
-            assert await store.commit(writes) == [True] * len(SESSIONS)
+            writes = await commit(store, sessions, how)
             sessions = [applied(session, write) for session, write in zip(sessions, writes, strict=True)]
         there, back = wire.sent, wire.received
         cuts = [*(("sent", rng.randrange(there)) for _ in range(40)), *(("received", cut) for cut in range(back))]
         for way, cut in cuts:
             sessions = await check_all(plain, sessions[0].step)
-            writes = tick(sessions)
             wire.sent = wire.received = 0
             wire.cut_sent, wire.cut_received = (cut, None) if way == "sent" else (None, cut)
             with pytest.raises(StoreUnavailable):
-                await store.commit(writes)
+                await commit(store, sessions, how)
             wire.cut_sent = wire.cut_received = None
-            assert await store.commit(writes) == [True] * len(SESSIONS)
+            writes = await commit(store, sessions, how)
             sessions = [applied(session, write) for session, write in zip(sessions, writes, strict=True)]
             await check_all(plain, sessions[0].step)
         await store.close()
     await plain.close()
 
 
-async def test_a_stale_write_that_was_held_back(redis_server: RedisServer, tmp_path: Path) -> None:
+async def stale(store: Store, session: Record, how: str) -> bool:
+    """Writes to a session that is another's by then: whether that was accepted."""
+    if how == "columns":
+        return (await store.commit_ticks([columns([session])]))[0][0]
+    return (await store.commit([after(session, states=b"stale")]))[0]
+
+
+@pytest.mark.parametrize("how", ["writes", "columns"])
+async def test_a_stale_write_that_was_held_back(redis_server: RedisServer, tmp_path: Path, how: str) -> None:
     """Two servers on one Redis: the old owner's write is on its way when the other takes the session, and arrives
     after that. It is refused, before and after the new owner's own."""
     new = await RedisStore.open(redis_server.url)
@@ -233,7 +271,7 @@ async def test_a_stale_write_that_was_held_back(redis_server: RedisServer, tmp_p
         for write_first in (False, True):
             wire.waiting.clear()
             wire.open.clear()
-            under_way = asyncio.create_task(old.commit([after(session, states=b"stale")]))
+            under_way = asyncio.create_task(stale(old, session, how))
             await wire.waiting.wait()
             (mine,) = await new.take(["a"], NOW)
             assert mine is not None
@@ -242,7 +280,7 @@ async def test_a_stale_write_that_was_held_back(redis_server: RedisServer, tmp_p
                 assert await new.commit([after(mine)]) == [True]
                 mine = applied(mine, after(mine))
             wire.open.set()
-            assert await under_way == [False]
+            assert not await under_way
             (session,) = await old.take(["a"], NOW)
             assert session is not None
             assert session.states == mine.states

@@ -177,13 +177,13 @@ async def test_files_that_are_none_of_ours(tmp_path: Path) -> None:
     db.close()
     await (await SqliteStore.open(later)).close()
     with sqlite3.connect(later) as db:
-        db.execute("PRAGMA user_version = 2")
+        db.execute("PRAGMA user_version = 3")
     db.close()
     before = {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)}
     for path, message in (
         (text, "not a database.*name a file of rnnserve's own"),
         (other, "another program's database"),
-        (later, "got format 2"),
+        (later, "got format 3"),
         (tmp_path, "Is a directory"),
         (tmp_path / "none" / "s.db", "No such file or directory"),
     ):
@@ -200,7 +200,7 @@ async def test_a_damaged_file_is_told(tmp_path: Path) -> None:
     assert all(await store.create([record(f"s{index}", states=bytes(500)) for index in range(200)]))
     await store.close()
     content = bytearray(path.read_bytes())
-    content[8192:] = b"\x5a" * (len(content) - 8192)
+    content[16384:] = b"\x5a" * (len(content) - 16384)
     path.write_bytes(content)
     store = await SqliteStore.open(path)
     with pytest.raises(StoreCorrupt, match="recover") as caught:

@@ -9,16 +9,18 @@ import asyncio
 import itertools
 import random
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
 
 from rnnserve_server.store import End, Ended, Meta, Record, Reply, Store, Write, first_epoch
+from rnnserve_server.store.tick import Answered, Rows, Tick
 
 NOW = 1_700_000_000.0
 REMEMBER = 100.0
@@ -66,6 +68,8 @@ def applied(before: Record, write: Write) -> Record:
     bound = min([write.step, *(r.first_step for r in write.replies)])
     kept = [r for r in kept if r.first_step + r.timesteps <= bound]
     states = before.states if write.states is None else write.states
+    if write.keep:
+        kept = kept[max(0, len(kept) + len(write.replies) - write.keep) :]
     return replace(
         before,
         revision=write.revision,
@@ -74,6 +78,32 @@ def applied(before: Record, write: Write) -> Record:
         states=states,
         replies=(*kept, *write.replies),
     )
+
+
+def tick(before: Sequence[Record], chunks: Sequence[int], keep: int = 16) -> Tick:
+    """What chunks of so many steps leave behind of some sessions."""
+    steps = [each.step + sum(chunks) for each in before]
+    rounds, at = [], [each.step for each in before]
+    for timesteps in chunks:
+        digests = [b"%8d" % step for step in at]
+        rounds.append(Answered(timesteps, rows(digests), b"head", rows([b"y%8d" % step for step in at])))
+        at = [step + timesteps for step in at]
+    return Tick(
+        [each.id for each in before],
+        [each.epoch for each in before],
+        [each.revision + 1 for each in before],
+        steps,
+        sum(chunks),
+        max(each.last_used for each in before) + 1,
+        rows([b"%8d" % step for step in steps]),
+        tuple(rounds[-keep:]),
+        keep,
+    )
+
+
+def rows(parts: Sequence[bytes]) -> Rows:
+    """As a tick has them."""
+    return np.frombuffer(b"".join(parts), np.uint8).reshape(len(parts), -1)
 
 
 async def created(store: Store, session_id: str = "a", **changes: Any) -> Record:
@@ -270,6 +300,71 @@ class StoreSuite(ABC):
             session = applied(session, write)
         assert [each.first_step for each in session.replies] == [6, 9, 10]
         assert replace(await stored(store), epoch=session.epoch) == session
+
+    async def test_a_window_of_so_many(self, store: Store) -> None:
+        """A write may say how many replies stay, old and new."""
+        session = await created(store)
+        for keep in (0, 0, 0, 3, 3, 1):
+            write = after(session, keep=keep)
+            assert await store.commit([write]) == [True]
+            session = applied(session, write)
+        assert [r.first_step for r in session.replies] == [5]
+        assert replace(await stored(store), epoch=session.epoch) == session
+
+    async def test_ticks_are_their_writes(self, store: Store) -> None:
+        """Ticks of several sessions and chunks, with writes, looks and other handles' sessions in between, leave behind
+        what their writes one by one would.
+        """
+        rng = random.Random(7)
+        sessions = {name: await created(store, name, states=b"\0" * 8) for name in "abcde"}
+        for number in range(60):
+            names = rng.sample(sorted(sessions), rng.randrange(1, 6))
+            some = [sessions[name] for name in names]
+            if rng.random() < 0.2:
+                writes = [after(each, rng.randrange(3), states=b"%8d" % number) for each in some]
+                assert await store.commit(writes) == [True] * len(some)
+            elif rng.random() < 0.1:
+                writes = [after(each, 0, step=max(0, each.step - 2), states=b"%8d" % number) for each in some]
+                assert await store.commit(writes) == [True] * len(some)
+            else:
+                made = tick(some, [rng.randrange(1, 4) for _ in range(rng.randrange(1, 4))], keep=rng.choice((3, 4)))
+                writes = made.writes()
+                cut = rng.randrange(len(some) + 1)
+                parts = [part for part in (made.part(0, cut), made.part(cut, len(some))) if part.ids]
+                done = await store.commit_ticks(parts)
+                assert done == [[True] * len(part.ids) for part in parts]
+                if rng.random() < 0.3:
+                    assert await store.commit_ticks(parts) == done  # sent again: recognised
+            for write in writes:
+                sessions[write.id] = applied(sessions[write.id], write)
+            if rng.random() < 0.2:
+                heads = await store.peek(sorted(sessions))
+                assert [(h and h.step, h and h.revision) for h in heads] == [
+                    (each.step, each.revision) for _, each in sorted(sessions.items())
+                ]
+            if rng.random() < 0.2:
+                name = rng.choice(sorted(sessions))
+                found = await stored(store, name)
+                assert found == replace(sessions[name], epoch=found.epoch)
+                sessions[name] = found
+        for name, session in sessions.items():
+            assert replace(await stored(store, name), epoch=session.epoch) == session
+
+    async def test_a_tick_that_is_partly_stale(self, handles: Callable[[], Awaitable[Store]]) -> None:
+        """Of a tick, those sessions that another handle has taken, moved on or ended are refused, and only those."""
+        old, new = await handles(), await handles()
+        sessions = [await created(old, name, states=b"\0" * 8) for name in "abcd"]
+        first = tick(sessions, [1])
+        assert await old.commit_ticks([first]) == [[True] * 4]
+        sessions = [applied(each, write) for each, write in zip(sessions, first.writes(), strict=True)]
+        (taken,) = await new.take(["b"], NOW)
+        assert taken is not None
+        assert await new.delete([("d", sessions[3].epoch)], End.CLOSED, NOW) == [True]
+        assert await old.commit_ticks([tick(sessions, [2])]) == [[True, False, True, False]]
+        assert await new.commit_ticks([tick([taken], [1, 1])]) == [[True]]
+        assert (await stored(new, "a")).step == 3
+        assert (await stored(new, "b")).step == 3
+        assert await new.peek(["d"]) == [None]
 
     async def test_moving_back_forgets_what_was_not_done(self, store: Store) -> None:
         """After a rewind the window holds no reply that reaches beyond the step, not even half of one."""
@@ -483,12 +578,44 @@ class StoreSuite(ABC):
                     if len(page) < size:
                         break
                 assert found == expected
+        numbers = [sum(each.meta.model == model for each in sessions) for model in ("m", "n", "none")]
+        assert await store.count(["m", "n", "none"]) == numbers
+        assert await store.count([]) == []
         first = await store.page("", 10)
         gone = [first[-1], *(await store.page(first[-1].cursor, 3))]
         assert await store.delete([(head.id, head.epoch) for head in gone], End.CLOSED, NOW) == [True] * 4
         await created(store, "late", create_time=NOW + 9)
         rest = await store.page(first[-1].cursor, 100)
         assert [head.id for head in rest] == [*(each.id for each in ordered[13:]), "late"]
+
+    async def test_pages_and_counts_of_one_principal(self, store: Store) -> None:
+        """Those whose ids begin with its name and a slash, and no others: not of a longer name, and not nobody's."""
+        rng = random.Random(4)
+        owners = ("al/", "alice/", "alice@x/", "")
+        sessions = [
+            record(f"{owner}s{index}", create_time=NOW + rng.choice([0.5, 1, 2]), model=rng.choice(["m", "n"]))
+            for index in range(12)
+            for owner in owners
+        ]
+        await store.create(sessions)
+        ordered = sorted(sessions, key=lambda each: (each.meta.create_time, each.id))
+        for owner in (*owners[:3], "bob/"):
+            assert await store.count_of(owner) == (0 if owner == "bob/" else 12)
+            for model in ("", "m", "none"):
+                expected = [e.id for e in ordered if e.id.startswith(owner) and model in ("", e.meta.model)]
+                for size in (1, 5, 100):
+                    found, after_ = [], ""
+                    while page := await store.page(after_, size, model, owner):
+                        assert len(page) <= size
+                        found += [head.id for head in page]
+                        after_ = page[-1].cursor
+                    assert found == expected
+        (gone,) = await store.take(["alice/s3"], NOW + 1)
+        assert gone is not None
+        assert await store.delete([("alice/s3", gone.epoch)], End.CLOSED, NOW) == [True]
+        await store.expire(NOW + 1, 100)
+        assert await store.count_of("alice/") == 11
+        assert "alice/s3" not in [head.id for head in await store.page("", 100, "", "alice/")]
 
     # Anything in any order
 

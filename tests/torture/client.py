@@ -220,6 +220,7 @@ class Link:
             if request.ByteSize():
                 await stream.write(request)
                 if self.trial.happens(0.02):
+                    self.trial.counts["streams half-closed"] += 1
                     await stream.done_writing()  # all that was said is answered, and then the stream ends
                     return
                 continue
@@ -276,8 +277,11 @@ class Link:
             return wanted
         if track.frontier and self.trial.happens():
             old = max(0, track.frontier - 1 - int(self.trial.chance.expovariate(0.1)))
-            wanted.insert(self.trial.chance.randrange(len(wanted) + 1), (old, self.trial.chance.random() < 0.2))
+            wrong = self.trial.chance.random() < 0.2
+            self.trial.counts["chunks sent wrong" if wrong else "chunks sent twice"] += 1
+            wanted.insert(self.trial.chance.randrange(len(wanted) + 1), (old, wrong))
         if self.trial.happens(0.2):
+            self.trial.counts["chunks out of order"] += len(wanted) > 1
             self.trial.chance.shuffle(wanted)
         if self.trial.happens(0.1):
             assert track.lane is not None
@@ -360,7 +364,8 @@ async def call_by_call(trial: Trial, track: Track) -> None:
                     await _call(trial, track, stub, number)
             except grpc.aio.AioRpcError as error:
                 why = reason(error)
-                trial.counts[f"call: {why.lower()}"] += 1
+                passed = error.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+                trial.counts["calls whose deadline passed" if passed else f"call: {why.lower()}"] += 1
                 if why == "SESSION_EXISTS":
                     track.exists = True
                 elif why == "SESSION_UNKNOWN" and not track.created:
@@ -370,7 +375,7 @@ async def call_by_call(trial: Trial, track: Track) -> None:
             except asyncio.CancelledError:
                 if (task := asyncio.current_task()) is None or task.cancelling():
                     raise
-                trial.counts["cancelled calls"] += 1
+                trial.counts["calls cancelled"] += 1
         await asyncio.sleep(trial.chance.uniform(0, 0.02))
 
 

@@ -14,32 +14,32 @@ def plant(name: str) -> None:
 
 
 def _drops_a_commit() -> None:
-    """The store says that a write is durable, and has not written it: now and then."""
+    """The store says that a tick is durable, and has not written it: now and then."""
     from rnnserve_server.store.sqlite import SqliteStore
 
-    commit, chance = SqliteStore._commit, random.Random(5)
+    commit, chance = SqliteStore.commit_ticks, random.Random(5)
 
-    def careless(self: Any, writes: Any) -> list[bool]:
-        kept = [write for write in writes if chance.random() > 0.02]
-        applied = dict(zip([write.id for write in kept], commit(self, kept), strict=True))
-        return [applied.get(write.id, True) for write in writes]
+    async def careless(self: Any, ticks: Any) -> list[list[bool]]:
+        kept = [chance.random() > 0.02 for _ in ticks]
+        applied = iter(await commit(self, [tick for tick, keep in zip(ticks, kept, strict=True) if keep]))
+        return [next(applied) if keep else [True] * len(tick.ids) for tick, keep in zip(ticks, kept, strict=True)]
 
-    SqliteStore._commit = careless  # type: ignore[method-assign]
+    SqliteStore.commit_ticks = careless  # type: ignore[method-assign]
 
 
 def _answers_before_commit() -> None:
     """What is written reaches the store some ticks after the answers have left."""
     from rnnserve_server.store.sqlite import SqliteStore
 
-    commit, late = SqliteStore._commit, list[Any]()
+    commit, late = SqliteStore.commit_ticks, list[Any]()
 
-    def lazy(self: Any, writes: Any) -> list[bool]:
-        late.append(writes)
+    async def lazy(self: Any, ticks: Any) -> list[list[bool]]:
+        late.append(ticks)
         for each in [late.pop(0) for _ in range(len(late) - 3)]:
-            commit(self, each)
-        return [True] * len(writes)
+            await commit(self, each)
+        return [[True] * len(tick.ids) for tick in ticks]
 
-    SqliteStore._commit = lazy  # type: ignore[method-assign]
+    SqliteStore.commit_ticks = lazy  # type: ignore[method-assign]
 
 
 def _forgets_answers() -> None:

@@ -7,6 +7,7 @@ import contextlib
 import random
 import socket
 import struct
+from collections import Counter
 from typing import Literal
 
 How = Literal["close", "reset", "half"]
@@ -18,7 +19,8 @@ class Proxy:
     Attributes:
         address: where.
         mean: bytes, in the mean, after which a connection is cut, in the way that they went; None: never.
-        cuts: how many connections it has cut.
+        cuts: how many connections it has cut, by how.
+        resets: how many connections it has reset at once.
         refusing: whether new connections are reset at once.
         passing: cleared, nothing passes; set again, everything goes on.
     """
@@ -29,7 +31,8 @@ class Proxy:
         self._chance = chance
         self._tasks: set[asyncio.Task[None]] = set()
         self.mean = mean
-        self.cuts = 0
+        self.cuts: Counter[How] = Counter()
+        self.resets = 0
         self.refusing = False
         self.passing = asyncio.Event()
         self.passing.set()
@@ -51,6 +54,7 @@ class Proxy:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         if self.refusing:
+            self.resets += 1
             _reset(writer)
             return
         try:
@@ -92,8 +96,8 @@ class Proxy:
                 await self.passing.wait()
                 if left is not None and len(data) >= left:
                     writer.write(data[:left])
-                    self.cuts += 1
                     how: How = self._chance.choice(("close", "reset", "half"))
+                    self.cuts[how] += 1
                     if how == "half":
                         writer.write_eof()
                         while await reader.read(65536):

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import random
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,7 +21,7 @@ from torture.plan import Plan, make_plans, write_models
 from torture.proxy import Proxy
 from torture.servers import ServerProcess
 
-_GRACE = 40.0  # seconds that what is under way may take when the time is up
+_GRACE = 120.0  # seconds that what is under way may take when the time is up
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,9 @@ class Report:
     chunks: int = 0
     kills: int = 0
     terms: int = 0
-    cuts: int = 0
+    cuts: dict[str, int] = field(default_factory=dict)
+    delays: int = 0
+    longest_drain: float = 0.0
     longest_pause: float = 0.0
     patient: str = ""
     counts: dict[str, int] = field(default_factory=dict)
@@ -88,7 +91,10 @@ class Report:
     def __str__(self) -> str:
         lines = [
             f"{self.store}: {self.steps:,} steps in {self.chunks:,} chunks, {self.seconds:.0f} s",
-            f"  {self.kills} x SIGKILL, {self.terms} x SIGTERM, {self.cuts} connections cut",
+            f"  seed {self.torture.seed}, {self.torture.sessions} sessions, {self.torture.replicas} server(s)",
+            f"  {self.kills} x SIGKILL, {self.terms} x SIGTERM (ended after {self.longest_drain:.2f} s at most)",
+            f"  connections cut amid the bytes: {', '.join(f'{n} x {how}' for how, n in sorted(self.cuts.items()))}; "
+            f"held back: {self.delays} times",
             f"  longest pause of a session: {self.longest_pause:.2f} s ({self.patient})",
             *(f"  {count:>8,} {name}" for name, count in sorted(self.counts.items())),
             *(f"  FAULT {fault}" for fault in self.faults[:20]),
@@ -131,7 +137,8 @@ async def torture(what: Torture, url: str, folder: Path) -> Report:
             trial = Trial(what.seed, lambda: [p.address for p in proxies], ahead=what.ahead, mischief=what.mischief)
             tracks = [Track(trial, plan) for plan in plans]
             await _run(what, trial, tracks, servers, proxies, report)
-            report.cuts = sum(proxy.cuts for proxy in proxies)
+            report.cuts = dict(sum((proxy.cuts for proxy in proxies), Counter[str]()))
+            trial.counts["connections refused"] = sum(proxy.resets for proxy in proxies)
         for server in servers:
             await asyncio.to_thread(server.terminate)
         for track in tracks:
@@ -222,12 +229,15 @@ async def _adversary(
         at = chance.randrange(len(servers))
         server, proxy = servers[at], proxies[at]
         if chance.random() < 0.2:
+            report.delays += 1
             proxy.passing.clear()
             await asyncio.sleep(chance.uniform(0, 0.1))
             proxy.passing.set()
         if number % 4 == 3:
             report.terms += 1
+            began = time.monotonic()
             await asyncio.to_thread(server.terminate)
+            report.longest_drain = max(report.longest_drain, time.monotonic() - began)
         else:
             report.kills += 1
             await asyncio.to_thread(server.kill)

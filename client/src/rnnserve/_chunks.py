@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from rnnserve import _trace
+from rnnserve._notices import Notice
 from rnnserve.codec import Array, encode_joined
 from rnnserve.errors import GroupError, RequestError
 from rnnserve.v1 import inference_pb2, session_pb2
@@ -63,6 +65,7 @@ class Lane:
         ready: chunks wished on it may leave at once: it is open, and none wished earlier is parked.
         closing: a close is wished or sent.
         ghost: what is left, until it is closed, of a lane that went elsewhere.
+        notice: what the server told of the session last, or None.
     """
 
     __slots__ = (
@@ -79,6 +82,7 @@ class Lane:
         "holder",
         "known",
         "next_step",
+        "notice",
         "number",
         "open",
         "open_ticket",
@@ -106,6 +110,7 @@ class Lane:
         self.known = self.open = self.opening = self.ready = self.closing = self.delete_session = False
         self.asked = self.ghost = False
         self.fresh = True
+        self.notice: Notice | None = None
         self.tries = self.active = 0
         self.backlog: deque[Chunk] | None = None
         self.claim: tuple[session_pb2.SessionConfig, RequestError] | None = None
@@ -116,7 +121,7 @@ class Chunk:
 
     `inputs` are [N, batch, time, ...] and `mask` is bool [N, batch, time], in C order, little-endian; the leading axis
     may be left out when N is 1. `key` is equal for chunks that may share a frame. `ticket` comes back in the answer,
-    which has `reply_bytes` for each lane.
+    which has `reply_bytes` for each lane. `trace` is the span that it was made within.
     """
 
     __slots__ = (
@@ -131,6 +136,7 @@ class Chunk:
         "shapes",
         "ticket",
         "timesteps",
+        "trace",
         "weight",
     )
 
@@ -156,6 +162,7 @@ class Chunk:
         self.lanes: list[Lane] = []
         self.first_steps: list[int] = []
         self.number = 0  # counts the wishes of a connection
+        self.trace = _trace.traceparent() if _trace.active() else ""
         self.weight = max(reply_bytes, REPLAY_WINDOW // REPLAY_CHUNKS)  # of REPLAY_WINDOW
 
     def own(self) -> Chunk:
@@ -172,7 +179,7 @@ class Chunk:
             inputs = [array[chosen] for array in self.inputs]
             mask = None if self.mask is None else self.mask[chosen]
             part = Chunk(self.names, inputs, mask, self.shapes, self.timesteps, self.key, self.ticket, self.weight)
-            part.number = self.number
+            part.number, part.trace = self.number, self.trace
         part.lanes, part.first_steps = lanes, first_steps
         return part
 
@@ -249,6 +256,8 @@ def write_frame(frame: inference_pb2.StepFrame, chunks: list[Chunk]) -> None:
     else:
         frame.lanes.extend([lane.number for chunk in chunks for lane in chunk.lanes])
         frame.first_steps.extend([step for chunk in chunks for step in chunk.first_steps])
+    if _trace.active():
+        frame.traceparent = next((chunk.trace for chunk in chunks if chunk.trace), "")
     count = len(frame.lanes)
     first = chunks[0]
     for index, name in enumerate(first.names):

@@ -9,12 +9,15 @@ from typing import Any, TypeVar
 import grpc
 import grpc.aio
 
+from rnnserve import _trace
 from rnnserve._chunks import Lane
 from rnnserve._links import REPLAY_BYTES, Links, Place, Routing
+from rnnserve._notices import OnNotice
 from rnnserve._resolve import Replica, fixed, resolve
 from rnnserve._retry import RETRY_FOR, Retry
 from rnnserve.errors import ClientClosed, DeadlineExceeded, RequestError, Unavailable, from_rpc_error
 from rnnserve.models import Model, SessionInfo
+from rnnserve.tls import Tls, Token, check_token, tls_of
 from rnnserve.v1 import inference_pb2, model_pb2, session_pb2
 from rnnserve.v1.inference_pb2_grpc import InferenceServiceStub
 from rnnserve.v1.model_pb2_grpc import ModelServiceStub
@@ -34,6 +37,12 @@ _OPTIONS: tuple[tuple[str, Any], ...] = (
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 500),
     ("grpc.min_reconnect_backoff_ms", 5000),  # in spite of its name, how long one try may take
+    # A peer whose packets are dropped says nothing, and TCP takes a quarter of an hour to notice. While a stream is
+    # open, one that was silent for so long is asked for a sign of life, and has so long to give it.
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.http2.ping_timeout_ms", 5_000),  # also of a ping that gRPC has sent for its own sake: it sends no second one
+    ("grpc.http2.max_pings_without_data", 0),  # as often as that
 )
 
 _HEALTH = "/grpc.health.v1.Health/Check"
@@ -60,8 +69,15 @@ class Connection:
         options: Sequence[tuple[str, Any]],
         retry_for: float | None = RETRY_FOR,
         replay_bytes: int = REPLAY_BYTES,
+        on_notice: OnNotice | None = None,
+        tls: Tls = None,
+        token: Token | None = None,
         streams: int = 1,
     ) -> None:
+        if credentials is not None and tls not in (None, False):
+            raise ValueError("credentials and tls: expected one of them")
+        for each in [target] if isinstance(target, str) else target:
+            check_token(each, token, tls, credentials)
         if retry_for is not None and not retry_for >= 0:
             raise ValueError(f"retry_for must be seconds, 0 for never or None for ever, got {retry_for}")
         if replay_bytes < 1:
@@ -80,8 +96,14 @@ class Connection:
         self.timeout = timeout
         self.retry = Retry(retry_for)
         self._replay_bytes = replay_bytes
+        self._on_notice = on_notice
+        self._token = token
         self._credentials = credentials
-        self._options = (*_OPTIONS, *options)
+        secure = tls_of(tls)
+        given = options if secure is None else (*secure.options(), *options)
+        self._options = tuple({**dict(_OPTIONS), **dict(given)}.items())  # gRPC takes the first of two
+        if secure is not None:
+            self._credentials = secure.credentials()
         self._channels: dict[Replica, grpc.aio.Channel] = {}
         self._links: Links | None = None
         self._looking: asyncio.Task[Links] | None = None
@@ -144,6 +166,7 @@ class Connection:
             serves=self._serves,
             drop=self._drop,
             moves=self._spread,
+            on_notice=self._on_notice,
         )
         if self._streams > 1:
             replicas = {f"{name}#{number}": each for name, each in replicas.items() for number in range(self._streams)}
@@ -155,7 +178,11 @@ class Connection:
 
     def metadata(self, routing: Routing = ()) -> grpc.aio.Metadata:
         """What every call says beside its request; `routing` tells a proxy where it belongs."""
-        return grpc.aio.Metadata(*routing)
+        headers = [*routing, *_trace.headers()]
+        if self._token is not None:
+            token = self._token if isinstance(self._token, str) else self._token()
+            headers.append(("authorization", f"Bearer {token}"))
+        return grpc.aio.Metadata(*headers)
 
     def _channel(self, replica: Replica) -> grpc.aio.Channel:
         """The channel to a replica, opened on first use."""
@@ -259,10 +286,12 @@ class Connection:
         response = await self.unary(lambda channel: SessionServiceStub(channel).ListSessions, request, limit)
         return [SessionInfo.from_message(each) for each in response.sessions], response.next_page_token
 
-    async def get_session(self, session_id: str, limit: float | None, lane: Lane) -> SessionInfo:
-        """A session as it is."""
+    async def get_session(self, session_id: str, limit: float | None, lane: Lane | None = None) -> SessionInfo:
+        """A session as it is; with its lane, if there is one."""
         request = session_pb2.GetSessionRequest(session_id=session_id)
-        response = await self.unary(lambda channel: SessionServiceStub(channel).GetSession, request, limit, about=lane)
+        response = await self.unary(
+            lambda channel: SessionServiceStub(channel).GetSession, request, limit, about=lane or session_id
+        )
         return SessionInfo.from_message(response.session)
 
     async def reset_session(

@@ -12,8 +12,10 @@ from typing import Any, Protocol, TypeAlias, cast
 import grpc
 import grpc.aio
 
+from rnnserve import _notices
 from rnnserve._chunks import Answer, Lane
 from rnnserve._lanes import Account, Lanes, ProtocolViolation
+from rnnserve._notices import OnNotice
 from rnnserve._retry import Retry, Trial
 from rnnserve.codec import TensorError
 from rnnserve.errors import ClientClosed, RequestError, RnnserveError, ServerError, Unavailable, from_lost_stream
@@ -69,6 +71,8 @@ class Link:
     anew. Chunks that were wished keep their places all the while, unless `retry` has a limit of 0: then they are
     dropped with the stream.
 
+    `on_notice` is given every notice of the server, and must return at once.
+
     Attributes:
         lanes: what is wished.
         key: the id of the first session that was wished here, by which proxies route its streams; or "".
@@ -80,7 +84,13 @@ class Link:
     """
 
     def __init__(
-        self, target: str, start: Callable[[Link], _Call], retry: Retry, host: Host, account: Account | None = None
+        self,
+        target: str,
+        start: Callable[[Link], _Call],
+        retry: Retry,
+        host: Host,
+        account: Account | None = None,
+        on_notice: OnNotice | None = None,
     ) -> None:
         self.lanes = Lanes(resume=retry.limit != 0, account=account)
         self.lanes.woken = self.wake
@@ -93,6 +103,7 @@ class Link:
         self._start = start
         self._retry = retry
         self._host = host
+        self._on_notice = on_notice
         self._trials: dict[Lane, tuple[Trial, int]] = {}  # of the lanes that are put off
         self._loop = asyncio.get_running_loop()
         self._call: _Call | None = None
@@ -143,6 +154,14 @@ class Link:
         if not self.closed:
             self.lanes.open_again(lane)
             self.wake()
+
+    def _notify(self) -> None:
+        """Tells whoever wants to know what the server told."""
+        notices, self.lanes.notices = self.lanes.notices, []
+        _notices.log(self._target, notices)
+        if self._on_notice is not None:
+            for notice in notices:
+                self._on_notice(notice)
 
     # Streams
 
@@ -231,6 +250,8 @@ class Link:
                     return self.lanes.broken
                 if self.lanes.put_off:
                     self._put_off()
+                if self.lanes.notices:
+                    self._notify()
                 self._host.admit()
                 self.wake()  # answers make room for wishes that were held back
         except grpc.RpcError as error:

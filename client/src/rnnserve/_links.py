@@ -22,6 +22,7 @@ import grpc.aio
 from rnnserve._chunks import Chunk, Lane
 from rnnserve._lanes import Account
 from rnnserve._link import LOG, Link, deliver
+from rnnserve._notices import OnNotice
 from rnnserve._rendezvous import choose
 from rnnserve._resolve import Replica
 from rnnserve._retry import Retry
@@ -47,6 +48,7 @@ _SILENT_AFTER = 3.0
 _TENDED_EVERY = 1.0
 
 _MISSES = 3  # sessions that a replica does not know, after which it is not asked for others
+_IDS = 200  # tries to find one for a place
 _AT_ONCE = 256  # lanes that are looked at in one turn of the event loop
 _GONE = ("", "DRAINING")  # reasons that tell that there is no server any more; others come from one
 #: Metadata for proxies.
@@ -90,6 +92,7 @@ class Links:
         serves: asks a replica whether it serves.
         drop: closes the channel to a replica.
         moves: whether lanes may go from one place to another.
+        on_notice: is given every notice of a server, and must return at once.
 
     Attributes:
         closed: they were closed for good.
@@ -106,6 +109,7 @@ class Links:
         serves: Callable[[Replica], Any],
         drop: Callable[[Replica], Any],
         moves: bool,
+        on_notice: OnNotice | None = None,
     ) -> None:
         self.closed = False
         self._retry = retry
@@ -116,6 +120,7 @@ class Links:
         self._serves = serves
         self._drop = drop
         self._moves = moves
+        self._on_notice = on_notice
         self._account = Account()
         self._places: dict[str, Place] = {}  # those that new sessions are placed at
         self._of: dict[Link, Place] = {}  # every link, those of replicas that are gone too
@@ -139,7 +144,7 @@ class Links:
         for name, replica in replicas.items():
             place = back.get(name)
             if place is None:
-                link = Link(replica.target, self._stream, self._retry, self, self._account)
+                link = Link(replica.target, self._stream, self._retry, self, self._account, self._on_notice)
                 place = self._of[link] = Place(name, replica, link)
             place.gone = False
             self._places.setdefault(name, place)
@@ -204,13 +209,19 @@ class Links:
 
     # Lanes
 
-    async def open(
-        self, target: session_pb2.SessionConfig | str, place: Place | None = None
-    ) -> tuple[Lane, session_pb2.Session]:
-        """Opens a lane for a new session, or for a live one by its id: where it belongs, unless a place is given."""
-        if place is None:
-            place = self.place(target if isinstance(target, str) else target.session_id)
-        return await place.link.open(target)
+    async def open(self, target: session_pb2.SessionConfig | str) -> tuple[Lane, session_pb2.Session]:
+        """Opens a lane where it belongs, for a new session, or for a live one by its id."""
+        return await self.place(target if isinstance(target, str) else target.session_id).link.open(target)
+
+    def neighbour(self, lane: Lane) -> str:
+        """An id for a new session that belongs where a lane is now."""
+        place = self.holding(lane)
+        made = uuid.uuid4().hex
+        for _ in range(_IDS):  # in vain if the place is gone
+            if self.place(made) is place:
+                break
+            made = uuid.uuid4().hex
+        return made
 
     async def close_lane(self, lane: Lane, delete_session: bool) -> None:
         """Closes a lane behind its chunks, and ends its session too if asked."""

@@ -18,6 +18,7 @@ from rnnserve_models.masking import Compacted
 from rnnserve_models.options import LayerOptions
 from rnnserve_server.column import Index, span
 from rnnserve_server.errors import ServiceError
+from rnnserve_server.resets import Resets
 
 if TYPE_CHECKING:
     from rnnserve_server.sessions import Group
@@ -78,6 +79,14 @@ class Sink(Protocol):
 
     def flush(self) -> None:
         """All that a tick had to tell was told."""
+
+
+class Trace(Protocol):
+    """A frame or call that is traced."""
+
+    @property
+    def trace_id(self) -> str:
+        """32 hexadecimal digits."""
 
 
 _UNKNOWN = slice(0, 0)
@@ -146,11 +155,14 @@ class Block:
         done: compacted time steps already run.
         solo: run by itself, because it shared a batch that failed.
         begun: whether its sessions were checked and their states gathered.
+        resets: where its rows are reset by themselves; None: nowhere.
         outputs: what the engine gave so far, for each slice of time steps.
         number: its own, given when it is queued.
         order: its turn among the blocks that are ready.
         followers: what must wait for it.
         rounds: the blocks that it was made of, if it has several chunks of each session: see `Scheduler.absorb`.
+        queued_at: when it was queued, by the worker's clock, if anybody watches.
+        traces: the frames in it that are traced, as whoever traces them knows them.
         rows: N * batch_size.
         steps: compacted time steps in all: the largest number of valid steps of a row.
         nbytes: bytes of input that it holds.
@@ -167,11 +179,14 @@ class Block:
     done: int = 0
     solo: bool = False
     begun: bool = False
+    resets: Resets | None = None
     outputs: list[Arrays] = field(default_factory=list)
     number: int = -1
     order: int = -1
     followers: list[Block | Barrier] = field(default_factory=list)
     rounds: list[Block] = field(default_factory=list)
+    queued_at: float = 0.0
+    traces: Sequence[Trace] = ()
     rows: int = field(init=False)
     steps: int = field(init=False)
     nbytes: int = field(init=False)
@@ -264,8 +279,11 @@ class Block:
             done=self.done,
             solo=self.solo,
             begun=self.begun,
+            resets=self.resets and self.resets.take(rows),
             outputs=[{name: y[:, rows] for name, y in part.items()} for part in self.outputs],
             rounds=[each.take(index) for each in self.rounds],
+            queued_at=self.queued_at,
+            traces=self.traces,
         )
 
 

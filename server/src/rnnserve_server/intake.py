@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from rnnserve_models.engine.base import Array, Arrays
-from rnnserve_server.blocks import Block, Sessions, Sink
+from rnnserve_server.blocks import Block, Sessions, Sink, Trace
 from rnnserve_server.layout import Signature, to_call
 from rnnserve_server.sessions import Group
 
@@ -28,6 +28,7 @@ class Frame:
         sessions: whose chunks they are.
         inputs: every input, [N, batch, time, *shape] ([N, time, batch, *shape] with time_major).
         mask: bool, [N, batch, time] or [N, 1, time] (likewise), or None.
+        trace: what whoever traces knows it by; None if nobody does.
     """
 
     sink: Sink
@@ -35,6 +36,7 @@ class Frame:
     sessions: Sessions
     inputs: Arrays
     mask: Array | None
+    trace: Trace | None = None
 
     @property
     def nbytes(self) -> int:
@@ -54,10 +56,15 @@ class Intake:
     """The frames of one model that came since it was last emptied.
 
     Frames of one sink keep their order.
+
+    Attributes:
+        queued_bytes: bytes of input.
+        since: for whoever takes it in to say when the first of them came, if anybody watches.
     """
 
     def __init__(self) -> None:
         self.queued_bytes = 0
+        self.since: float | None = None
         self._piles: list[_Pile] = []
         self._open: dict[tuple[Group, Signature, bool], _Pile] = {}  # the last pile of a kind
         self._last: dict[Sink, int] = {}  # the number of the last pile that has a frame of the sink

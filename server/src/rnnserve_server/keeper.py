@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Callable, Sequence
+from operator import attrgetter
 
 import numpy as np
 import structlog
@@ -27,24 +28,30 @@ from rnnserve_server.errors import (
     SessionAway,
     SessionClosed,
     SessionError,
+    SessionEvicted,
     SessionExpired,
     SessionTakenOver,
     SessionUnknown,
+    SessionUnloaded,
     StoreDown,
 )
+from rnnserve_server.owners import scope_of
 from rnnserve_server.records import (
     limits_of,
     meta_of,
     options_of,
     pack_answers,
     pack_states,
+    rules_of,
     unpack_answers,
     unpack_states,
 )
-from rnnserve_server.replay import digest
+from rnnserve_server.replay import digests
 from rnnserve_server.repository import Repository
+from rnnserve_server.resets import NO_RULES, ResetRules
 from rnnserve_server.sessions import Group, SessionTable
 from rnnserve_server.store.base import End, Head, Record, Reply, Store, StoreError, Write, first_epoch
+from rnnserve_server.store.tick import Answered, Tick
 
 log = structlog.get_logger(__name__)
 
@@ -52,10 +59,11 @@ _ERRORS: dict[End, type[SessionError]] = {
     End.CLOSED: SessionClosed,
     End.IDLE: SessionExpired,
     End.AGED: SessionAged,
-    End.EVICTED: SessionExpired,
-    End.UNLOADED: SessionClosed,
+    End.EVICTED: SessionEvicted,
+    End.UNLOADED: SessionUnloaded,
 }
-_REASONS: dict[type[SessionError], End] = {SessionExpired: End.IDLE, SessionAged: End.AGED}
+_REASONS: dict[type[SessionError], End] = {kind: end for end, kind in _ERRORS.items()}
+_SHOWN = 4  # sessions that a line of the log names
 _AT_ONCE = 256  # sessions of one call to the store
 _TRIES = 3  # to have all sessions of a request in memory at once: there may not be room for them
 
@@ -105,13 +113,12 @@ class Keeper:
             StoreDown: the store cannot be reached; whether any is stored is not known.
         """
         epochs = [first_epoch() for _ in range(len(slots))]
-        blobs = pack_states(group, group.arena.gather(slots), len(slots))
+        packed = pack_states(group, group.arena.gather(slots), len(slots))
         records = []
-        for slot, epoch, blob in zip(slots.tolist(), epochs, blobs, strict=True):
+        for slot, epoch, states in zip(slots.tolist(), epochs, packed, strict=True):
             session = self._sessions.at(group, slot)
-            records.append(
-                Record(session.id, meta_of(session), epoch, 0, session.step, last_used=session.create_time, states=blob)
-            )
+            created, blob = session.create_time, states.tobytes()
+            records.append(Record(session.id, meta_of(session), epoch, 0, session.step, last_used=created, states=blob))
         generations = group.generation[slots]
         async with self._attaching:
             try:
@@ -161,7 +168,9 @@ class Keeper:
         wanted = [each for each in ids if each in models]
         if wanted:
             largest = max(
-                session_bytes(models[head.id], head.meta.batch_size) for head in heads if head and head.id in models
+                session_bytes(models[head.id], head.meta.batch_size, rules_of(head.meta))
+                for head in heads
+                if head and head.id in models
             )
             await self.make_room(len(wanted), largest, line_up)
         records = [record for record in await self.store.take(wanted, now) if record is not None]
@@ -198,7 +207,8 @@ class Keeper:
 
     def _adopt(self, record: Record, model: LoadedModel) -> None:
         meta = record.meta
-        states = unpack_states(model.engine.states, meta.batch_size, record.states)
+        rules = rules_of(meta)
+        states = unpack_states((*model.engine.states, *rules.states), meta.batch_size, record.states)
         group, slots, full = self._sessions.create_many(
             model,
             meta.batch_size,
@@ -208,10 +218,14 @@ class Keeper:
             idle_lifetime=meta.idle_lifetime,
             lifetime=math.inf if meta.lifetime is None else meta.lifetime,
             replay=limits_of(meta),
+            rules=rules,
             session_ids=[record.id],
+            scope=scope_of(record.id),
+            new=False,
         )
         if full is not None:
             raise full
+        self._sessions.fetched[model.name, model.version] += 1
         now, wall = self._clock(), self._wall_clock()
         group.step[slots] = record.step
         group.epoch[slots], group.revision[slots] = record.epoch, record.revision
@@ -246,14 +260,42 @@ class Keeper:
         except StoreError as error:
             raise StoreDown(error) from error
 
-    async def page(self, after: str, limit: int, model: str) -> list[Head]:
+    async def ends(self, ids: Sequence[str]) -> list[Head | type[SessionError] | None]:
+        """Of sessions that are not in memory: how each is stored, or why it ended, or None where that is not known.
+
+        Raises:
+            StoreDown: the store cannot be reached.
+        """
+        now = self._wall_clock()
+        try:
+            heads = await self.store.peek(ids)
+            ended = await self.store.ended(ids, now)
+        except StoreError as error:
+            raise StoreDown(error) from error
+        return [
+            head if head is not None else None if end is None else _ERRORS[end.why]
+            for head, end in zip(heads, ended, strict=True)
+        ]
+
+    async def page(self, after: str, limit: int, model: str, scope: str = "") -> list[Head]:
         """Stored sessions, oldest first: see `Store.page`.
 
         Raises:
             StoreDown: the store cannot be reached.
         """
         try:
-            return await self.store.page(after, limit, model)
+            return await self.store.page(after, limit, model, scope)
+        except StoreError as error:
+            raise StoreDown(error) from error
+
+    async def count(self, scope: str) -> int:
+        """How many sessions of a principal are stored: see `Store.count_of`.
+
+        Raises:
+            StoreDown: the store cannot be reached.
+        """
+        try:
+            return await self.store.count_of(scope)
         except StoreError as error:
             raise StoreDown(error) from error
 
@@ -309,38 +351,30 @@ class Keeper:
 
     # Writing
 
-    def writes(self, block: Block, rounds: Sequence[Wire]) -> list[Write]:
-        """What a finished block changes: a write for each of its N sessions."""
+    def tick(self, block: Block, rounds: Sequence[Wire]) -> Tick:
+        """What a finished block changes, of each of its N sessions."""
         sessions = block.sessions
         assert sessions is not None
         assert sessions.first_steps is not None
         group, slots, count = sessions.group, sessions.slots, len(sessions.slots)
-        replies: list[list[Reply]] = [[] for _ in range(count)]
-        if group.window.limits.replies:
-            for each, outputs, shown in rounds:
-                assert each.sessions is not None
-                assert each.sessions.first_steps is not None
-                payloads = pack_answers(outputs, shown, count)
-                for position, (first_step, payload) in enumerate(
-                    zip(each.sessions.first_steps.tolist(), payloads, strict=True)
-                ):
-                    what = digest(each.call, position, count)
-                    replies[position].append(Reply(first_step, each.call.timesteps, what, payload))
-        now = self._wall_clock()
-        columns = zip(
-            slots.tolist(),
+        window, answered = group.window, list[Answered]()
+        limits = window.limits
+        for each, outputs, shown in rounds[-limits.replies :] if limits.replies else ():
+            head, rest = pack_answers(outputs, shown, count)
+            answered.append(Answered(each.call.timesteps, digests(each.call, count), head, rest))
+        by_count = window.by_count and all(each.rest.shape[1] * limits.replies <= limits.bytes for each in answered)
+        return Tick(
+            [group.ids[slot] for slot in slots.tolist()],
             group.epoch[slots].tolist(),
-            group.revision[slots].tolist(),
+            (group.revision[slots] + 1).tolist(),
             (sessions.first_steps + np.uint64(block.call.timesteps)).tolist(),
+            block.call.timesteps,
+            self._wall_clock(),
             pack_states(group, block.states, count),
-            replies,
-            group.window.oldest(group, slots).tolist(),
-            strict=True,
+            tuple(answered),
+            limits.replies,
+            () if by_count else window.oldest(group, slots).tolist(),
         )
-        return [
-            Write(group.ids[slot], epoch, revision + 1, step, now, states, tuple(answered), forget_before)
-            for slot, epoch, revision, step, states, answered, forget_before in columns
-        ]
 
     async def save(self, group: Group, slots: Array) -> None:
         """Stores what is in memory of the sessions in N slots, where it is not stored. Once begun it is finished, even
@@ -359,7 +393,7 @@ class Keeper:
                 if not len(piece):
                     continue
                 generations = group.generation[piece]
-                writes = [self._snapshot(group, slot) for slot in piece.tolist()]
+                writes = self._snapshots(group, piece)
                 used = group.last_used[piece]
                 group.dirty[piece] = False
                 try:
@@ -379,25 +413,32 @@ class Keeper:
         for group in self._sessions.groups():
             await self.save(group, group.arena.all_used())
 
-    def _snapshot(self, group: Group, slot: int) -> Write:
-        """All that there is of a session now."""
-        slots = np.array([slot])
-        replies = []
-        for round_, index in group.window.of(group, slot):
-            (payload,) = pack_answers(*round_.shown(index), 1)
-            replies.append(Reply(int(round_.first_steps[index]), round_.timesteps, round_.digest(index), payload))
-        (blob,) = pack_states(group, group.arena.gather(slots), 1)
-        last_used = self._wall_clock() - (self._clock() - float(group.last_used[slot]))
-        return Write(
-            group.ids[slot],
-            int(group.epoch[slot]),
-            int(group.revision[slot]) + 1,
-            int(group.step[slot]),
-            last_used,
-            blob,
-            tuple(replies),
-            replies[0].first_step if replies else int(group.step[slot]),
+    def _snapshots(self, group: Group, slots: Array) -> list[Write]:
+        """All that there is now of the sessions in N slots."""
+        replies: dict[int, list[Reply]] = {slot: [] for slot in slots.tolist()}
+        for round_, index in group.window.of_many(group, slots):
+            head, rest = pack_answers(*round_.shown_to(index), len(index))
+            answered = Answered(round_.timesteps, round_.digests(index), head, rest)
+            first_steps = round_.first_steps[index].tolist()
+            for position, (slot, first_step) in enumerate(zip(round_.slots[index].tolist(), first_steps, strict=True)):
+                replies[slot].append(answered.reply(position, first_step))
+        used = (self._wall_clock() - (self._clock() - group.last_used[slots])).tolist()
+        columns = zip(
+            slots.tolist(),
+            group.epoch[slots].tolist(),
+            group.revision[slots].tolist(),
+            group.step[slots].tolist(),
+            used,
+            pack_states(group, group.arena.gather(slots), len(slots)),
+            strict=True,
         )
+        writes = []
+        for slot, epoch, revision, step, last_used, states in columns:
+            window = tuple(sorted(replies[slot], key=attrgetter("first_step")))
+            since = window[0].first_step if window else step
+            write = Write(group.ids[slot], epoch, revision + 1, step, last_used, states.tobytes(), window, since)
+            writes.append(write)
+        return writes
 
     async def lose(self, group: Group, slots: Array) -> list[ServiceError]:
         """The store says that sessions in N slots are not ours any more: ends them here, and says why."""
@@ -412,7 +453,14 @@ class Keeper:
             if group.generation[slot] == generation:  # else it has ended meanwhile, and the slot may be another's
                 self._sessions.lose(group, np.array([slot]), kind)
             errors.append(kind(session_id))
-        log.warning("sessions are not ours any more", count=len(ids), taken=sum(why is None for why in ended))
+        log.warning(
+            "sessions are not ours any more",
+            model=group.model.name,
+            version=group.model.version,
+            count=len(ids),
+            taken=sum(why is None for why in ended),
+            sessions=ids[:_SHOWN],
+        )
         return errors
 
     # Ending
@@ -473,9 +521,10 @@ class Keeper:
             await self.store.close()
 
 
-def session_bytes(model: LoadedModel, batch_size: int) -> int:
-    """The bytes of a session's states."""
-    return sum(batch_size * spec.dtype.itemsize * int(np.prod(spec.shape)) for spec in model.engine.states)
+def session_bytes(model: LoadedModel, batch_size: int, rules: ResetRules = NO_RULES) -> int:
+    """The bytes of a session's states, with what its reset rules need."""
+    states = (*model.engine.states, *rules.states)
+    return sum(batch_size * spec.dtype.itemsize * int(np.prod(spec.shape)) for spec in states)
 
 
 def _pieces(slots: Array) -> list[Array]:

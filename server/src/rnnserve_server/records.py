@@ -12,8 +12,10 @@ from rnnserve_models.engine.base import Array, Arrays
 from rnnserve_models.options import LayerOptions
 from rnnserve_models.spec import StateSpec
 from rnnserve_server.replay import Limits
+from rnnserve_server.resets import NO_RULES, ResetRules
 from rnnserve_server.sessions import Group, Session
 from rnnserve_server.store.base import Meta, StoreCorrupt
+from rnnserve_server.store.tick import Rows
 
 _LENGTH_BYTES = 4
 
@@ -32,6 +34,8 @@ def meta_of(session: Session) -> Meta:
         lifetime=session.lifetime if session.lifetime < math.inf else None,
         window_replies=group.window.limits.replies,
         window_bytes=group.window.limits.bytes,
+        reset_every_steps=(group.rules or NO_RULES).every_steps,
+        reset_masked_steps=(group.rules or NO_RULES).masked_steps,
     )
 
 
@@ -45,10 +49,14 @@ def limits_of(meta: Meta) -> Limits:
     return Limits(meta.window_replies, meta.window_bytes)
 
 
-def pack_states(group: Group, states: Mapping[str, Array], count: int) -> list[bytes]:
+def rules_of(meta: Meta) -> ResetRules:
+    """The reset rules of a stored session."""
+    return ResetRules(meta.reset_every_steps, meta.reset_masked_steps)
+
+
+def pack_states(group: Group, states: Mapping[str, Array], count: int) -> Rows:
     """The states of N sessions, each [N * batch_size, *shape], as bytes of each session: one state after the other."""
-    rows = _rows([states[spec.name] for spec in group.model.engine.states], count)
-    return [row.tobytes() for row in rows]
+    return _rows([states[spec.name] for spec in group.states], count)
 
 
 def unpack_states(specs: Sequence[StateSpec], batch_size: int, blob: bytes) -> Arrays:
@@ -71,12 +79,13 @@ def unpack_states(specs: Sequence[StateSpec], batch_size: int, blob: bytes) -> A
     return states
 
 
-def pack_answers(outputs: Mapping[str, Array], states: Mapping[str, Array], count: int) -> list[bytes]:
-    """What N sessions are answered, as `Answers` has it, as bytes of each session that say what they hold."""
+def pack_answers(outputs: Mapping[str, Array], states: Mapping[str, Array], count: int) -> tuple[bytes, Rows]:
+    """What N sessions are answered, as `Answers` has it, as bytes of each session: what they begin with, which says
+    what they hold, and what follows.
+    """
     arrays = [(kind, name, array) for kind, of in enumerate((outputs, states)) for name, array in of.items()]
     what = json.dumps([[kind, name, array.dtype.str, array.shape[1:]] for kind, name, array in arrays]).encode()
-    head = len(what).to_bytes(_LENGTH_BYTES, "little") + what
-    return [head + row.tobytes() for row in _rows([array for _, _, array in arrays], count)]
+    return len(what).to_bytes(_LENGTH_BYTES, "little") + what, _rows([array for _, _, array in arrays], count)
 
 
 def unpack_answers(payload: bytes) -> tuple[Arrays, Arrays]:
@@ -97,10 +106,9 @@ def unpack_answers(payload: bytes) -> tuple[Arrays, Arrays]:
     return found
 
 
-def _rows(arrays: Sequence[Array], count: int) -> Array:
-    """Arrays of N equal parts as bytes: uint8 [N, bytes of a part]."""
-    return np.concatenate(
-        [np.ascontiguousarray(array).reshape(count, -1).view(np.uint8).reshape(count, -1) for array in arrays]
-        or [np.zeros((count, 0), np.uint8)],
-        axis=1,
-    )
+def _rows(arrays: Sequence[Array], count: int) -> Rows:
+    """Arrays of N equal parts as bytes."""
+    parts = [np.ascontiguousarray(array).reshape(count, -1).view(np.uint8) for array in arrays]
+    if len(parts) == 1:
+        return parts[0]
+    return np.concatenate([*parts, np.zeros((count, 0), np.uint8)], axis=1)

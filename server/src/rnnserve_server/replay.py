@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from rnnserve_server.sessions import Group
 
 _SPREAD = 4  # a round is thinned out when so many times a window of them came after it
+_DIGEST_BYTES = 16
 _SLACK = 1 << 20  # bytes of thinned rounds that are not worth a second look
 
 
@@ -51,17 +52,23 @@ class Run:
 
     Attributes:
         call: the inputs of all the chunks, in rows of N * batch.
-        states: what it started from: every state, [N * batch, *shape].
+        states: what it started from: every state, [N * batch, *shape]. None: that was forgotten to make room.
         nbytes: of the inputs and the states.
     """
 
     call: Compacted
-    states: Arrays
+    states: Arrays | None
     nbytes: int = field(init=False)
     _thinned: tuple[bytes, Run] | None = None
 
     def __post_init__(self) -> None:
-        self.nbytes = sum([array.nbytes for array in (*self.call.inputs.values(), *self.states.values())])
+        states = {} if self.states is None else self.states
+        self.nbytes = sum([array.nbytes for array in (*self.call.inputs.values(), *states.values())])
+
+    def forget_states(self) -> None:
+        """Lets go of what it started from."""
+        self.nbytes -= sum([state.nbytes for state in (self.states or {}).values()])
+        self.states = None
 
     def part(self, start: int, timesteps: int) -> Compacted:
         """Some of its steps."""
@@ -74,7 +81,8 @@ class Run:
         """A copy of some of the N."""
         rows = len(self.call.lengths) // chunks
         at = (index[:, None] * rows + np.arange(rows)).ravel()  # [len(index) * batch]
-        return Run(self.call.take(index, chunks), {name: state[at] for name, state in self.states.items()})
+        states = None if self.states is None else {name: state[at] for name, state in self.states.items()}
+        return Run(self.call.take(index, chunks), states)
 
     def thinned(self, index: Array, chunks: int) -> Run:
         """As `take`; rounds that share a run and are thinned alike, one after the other, share what is left of it."""
@@ -125,6 +133,12 @@ class Round:
             return self.asked
         return digest(self.asked.part(self.start, self.timesteps), index, len(self.slots))
 
+    def digests(self, index: Array) -> Array:
+        """The same of some of the N sessions: uint8 [len(index), 16]."""
+        if isinstance(self.asked, bytes):
+            return np.frombuffer(self.asked, np.uint8)[None]
+        return digests(self.asked.part(self.start, self.timesteps).take(index, len(self.slots)), len(index))
+
     def began(self, index: int) -> tuple[Arrays, Compacted | None] | None:
         """What led to where one session's chunk began: every state, [batch, *shape], and what ran from there, if
         anything did. None: that is not known any more.
@@ -132,6 +146,8 @@ class Round:
         if isinstance(self.asked, bytes):
             return None
         run = self.asked.take(np.array([index]), len(self.slots))
+        if run.states is None:
+            return None
         return run.states, run.part(0, self.start) if self.start else None
 
     def shown(self, index: int) -> tuple[Arrays, Arrays]:
@@ -139,6 +155,11 @@ class Round:
         one = slice(index, index + 1)
         outputs = {name: y[one] for name, y in self.outputs.items()}
         return outputs, {name: state[one] for name, state in self.states.items()}
+
+    def shown_to(self, index: Array) -> tuple[Arrays, Arrays]:
+        """The outputs and states that some of the sessions were answered, each [len(index), ...]."""
+        outputs = {name: y[index] for name, y in self.outputs.items()}
+        return outputs, {name: state[index] for name, state in self.states.items()}
 
     def answers(self, index: int, tags: Array) -> Answers:
         """What one session was answered, for a sink that knows the chunk by another tag."""
@@ -225,6 +246,11 @@ class Window:
         self.nbytes += round_.nbytes
         self._forget(group)
 
+    @property
+    def by_count(self) -> bool:
+        """Whether only the number of answers limits the windows: all so far are small."""
+        return not self._bytes_count
+
     def oldest(self, group: Group, slots: Array) -> Array:
         """Where the windows of N sessions begin: uint64 [N]; their steps, if they are empty."""
         first = group.step.copy()  # [capacity]
@@ -264,6 +290,13 @@ class Window:
             places += [(round_, index) for index in np.flatnonzero(here).tolist()]
         return sorted(places, key=lambda place: int(place[0].number[place[1]]))
 
+    def of_many(self, group: Group, slots: Array) -> Iterator[tuple[Round, Array]]:
+        """The windows of the sessions that have N slots: rounds, in any order, and the positions in each."""
+        for round_ in self._rounds():
+            index = np.flatnonzero(np.isin(round_.slots, slots) & self._live(group, round_))
+            if len(index):
+                yield round_, index
+
     def forget_from(self, group: Group, slot: int, step: int) -> None:
         """Forgets the chunks of a session that began at a step or later."""
         places = [place for place in self.of(group, slot) if place[0].first_steps[place[1]] >= step]
@@ -280,6 +313,33 @@ class Window:
         # Copies, so that `_forget` does not count the rounds that the session has lost as later than older ones.
         self._recent = deque(replace(each := nobody.get(r, r), slots=each.slots.copy()) for r in self._recent)
         self._thinned = deque(nobody.get(round_, round_) for round_ in self._thinned)
+
+    def drop_starts(self, nbytes: int) -> int:
+        """Forgets the states before rounds, the oldest first, to make room for so many bytes: how many bytes it made.
+
+        What was answered is answered again all the same, but sessions cannot be taken back to there.
+        """
+        sharing: dict[int, list[Round]] = {}
+        for round_ in (*self._thinned, *self._recent):
+            if isinstance(round_.asked, Run) and round_.asked.states:
+                sharing.setdefault(id(round_.asked), []).append(round_)
+        thinned, made = {id(round_) for round_ in self._thinned}, 0
+        for rounds in sharing.values():
+            if made >= nbytes:
+                break
+            run = rounds[0].asked
+            assert isinstance(run, Run)
+            before = run.nbytes
+            run.forget_states()
+            for round_ in rounds:  # each held its part of the run
+                part, whole = round_.timesteps, run.call.timesteps
+                less = before * part // whole - run.nbytes * part // whole
+                round_.nbytes -= less
+                made += less
+                if id(round_) in thinned:
+                    self._thinned_bytes -= less
+        self.nbytes -= made
+        return made
 
     def drop_oldest(self) -> bool:
         """Forgets the oldest round, whoever might still ask for it, to make room: whether there was one."""
@@ -337,10 +397,30 @@ def digest(call: Compacted, position: int, chunks: int) -> bytes:
     """What tells one of N chunks from another for the same step: 16 bytes over its inputs and its mask (BLAKE2b)."""
     rows = slice(position * len(call.lengths) // chunks, (position + 1) * len(call.lengths) // chunks)
     lengths = call.lengths[rows].tolist()
-    hashed = hashlib.blake2b(repr((call.timesteps, lengths)).encode(), digest_size=16)
+    hashed = hashlib.blake2b(repr((call.timesteps, lengths)).encode(), digest_size=_DIGEST_BYTES)
     if call.mask is not None and not call.mask[:, rows].all():  # alone, a mask that masks nothing is none
         hashed.update(call.mask[:, rows].tobytes())
     for name in sorted(call.inputs):
         hashed.update(f"{name}:".encode())
         hashed.update(call.inputs[name][: max(lengths), rows].tobytes())  # what follows is for longer ones beside it
     return hashed.digest()
+
+
+def digests(call: Compacted, chunks: int) -> Array:
+    """What tells each of N chunks from others for the same steps, as `digest` has it: uint8 [N, 16]."""
+    if call.mask is not None or len(call.inputs) > 1:
+        whole = b"".join([digest(call, position, chunks) for position in range(chunks)])
+    else:  # all that differs is the numbers
+        ((name, x),) = call.inputs.items()
+        rows = len(call.lengths) // chunks
+        said = hashlib.blake2b(repr((call.timesteps, [call.timesteps] * rows)).encode(), digest_size=_DIGEST_BYTES)
+        said.update(f"{name}:".encode())
+        parts = x.reshape(len(x), chunks, -1).swapaxes(0, 1)  # [N, T, numbers of a step]
+        content, size = memoryview(parts.tobytes()), parts[0].nbytes
+        found = []
+        for start in range(0, len(content), size):
+            hashed = said.copy()
+            hashed.update(content[start : start + size])
+            found.append(hashed.digest())
+        whole = b"".join(found)
+    return np.frombuffer(whole, np.uint8).reshape(chunks, _DIGEST_BYTES)

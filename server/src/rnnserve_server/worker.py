@@ -8,7 +8,8 @@ costs more than a small run, so one that is known to be small is done where it i
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator
+import contextvars
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 
@@ -32,7 +33,9 @@ from rnnserve_server.errors import (
 from rnnserve_server.intake import Frame, Intake, joined
 from rnnserve_server.keeper import Keeper
 from rnnserve_server.layout import Signature, faults, same_lengths, to_wire
+from rnnserve_server.observer import Observer, Ticked, some_sessions
 from rnnserve_server.replay import Run, digest
+from rnnserve_server.resets import resets
 from rnnserve_server.scheduler import Scheduler, Tick
 from rnnserve_server.sessions import Group, SessionTable
 from rnnserve_server.store.base import StoreError
@@ -54,6 +57,11 @@ class Worker:
         on_progress: called when queued work got less.
         inline_seconds: a run that is expected to take less is not handed over to the model's thread.
         keeper: what keeps the sessions in a store, if there is one.
+        observer: who is told of each tick, if anybody is.
+
+    Attributes:
+        model: what it runs.
+        replayed: how many chunks were answered as they were answered before.
     """
 
     def __init__(
@@ -66,8 +74,10 @@ class Worker:
         on_progress: Callable[[], None],
         inline_seconds: float = 0.0,
         keeper: Keeper | None = None,
+        observer: Observer | None = None,
     ) -> None:
         self.model = model
+        self.replayed = 0
         self._engine = model.engine
         self._guarded = [spec for spec in model.engine.inputs if spec.finite or spec.bounds is not None]
         self._scheduler = scheduler
@@ -77,6 +87,9 @@ class Worker:
         self._on_progress = on_progress
         self._inline_seconds = inline_seconds
         self._keeper = keeper
+        self._resetting = False  # there was a block with resets
+        self._observer = observer
+        self._watched: Ticked | None = None  # the tick that runs, if anybody watches
         self._expected: dict[tuple[int, int], float] = {}  # seconds of a run, by the magnitudes of its rows and steps
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
         self._task: asyncio.Task[None] | None = None
@@ -97,12 +110,18 @@ class Worker:
 
     def take_in(self, frame: Frame, signature: Signature) -> None:
         """Queues a frame. Called on the event loop's thread; frames of one turn of the loop are joined."""
+        if self._observer is not None and self._intake.since is None:
+            self._intake.since = self._clock()
         self._intake.add(frame, signature)
         self._wake()
 
     def submit(self, work: Block | Barrier) -> None:
         """Queues work behind what was queued before. Called on the event loop's thread."""
         self.line_up()
+        if isinstance(work, Block) and work.resets is not None:
+            self._resetting = True
+        if self._observer is not None and isinstance(work, Block):
+            work.queued_at = self._clock()
         self._scheduler.submit(work)
         self._wake()
 
@@ -129,7 +148,8 @@ class Worker:
 
     def _wake(self) -> None:
         if self._task is None:
-            self._task = asyncio.get_running_loop().create_task(self._loop())
+            # In a context of its own: what it logs and traces is not of the call that happened to wake it.
+            self._task = asyncio.get_running_loop().create_task(self._loop(), context=contextvars.Context())
 
     async def close(self) -> None:
         """Waits for what is queued, and ends the model's thread."""
@@ -146,14 +166,19 @@ class Worker:
         try:
             while tick := self._next_tick():
                 sinks = {sink for block in tick.blocks for sink, _ in block.sinks}
+                if self._observer is not None:
+                    self._watched = Ticked(self.model, self._clock())
                 try:
                     await self._tick(tick)
                 except Exception:  # a bug; no one is left waiting for it
-                    log.exception("tick failed", blocks=len(tick.blocks))
+                    log.exception("tick failed", **self._facts(tick.blocks))
                     for block in filter(self._scheduler.holds, tick.blocks):
                         self._drop(block, _internal())
                 for sink in sinks:
                     sink.flush()
+                if self._observer is not None and self._watched is not None:
+                    self._watched.ended_at = self._clock()
+                    self._observer.ticked(self._watched)
                 self._on_progress()
                 if len(self):  # small runs one after the other must not keep the loop from reading and writing
                     await asyncio.sleep(0)
@@ -166,8 +191,12 @@ class Worker:
 
     def line_up(self) -> None:
         """Puts the frames that were taken in into the queue, where their sessions show as busy."""
+        since = self._intake.since
         for frames in self._intake.empty():
             block = joined(frames)
+            if since is not None:
+                block.queued_at, self._intake.since = since, None
+                block.traces = [frame.trace for frame in frames if frame.trace is not None]
             if self._guarded and (wrong := faults(self._guarded, block.call, block.batch_size)):
                 block.fail(wrong.items())
                 left = np.delete(np.arange(len(block.tags)), list(wrong))
@@ -198,22 +227,41 @@ class Worker:
             self._scheduler.absorb(tick.blocks[0], lambda block: not self._gone(block))
             if tick.blocks[0].rounds:
                 tick = Tick(tick.blocks, tick.blocks[0].steps)
+                if self._resetting:
+                    self._plan_resets(tick.blocks[0])
+        if self._resetting:
+            tick = self._cut(tick)
+        watched = self._watched
         if tick.steps and tick.blocks:
+            if watched is not None:
+                watched.runs(tick.blocks, tick.steps, self._clock())
             try:
                 outputs, states = await self._run(_assemble(tick), tick.steps)
             except EngineError as error:
                 self._engine_failed(tick.blocks, error)
                 return
+            if watched is not None:
+                watched.ran_at = self._clock()
             _advance(tick, outputs, states)
+            if self._resetting:
+                self._reset(tick.blocks)
         finished = []
         for block in tick.blocks:
             if block.done < block.steps:
                 self._scheduler.requeue(block)
             elif alive := self._alive(block):  # a session may have ended while its chunk was run
                 finished.append(alive)
+        if self._resetting:
+            for block in finished:
+                if block.resets is not None:
+                    block.states = block.states | block.resets.remembered
         stored = self._keeper is not None and self._keeper.durability == "step"
         if self._keeper is not None and stored:
             finished = await self._stored(finished, self._keeper)
+            if watched is not None:
+                watched.stored_at = self._clock()
+        if watched is not None:
+            watched.finished = finished
         for block in finished:
             self._commit(block, stored=stored)
 
@@ -222,14 +270,14 @@ class Worker:
         sessions = [block for block in blocks if block.sessions is not None]
         if not sessions:
             return blocks
-        writes = []
-        for block in sessions:
-            shown = [(each, *self._shown(each, ys, block)) for each, ys in self._rounds(block)]
-            writes += keeper.writes(block, shown)
+        ticks = [
+            keeper.tick(block, [(each, *self._shown(each, ys, block)) for each, ys in self._rounds(block)])
+            for block in sessions
+        ]
         try:
-            applied = iter(await keeper.store.commit(writes))
+            applied = await keeper.store.commit_ticks(ticks)
         except StoreError as error:
-            log.warning("the store does not answer", error=str(error))
+            log.warning("the store does not answer", error=str(error), **self._facts(sessions))
             for block in sessions:  # whether they were written is not known: what is stored is what counts
                 assert block.sessions is not None
                 alive = self._alive(block)
@@ -238,10 +286,10 @@ class Worker:
                     self._drop(alive, StoreDown(error))
             return [block for block in blocks if block.sessions is None]
         kept = [block for block in blocks if block.sessions is None]
-        for block in sessions:
+        for block, each in zip(sessions, applied, strict=True):
             assert block.sessions is not None
             group, slots = block.sessions.group, block.sessions.slots
-            good = np.array([next(applied) for _ in range(len(slots))])
+            good = np.array(each)
             alive_slots = group.generation[slots] == block.sessions.generations
             group.revision[slots[good & alive_slots]] += 1
             if lost := np.flatnonzero(~good & alive_slots).tolist():
@@ -283,7 +331,31 @@ class Worker:
         if checked is not None and checked.sessions is not None:
             checked.states = checked.initial = checked.sessions.group.arena.gather(checked.sessions.at)
             checked.begun = True
+            if checked.sessions.group.rules is not None:
+                self._plan_resets(checked)
         return checked
+
+    def _plan_resets(self, block: Block) -> None:
+        """Finds out where the rows of a block of sessions that has just begun are reset."""
+        sessions = block.sessions
+        if sessions is None or (rules := sessions.group.rules) is None:
+            return
+        assert sessions.first_steps is not None
+        self._resetting = True
+        block.resets = resets(rules, block.call, sessions.first_steps, block.initial)
+        block.states = {spec.name: block.initial[spec.name] for spec in self._engine.states}
+        self._reset([block])
+
+    def _cut(self, tick: Tick) -> Tick:
+        """A tick that ends where the first row of its blocks is reset."""
+        left = [block.resets.left(block.done) for block in tick.blocks if block.resets is not None]
+        return Tick(tick.blocks, min([tick.steps, *left]))
+
+    def _reset(self, blocks: list[Block]) -> None:
+        """Resets the rows of blocks that are reset where the blocks are."""
+        for block in blocks:
+            if block.resets is not None:
+                block.states = block.resets.apply(block.done, block.states, self._engine.states, block.batch_size)
 
     def _alive(self, block: Block) -> Block | None:
         """The part of a block that was begun whose sessions have not ended since; the others are told."""
@@ -335,7 +407,10 @@ class Worker:
             )
             for name, y in ys.items()
         }
-        return to_wire(outputs, whole.states, options, len(block.tags))
+        states = whole.states
+        if whole.resets is not None:
+            states = {spec.name: states[spec.name] for spec in self._engine.states}
+        return to_wire(outputs, states, options, len(block.tags))
 
     def _answer(self, block: Block, run: Run, start: int, outputs: Arrays, states: Arrays) -> None:
         """Remembers the answers of a block, which stands at a time step of what was run, and gives them."""
@@ -345,7 +420,7 @@ class Worker:
             try:
                 sink.result(answers)
             except Exception:  # a bug, or an answer that cannot be encoded; the other sinks have nothing to do with it
-                log.exception("an answer could not be given")
+                log.exception("an answer could not be given", **self._facts([block]))
                 sink.failed([Failure(int(tag), None, _internal()) for tag in answers.tags])
 
     def _checked(self, block: Block) -> Block | None:
@@ -386,9 +461,19 @@ class Worker:
                     if then.digest(at) == digest(block.call, position, chunks):
                         tags = block.tags[position : position + 1]
                         block.sink_of(position).result(then.answers(at, tags))
+                        self.replayed += 1
                         continue
                     error = StepConflict(here, first_step)
             yield position, error
+
+    def _facts(self, blocks: Sequence[Block]) -> dict[str, object]:
+        """What a line of the log says of blocks."""
+        return {
+            "model": self.model.name,
+            "version": self.model.version,
+            "chunks": sum(len(block.tags) for block in blocks),
+            "sessions": some_sessions(blocks),
+        }
 
     def _drop(self, block: Block, error: ServiceError) -> None:
         try:
@@ -398,7 +483,7 @@ class Worker:
 
     def _engine_failed(self, blocks: list[Block], error: EngineError) -> None:
         """Runs the blocks of a failed batch again one by one, so that only the one to blame fails."""
-        log.warning("engine failed", error=str(error), blocks=len(blocks))
+        log.warning("engine failed", error=str(error), **self._facts(blocks))
         for block in blocks:
             if block.rounds:
                 self._scheduler.part(block)

@@ -6,12 +6,15 @@ from typing import Any
 
 import grpc
 import numpy as np
+import structlog
+from structlog.contextvars import bound_contextvars
 
 from rnnserve.codec import decode, decode_named, encode_named
 from rnnserve.v1 import inference_pb2 as pb
 from rnnserve.v1 import inference_pb2_grpc
+from rnnserve_server.access.caller import caller
 from rnnserve_server.api.errors import abort, told
-from rnnserve_server.api.messages import asked_options
+from rnnserve_server.api.messages import asked_options, rows_of
 from rnnserve_server.api.stream import LaneStream
 from rnnserve_server.blocks import Sessions
 from rnnserve_server.calls import Call
@@ -19,6 +22,8 @@ from rnnserve_server.core import Core, resolve_options
 from rnnserve_server.errors import InvalidRequest
 from rnnserve_server.intake import Frame
 from rnnserve_server.rollout import Feedback, Rule, rollout
+
+log = structlog.get_logger(__name__)
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -44,14 +49,19 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         core = self._core
         core.check_room()
         left = context.time_remaining()
-        call = Call(None if left is None else core.clock() + left, request.session_id)
+        who = caller()
+        session_id = who.scoped(request.session_id) if request.session_id else ""
+        call = Call(None if left is None else core.clock() + left, session_id)
         inputs = decode_named(request.inputs, "inputs")
         mask = decode(request.mask, "mask") if request.HasField("mask") else None
+        if who.meter is not None:
+            who.meter.take(rows_of(inputs, 2))
+        trace = None if core.tracing is None else core.tracing.received()
         if request.session_id:
             for field in ("model", "version", "options", "initial_states"):
                 if getattr(request, field) and (field != "options" or request.HasField("options")):
                     raise InvalidRequest(field, "nothing", "a value", "a session has its own")
-            session = await core.session(request.session_id)
+            session = await core.session(session_id)
             version = session.group.model.version
             core.submit_frame(
                 Frame(
@@ -65,6 +75,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
                     ),
                     {name: x[None] for name, x in inputs.items()},
                     None if mask is None else mask[None],
+                    trace,
                 )
             )
         else:
@@ -76,7 +87,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             version = model.version
             options = resolve_options(model, asked_options(request.options), stateful=False)
             initial_states = decode_named(request.initial_states, "initial_states")
-            core.submit_call(model, options, inputs, mask, initial_states, call)
+            core.submit_call(model, options, inputs, mask, initial_states, call, trace)
         answers = await call.answer()
         return pb.PredictResponse(
             outputs=encode_named({name: y[0] for name, y in answers.outputs.items()}),
@@ -90,23 +101,29 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         """See InferenceService.Rollout."""
         self._core.check_room()
         left = context.time_remaining()
+        who = caller()
         outputs, inputs = await rollout(
             self._core,
-            request.session_id,
+            who.scoped(request.session_id),
             request.steps,
             decode_named(request.inputs, "inputs"),
             [_feedback(each) for each in request.feedback],
             request.seed if request.HasField("seed") else None,
             None if left is None else self._core.clock() + left,
+            None if who.meter is None else who.meter.take,
         )
         return pb.RolloutResponse(outputs=encode_named(outputs), inputs=encode_named(inputs))
 
     async def Stream(self, request_iterator: Any, context: Context) -> None:  # type: ignore[override]
         """See InferenceService.Stream."""
-        try:
-            await LaneStream(self._core, context).run()
-        except Exception as error:  # the boundary: every failure becomes a status here
-            await abort(context, error)
+        with bound_contextvars(peer=context.peer()):
+            log.debug("stream opened")
+            try:
+                await LaneStream(self._core, context).run()
+            except Exception as error:  # the boundary: every failure becomes a status here
+                await abort(context, error, method="Stream")
+            finally:
+                log.debug("stream ended")
 
 
 def _feedback(message: pb.Feedback) -> Feedback:

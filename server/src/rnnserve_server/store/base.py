@@ -29,7 +29,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from enum import StrEnum
-from typing import Any
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rnnserve_server.store.tick import Tick
 
 REMEMBERED = 86400.0
 """Seconds for which it is remembered why a session ended, unless the store is told otherwise."""
@@ -98,6 +102,8 @@ class Meta:
         lifetime: seconds after which it ends in any case, or None.
         window_replies: replies that its replay window holds at most.
         window_bytes: bytes of payload that its replay window holds at most.
+        reset_every_steps: its states go back to their default after so many steps, again and again; 0: they do not.
+        reset_masked_steps: a row's states do so after so many masked steps in a row; 0: they do not.
     """
 
     model: str
@@ -110,6 +116,8 @@ class Meta:
     lifetime: float | None = None
     window_replies: int = 0
     window_bytes: int = 0
+    reset_every_steps: int = 0
+    reset_masked_steps: int = 0
 
     def to_json(self) -> str:
         """One JSON document."""
@@ -215,8 +223,8 @@ class Write:
     """How a session changes: what one or more chunks, a reset or a use leave behind.
 
     The window afterwards is what it held, without the replies that begin before ``forget_before`` and without those
-    that reach beyond where ``replies`` begin (or beyond ``step``, if there are none), and then ``replies``. So a
-    session that is moved back forgets what it has not done any more.
+    that reach beyond where ``replies`` begin (or beyond ``step``, if there are none), and then ``replies``; of all
+    these the last ``keep``. So a session that is moved back forgets what it has not done any more.
 
     Attributes:
         id: the session's.
@@ -227,9 +235,11 @@ class Write:
         states: its states afterwards, or None if they stay.
         replies: new replies, oldest first.
         forget_before: the first step of the window.
+        keep: replies that the window holds at most, no less than there are new ones; 0: as many as there are.
 
     Raises:
-        ValueError: the replies overlap or reach beyond ``step``, or a number does not fit 63 bits.
+        ValueError: the replies overlap, reach beyond ``step`` or are more than ``keep``, or a number does not fit 63
+            bits.
     """
 
     id: str
@@ -240,9 +250,12 @@ class Write:
     states: bytes | None = None
     replies: tuple[Reply, ...] = ()
     forget_before: int = 0
+    keep: int = 0
 
     def __post_init__(self) -> None:
         _check(self.epoch, self.revision - 1, self.step, self.replies)
+        if 0 < self.keep < len(self.replies):
+            raise ValueError(f"{len(self.replies)} new replies in a window of {self.keep}")
 
     @property
     def start(self) -> int:
@@ -252,7 +265,7 @@ class Write:
     def window(self, replies: Sequence[Reply]) -> tuple[Reply, ...]:
         """The replay window afterwards."""
         kept = (reply for reply in replies if reply.first_step >= self.forget_before and reply.end <= self.start)
-        return (*kept, *self.replies)
+        return (*kept, *self.replies)[-self.keep :]  # -0: all
 
     def is_in(self, record: Record) -> bool:
         """Whether a record of this write's epoch and revision is what this very write left behind."""
@@ -313,6 +326,11 @@ class Store(ABC):
             session is another's or has ended; nothing of the write was applied, nor ever will be.
         """
 
+    async def commit_ticks(self, ticks: Sequence[Tick]) -> list[list[bool]]:
+        """Applies the writes that ticks of distinct sessions stand for, as `commit` does: for each whether it is."""
+        applied = iter(await self.commit([write for tick in ticks for write in tick.writes()]))
+        return [list(islice(applied, len(tick.ids))) for tick in ticks]
+
     @abstractmethod
     async def delete(self, owned: Sequence[tuple[str, int]], why: End, now: float) -> list[bool]:
         """Ends sessions that the caller owns, and remembers why.
@@ -341,13 +359,27 @@ class Store(ABC):
         """
 
     @abstractmethod
-    async def page(self, after: str, limit: int, model: str = "") -> list[Head]:
+    async def page(self, after: str, limit: int, model: str = "", scope: str = "") -> list[Head]:
         """Sessions in the order of their cursors: oldest first.
 
         Args:
             after: the cursor of the last one seen, or empty.
             limit: so many at most; fewer: there are no more.
             model: only those of this model, unless it is empty.
+            scope: only those whose ids begin so, unless it is empty: a principal's name and a slash.
+        """
+
+    @abstractmethod
+    async def count_of(self, scope: str) -> int:
+        """How many sessions have ids that begin so: a principal's name and a slash. Those that have come to their end
+        without being ended yet are counted too.
+        """
+
+    @abstractmethod
+    async def count(self, models: Sequence[str]) -> list[int]:
+        """How many sessions of each model there are, those among them that are due but were not ended yet.
+
+        Costs time in proportion to their number at most, and is asked every few seconds.
         """
 
     @abstractmethod

@@ -13,9 +13,10 @@ writes; to rule that out, have it promoted by hand or use one server with a disk
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import chain
+from itertools import chain, islice
 from typing import Any
 
+import numpy as np
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
@@ -29,6 +30,7 @@ from redis.exceptions import (
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
+from rnnserve_server.owners import scope_of
 from rnnserve_server.store import scripts
 from rnnserve_server.store.base import (
     REMEMBERED,
@@ -46,11 +48,14 @@ from rnnserve_server.store.base import (
     Write,
     check_distinct,
 )
+from rnnserve_server.store.tick import Tick
 
 _HEAD = ("meta", "epoch", "revision", "step", "used")
 _FOREVER = 1e300  # what ends at infinity ends here: not every Lua reads "inf"
+_EXACT = 2**53  # of Lua's numbers
 _PER_CALL = 64  # sessions of one call of a script: no other client waits for longer than that takes
 _BATCH = 1000
+_SCHEMES = {"valkey": "redis", "valkeys": "rediss"}
 
 
 class RedisStore(Store):
@@ -84,7 +89,10 @@ class RedisStore(Store):
         """Connects.
 
         Args:
-            url: ``redis://[user:password@]host[:port][/database]``, ``rediss://`` for TLS, or ``unix://path``.
+            url: ``redis://[user:password@]host[:port][/database]``, or ``unix://[user:password@]path[?db=database]``.
+                ``rediss://`` is the same over TLS: the certificate must be of the host and of an authority that this
+                machine trusts, or of the one in ``?ssl_ca_certs=/path/ca.pem``; ``&ssl_certfile=...&ssl_keyfile=...``
+                is for a server that wants to know its clients. ``valkey://`` and ``valkeys://`` mean the same.
             prefix: what all keys begin with.
             remember: seconds for which it is remembered why a session ended.
             patience: seconds to wait for a connection, and for an answer.
@@ -94,9 +102,10 @@ class RedisStore(Store):
             StoreMisconfigured: the URL is wrong, or the server lets nobody in with it.
             StoreUnavailable: there is no server, or it does not answer.
         """
+        scheme, separator, rest = url.partition("://")
         try:
             client = Redis.from_url(
-                url,
+                _SCHEMES.get(scheme, scheme) + separator + rest,
                 socket_timeout=patience,
                 socket_connect_timeout=patience,
                 retry=Retry(NoBackoff(), retries),
@@ -177,13 +186,45 @@ class RedisStore(Store):
         arguments = [
             (
                 f"{w.epoch} {w.revision - 1} {w.revision} {w.step:020d} {w.forget_before:020d} {w.start:020d} "
-                f"{int(w.states is not None)} {len(w.replies)} {w.last_used!r}",
+                f"{int(w.states is not None)} {len(w.replies)} {w.keep} {w.last_used!r}",
                 w.states or b"",
                 *map(_pack, w.replies),
             )
             for w in writes
         ]
         return [result == ord("1") for result in await self._call(scripts.COMMIT, ids, (), arguments)]
+
+    async def commit_ticks(self, ticks: Sequence[Tick]) -> list[list[bool]]:
+        """See `Store`."""
+        check_distinct([session_id for tick in ticks for session_id in tick.ids])
+        if any(tick.forget_before or max((*tick.epochs, *tick.revisions, *tick.steps)) >= _EXACT for tick in ticks):
+            return await super().commit_ticks(ticks)
+        size = self._per_call
+        commands = [
+            self._tick(tick if len(tick.ids) <= size else tick.part(start, start + size))
+            for tick in ticks
+            for start in range(0, len(tick.ids), size)
+        ]
+        answers = iter(b"".join(await self._scripted(scripts.TICK, commands)).decode())
+        applied = [[each == "1" for each in islice(answers, len(tick.ids))] for tick in ticks]
+        for tick, done in zip(ticks, applied, strict=True):
+            if not all(done):  # another's, or sent before: each is looked at
+                late = [position for position, each in enumerate(done) if not each]
+                writes = tick.writes()
+                for position, each in zip(late, await self.commit([writes[at] for at in late]), strict=True):
+                    done[position] = each
+        return applied
+
+    def _tick(self, tick: Tick) -> tuple[Any, ...]:
+        """The call of the script for a tick."""
+        keys = [key for session_id in tick.ids for key in self._keys(session_id)[: scripts.TICK.keys]]
+        columns = np.array([tick.epochs, tick.revisions, tick.steps], np.int64).T - [0, 1, tick.timesteps]  # [N, 3]
+        rounds = [f"|{each.timesteps} {each.digests.shape[1]} {each.rest.shape[1]}" for each in tick.rounds]
+        common = f"{tick.last_used!r} {tick.keep} {tick.timesteps} {tick.states.shape[1]} {''.join(rounds)}"
+        arguments = [common, columns.tobytes(), tick.states.tobytes()]
+        for each in tick.rounds:
+            arguments += [each.digests.tobytes(), each.head, each.rest.tobytes()]
+        return ("EVALSHA", scripts.TICK.sha, len(keys), *keys, *arguments)
 
     async def delete(self, owned: Sequence[tuple[str, int]], why: End, now: float) -> list[bool]:
         """See `Store`."""
@@ -230,9 +271,11 @@ class RedisStore(Store):
             await self._pipeline(later)
         return expired
 
-    async def page(self, after: str, limit: int, model: str = "") -> list[Head]:
+    async def page(self, after: str, limit: int, model: str = "", scope: str = "") -> list[Head]:
         """See `Store`."""
         index = f"{self._prefix}all:{model}" if model else f"{self._prefix}all"
+        if scope:
+            index = f"{self._prefix}of:{scope}"
         heads: list[Head] = []
         while len(heads) < limit:
             count = limit - len(heads)
@@ -240,11 +283,21 @@ class RedisStore(Store):
             (cursors,) = await self._pipeline([("ZRANGEBYLEX", index, lowest, "+", "LIMIT", 0, count)])
             ids = [_session_of(cursor) for cursor in cursors]
             found = zip(cursors, await self.peek(ids), strict=True)
-            heads += [head for cursor, head in found if head is not None and head.cursor == cursor.decode()]
+            live = [head for cursor, head in found if head is not None and head.cursor == cursor.decode()]
+            heads += [head for head in live if model in ("", head.meta.model)]
             if len(cursors) < count:
                 break
             after = cursors[-1].decode()
         return heads
+
+    async def count_of(self, scope: str) -> int:
+        """See `Store`."""
+        (count,) = await self._pipeline([("ZCARD", f"{self._prefix}of:{scope}")])
+        return int(count)
+
+    async def count(self, models: Sequence[str]) -> list[int]:
+        """See `Store`."""
+        return list(await self._pipeline([("ZCARD", f"{self._prefix}all:{model}") for model in models]))
 
     async def close(self) -> None:
         """See `Store`."""
@@ -262,6 +315,8 @@ class RedisStore(Store):
         yield "ZADD", f"{self._prefix}due", "LT", repr(min(record.expires_at, _FOREVER)), _index_entry(record)
         yield "ZADD", f"{self._prefix}all", 0, record.cursor
         yield "ZADD", f"{self._prefix}all:{record.meta.model}", 0, record.cursor
+        if scope := scope_of(record.id):
+            yield "ZADD", f"{self._prefix}of:{scope}", 0, record.cursor
 
     async def _forget(self, entries: Sequence[bytes]) -> None:
         """Takes ended sessions out of the indexes."""
@@ -271,6 +326,8 @@ class RedisStore(Store):
             commands.append(("ZREM", f"{self._prefix}due", entry))
             commands.append(("ZREM", f"{self._prefix}all", cursor))
             commands.append(("ZREM", f"{self._prefix}all:{model}", cursor))
+            if scope := scope_of(_session_of(entry)):
+                commands.append(("ZREM", f"{self._prefix}of:{scope}", cursor))
         await self._pipeline(commands)
 
     # Calls
@@ -296,6 +353,10 @@ class RedisStore(Store):
             flat = chain.from_iterable
             count = script.keys * len(keys[part])
             commands.append(("EVALSHA", script.sha, count, *flat(keys[part]), *common, *flat(each[part])))
+        return list(chain.from_iterable(await self._scripted(script, commands)))
+
+    async def _scripted(self, script: scripts.Script, commands: list[tuple[Any, ...]]) -> list[Any]:
+        """Sends calls of a script, which the server may have to be given first. Their answers."""
         answers = await self._pipeline(commands)
         missing = [index for index, answer in enumerate(answers) if isinstance(answer, NoScriptError)]
         if missing:  # a server that was started again, or another one: nothing was done
@@ -304,7 +365,7 @@ class RedisStore(Store):
                 answers[index] = answer
                 if isinstance(answer, NoScriptError):
                     raise self._explained(answer)
-        return list(chain.from_iterable(answers))
+        return answers
 
     async def _pipeline(self, commands: Sequence[tuple[Any, ...]]) -> list[Any]:
         """Sends commands in one go. Their answers; NoScriptError, which a caller may mend, is one of them."""
@@ -326,6 +387,8 @@ class RedisStore(Store):
         what = f"{self._place}: {error}"
         if isinstance(error.__cause__ or error, AuthenticationError | NoPermissionError):
             return StoreMisconfigured(f"{what}: give a user and a password that may use all keys of {self._prefix!r}")
+        if "CERTIFICATE_VERIFY_FAILED" in what:
+            return StoreMisconfigured(f"{what}: name its authority with ?ssl_ca_certs=/path/ca.pem, and the right host")
         if isinstance(error, RedisConnectionError | RedisTimeoutError | OSError):
             return StoreUnavailable(f"{what}: is the server there, and does it answer in time?")
         if isinstance(error, ResponseError) and "WRONGTYPE" in str(error):

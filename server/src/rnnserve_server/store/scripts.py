@@ -96,8 +96,8 @@ COMMIT = Script(
 local results, a = {}, 1
 for k = 1, #KEYS, 2 do
   local key, list = KEYS[k], KEYS[k + 1]
-  local epoch, before, revision, step, floor, start, changed, count, used =
-    string.match(ARGV[a], '^(%d+) (%d+) (%d+) (%d+) (%d+) (%d+) (%d) (%d+) (.+)$')
+  local epoch, before, revision, step, floor, start, changed, count, keep, used =
+    string.match(ARGV[a], '^(%d+) (%d+) (%d+) (%d+) (%d+) (%d+) (%d) (%d+) (%d+) (.+)$')
   changed, count = changed == '1', tonumber(count)
   local stored = redis.call('HMGET', key, 'epoch', 'revision', 'step')
   local applied = 0
@@ -118,6 +118,7 @@ for k = 1, #KEYS, 2 do
       last = redis.call('LINDEX', list, -1)
     end
     for r = 1, count do redis.call('RPUSH', list, ARGV[a + 1 + r]) end
+    if keep ~= '0' then redis.call('LTRIM', list, -keep, -1) end
     applied = 1
   elseif stored[1] == epoch and stored[2] == revision and stored[3] == step
       and (not changed or redis.call('HGET', key, 'states') == ARGV[a + 1]) then
@@ -128,6 +129,58 @@ for k = 1, #KEYS, 2 do
   end
   results[#results + 1] = applied
   a = a + 2 + count
+end
+return table.concat(results)
+""",
+    keys=2,
+)
+
+# A tick, in columns: the first argument tells what all sessions have in common, the second has 24 bytes of each (epoch,
+# revision before, step before), the third the states; then for each round the digests, the beginning of all answers and
+# what follows in each. Only for numbers that Lua holds exactly. What does not follow what is stored is left alone.
+TICK = Script(
+    """
+local used, keep, timesteps, width = string.match(ARGV[1], '^(%S+) (%d+) (%d+) (%d+)')
+width, timesteps = tonumber(width), tonumber(timesteps)
+local rounds, total = {}, 0
+for steps, digest, rest in string.gmatch(ARGV[1], '|(%d+) (%d+) (%d+)') do
+  rounds[#rounds + 1] = {tonumber(steps), tonumber(digest), tonumber(rest), string.format('%04d', tonumber(digest))}
+  total = total + tonumber(steps)
+end
+local texts = {}
+local function digits(number)  -- sessions that are stepped together are mostly at the same step
+  local text = texts[number]
+  if not text then
+    text = string.format('%020.0f', number)
+    texts[number] = text
+  end
+  return text
+end
+local results = {}
+for k = 1, #KEYS, 2 do
+  local key, list, at = KEYS[k], KEYS[k + 1], (k - 1) / 2
+  local epoch, before, step = struct.unpack('<i8i8i8', ARGV[2], at * 24 + 1)
+  local stored = redis.call('HMGET', key, 'epoch', 'revision', 'step')
+  if stored[1] == string.format('%.0f', epoch) and stored[2] == string.format('%.0f', before)
+      and stored[3] == digits(step) then
+    redis.call('HSET', key, 'revision', string.format('%.0f', before + 1), 'step', digits(step + timesteps),
+      'used', used, 'states', string.sub(ARGV[3], at * width + 1, (at + 1) * width))
+    local first, replies = step + timesteps - total, {}
+    for r, round in ipairs(rounds) do
+      local digests, head, rest = ARGV[3 * r + 1], ARGV[3 * r + 2], ARGV[3 * r + 3]
+      replies[r] = table.concat({digits(first), digits(first + round[1]), round[4],
+        string.sub(digests, at * round[2] + 1, (at + 1) * round[2]), head,
+        string.sub(rest, at * round[3] + 1, (at + 1) * round[3])})
+      first = first + round[1]
+    end
+    if #replies > 0 then
+      redis.call('RPUSH', list, unpack(replies))
+      redis.call('LTRIM', list, -keep, -1)
+    end
+    results[#results + 1] = 1
+  else
+    results[#results + 1] = 0
+  end
 end
 return table.concat(results)
 """,

@@ -2,6 +2,10 @@
 
 One connection on one thread. A write-ahead log, so that a commit appends and syncs once. Another process may have the
 same file open: epochs and revisions are compared inside the transaction, and a writer waits for the one before it.
+
+A tick is a row of the journal, whole, whatever the number of its sessions. Of what it says of them only the last is
+wanted in the end, so it is brought to the sessions' own rows when the journal has grown, or when anything else is asked
+of the file. Until then this process has in mind where the sessions stand, for as long as nobody else writes.
 """
 
 from __future__ import annotations
@@ -11,7 +15,7 @@ import json
 import os
 import sqlite3
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,14 +37,15 @@ from rnnserve_server.store.base import (
     Write,
     check_distinct,
 )
+from rnnserve_server.store.tick import Tick
 
 _APPLICATION = 0x726E6E73  # "rnns"
-_VERSION = 1
+_VERSION = 2
 
-# Replies lie in the order in which they were given, not by session: those of a tick are neighbours, and so are those
-# that the next tick forgets. A tick of 256 sessions so touches 80 pages and not 340. For the same reason pages are
-# large and the log is long: a page that is written many times is copied back once. `look_at` is when the sweep looks at
-# a session next, never later than it is due; uses do not move it, so a commit changes no index.
+# Replies lie in the order in which they were given, not by session: those that come together are neighbours, and so are
+# those that are forgotten together. For the same reason pages are large and the log is long: a page written many
+# times is copied back once. `look_at` is when the sweep looks at a session next, never later than it is due; uses do
+# not move it, so a commit changes no index.
 _SCHEMA = """
 CREATE TABLE sessions (
     n INTEGER PRIMARY KEY,
@@ -74,8 +79,13 @@ CREATE TABLE ended (
 ) STRICT, WITHOUT ROWID;
 CREATE INDEX ended_by_time ON ended (at);
 """
-_PAGE_BYTES = 8192
-_LOG_PAGES = 2000
+# What files of format 1 have not.
+_JOURNAL = "CREATE TABLE journal (n INTEGER PRIMARY KEY, tick BLOB NOT NULL) STRICT"
+_JOURNAL_BYTES = 32 << 20
+_JOURNAL_TICKS = 1024
+_JOURNAL_SESSIONS = 4096  # to bring the journal to their rows keeps commits waiting for some tens of milliseconds
+_PAGE_BYTES = 16384
+_LOG_PAGES = 4000
 _CACHE_KIB = 65536
 _RETRY_SECONDS = 0.01
 
@@ -85,6 +95,7 @@ _COUNTERS = """
 SELECT json_group_array(json_array(id, n, epoch, revision, step))
 FROM sessions WHERE id IN (SELECT value FROM json_each(?))
 """
+_IN_SCOPE = "id >= ? AND id < ?"
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -108,6 +119,11 @@ class SqliteStore(Store):
         self._patience = patience
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="store")
         self._db: sqlite3.Connection
+        # (epoch, revision, step) of sessions, among them all that the journal names; good for this version of the file.
+        self._known: dict[str, tuple[int, int, int]] = {}
+        self._version = -1
+        self._ticks: list[Tick] = []  # what the journal holds, as long as that is good
+        self._journal_bytes = 0
 
     @classmethod
     async def open(
@@ -158,6 +174,13 @@ class SqliteStore(Store):
         check_distinct([write.id for write in writes])
         return await self._run(self._commit, writes)
 
+    async def commit_ticks(self, ticks: Sequence[Tick]) -> list[list[bool]]:
+        """See `Store`."""
+        check_distinct([session_id for tick in ticks for session_id in tick.ids])
+        if await self._run(self._append, ticks):
+            return [[True] * len(tick.ids) for tick in ticks]
+        return await super().commit_ticks(ticks)  # some are another's, or were sent before: each is looked at
+
     async def delete(self, owned: Sequence[tuple[str, int]], why: End, now: float) -> list[bool]:
         """See `Store`."""
         check_distinct([session_id for session_id, _ in owned])
@@ -171,9 +194,17 @@ class SqliteStore(Store):
         """See `Store`."""
         return await self._run(self._expire, now, limit)
 
-    async def page(self, after: str, limit: int, model: str = "") -> list[Head]:
+    async def page(self, after: str, limit: int, model: str = "", scope: str = "") -> list[Head]:
         """See `Store`."""
-        return await self._run(self._page, after, limit, model)
+        return await self._run(self._page, after, limit, model, scope)
+
+    async def count_of(self, scope: str) -> int:
+        """See `Store`."""
+        return await self._run(self._count_of, scope)
+
+    async def count(self, models: Sequence[str]) -> list[int]:
+        """See `Store`."""
+        return await self._run(self._count, models)
 
     async def close(self) -> None:
         """See `Store`."""
@@ -237,6 +268,8 @@ class SqliteStore(Store):
                     for statement in _SCHEMA.split(";\n"):
                         self._db.execute(statement)
                     self._db.execute(f"PRAGMA application_id = {_APPLICATION}")
+                if self._db.execute("PRAGMA user_version").fetchone()[0] < _VERSION:
+                    self._db.execute(_JOURNAL)
                     self._db.execute(f"PRAGMA user_version = {_VERSION}")
         except BaseException:
             self._db.close()
@@ -254,7 +287,7 @@ class SqliteStore(Store):
                 f"{self._path}: expected a file of rnnserve's sessions, got another program's database; "
                 "name a file that is not there yet"
             )
-        if version != _VERSION:
+        if version not in (1, _VERSION):
             raise StoreMisconfigured(
                 f"{self._path}: expected sessions in format {_VERSION}, got format {version}; "
                 "serve them with the release that wrote them, or name another file"
@@ -291,6 +324,7 @@ class SqliteStore(Store):
 
     def _create(self, records: Sequence[Record]) -> list[bool]:
         with self._transaction():
+            self._fold()
             return [self._create_one(record) for record in records]
 
     def _create_one(self, record: Record) -> bool:
@@ -320,6 +354,7 @@ class SqliteStore(Store):
 
     def _take(self, ids: Sequence[str], now: float) -> list[Record | None]:
         with self._transaction():
+            self._fold()
             return [self._take_one(session_id, now) for session_id in ids]
 
     def _take_one(self, session_id: str, now: float) -> Record | None:
@@ -334,14 +369,118 @@ class SqliteStore(Store):
         )
 
     def _peek(self, ids: Sequence[str]) -> list[Head | None]:
+        self._settle()
         rows = (self._db.execute(f"SELECT {_HEAD} FROM sessions WHERE id = ?", (each,)).fetchone() for each in ids)
         return [row and _head(row) for row in rows]
 
+    def _append(self, ticks: Sequence[Tick]) -> bool:
+        """Puts ticks into the journal, if all of them follow what is stored: whether they do."""
+        follow: dict[str, tuple[int, int, int]] = {}
+        try:
+            with self._transaction():
+                self._look([session_id for tick in ticks for session_id in tick.ids])
+                known = self._known
+                for tick in ticks:
+                    columns = zip(tick.ids, tick.epochs, tick.revisions, tick.steps, strict=True)
+                    for session_id, epoch, revision, step in columns:
+                        if known.get(session_id) != (epoch, revision - 1, step - tick.timesteps):
+                            return False
+                        follow[session_id] = epoch, revision, step
+                for tick in ticks:
+                    packed = tick.pack()
+                    self._db.execute("INSERT INTO journal (tick) VALUES (?)", (packed,))
+                    self._journal_bytes += len(packed)
+                known |= follow
+                self._ticks += ticks
+                if (
+                    self._journal_bytes > _JOURNAL_BYTES
+                    or len(self._ticks) > _JOURNAL_TICKS
+                    or len(known) > _JOURNAL_SESSIONS
+                ):
+                    self._fold()
+        except BaseException:
+            self._known = {}  # whether it was committed is not known
+            raise
+        return True
+
+    def _look(self, ids: Sequence[str]) -> None:
+        """Has in mind where sessions stand, of those that there are."""
+        if not self._current():
+            self._fold()
+        if missing := [session_id for session_id in ids if session_id not in self._known]:
+            for session_id, (_, epoch, revision, step) in self._counters(missing).items():
+                self._known[session_id] = epoch, revision, step
+
+    def _current(self) -> bool:
+        """Whether what is in mind is good: nobody else has written since. If not, it is forgotten."""
+        (version,) = self._db.execute("PRAGMA data_version").fetchone()
+        if version != self._version:
+            self._version, self._known = version, {}
+        return bool(self._known)
+
+    def _settle(self) -> None:
+        """Brings the journal to the sessions' rows, if there is anything in it."""
+        if self._db.execute("SELECT 1 FROM journal LIMIT 1").fetchone():
+            with self._transaction():
+                self._fold()
+
+    def _fold(self) -> None:
+        """Brings the journal to the sessions' rows, and empties it."""
+        if self._current():
+            ticks: Iterable[Tick] = reversed(self._ticks)
+        else:
+            found = self._db.execute("SELECT tick FROM journal ORDER BY n DESC")
+            ticks = (Tick.unpack(packed) for (packed,) in found)
+        self._known, self._ticks, self._journal_bytes = {}, [], 0
+        last: dict[str, tuple[Tick, int]] = {}
+        replies: dict[str, list[Reply]] = {}  # youngest first
+        full: Sequence[str] = ()
+        for tick in ticks:
+            if tick.ids == full:
+                continue  # nothing of it is wanted
+            lacking = False
+            for position, session_id in enumerate(tick.ids):
+                keep = last.setdefault(session_id, (tick, position))[0].keep
+                answered = replies.setdefault(session_id, [])
+                if len(answered) < keep:
+                    answered += tick.replies(position)[::-1]
+                    lacking = lacking or len(answered) < keep
+            if not lacking:
+                full = tick.ids
+        if not last:
+            return
+        numbers = self._counters(list(last))
+        writes = []
+        for session_id, (tick, position) in last.items():
+            window = replies[session_id][: tick.keep][::-1]
+            floor = tick.forget_before[position] if tick.forget_before else 0
+            if len(window) == tick.keep > 0:
+                floor = max(floor, window[0].first_step)
+            window = [reply for reply in window if reply.first_step >= floor]
+            write = Write(
+                session_id,
+                tick.epochs[position],
+                tick.revisions[position],
+                tick.steps[position],
+                tick.last_used,
+                tick.states[position].tobytes(),
+                tuple(window),
+                floor,
+                0 if len(window) == tick.keep else tick.keep,
+            )
+            writes.append((numbers[session_id][0], write))
+        self._apply(writes, [])
+        self._db.execute("DELETE FROM journal")
+
+    def _counters(self, ids: Sequence[str]) -> dict[str, list[int]]:
+        """Number, epoch, revision and step of those sessions that have a row."""
+        (found,) = self._db.execute(_COUNTERS, (json.dumps(ids),)).fetchone()
+        return {row[0]: row[1:] for row in json.loads(found)}
+
     def _commit(self, writes: Sequence[Write]) -> list[bool]:
         with self._transaction():
-            ids = json.dumps([write.id for write in writes])
-            (found,) = self._db.execute(_COUNTERS, (ids,)).fetchone()
-            stored: dict[str, list[int]] = {row[0]: row[1:] for row in json.loads(found)}
+            self._fold()
+            stored = self._counters([write.id for write in writes])
             applied, follow, back = [], [], []
             for write in writes:
                 number, epoch, revision, step = stored.get(write.id, (0, 0, 0, 0))
@@ -370,6 +509,11 @@ class SqliteStore(Store):
         )
         many("DELETE FROM replies WHERE session = ? AND first_step + timesteps > ?", [(n, w.start) for n, w in back])
         self._add_replies([(n, reply) for n, w in writes for reply in w.replies])
+        many(
+            "DELETE FROM replies WHERE session = ?1 AND first_step <= "
+            "(SELECT first_step FROM replies WHERE session = ?1 ORDER BY first_step DESC LIMIT 1 OFFSET ?2)",
+            [(n, w.keep) for n, w in writes if w.keep],
+        )
 
     def _is_in(self, write: Write) -> bool:
         """Whether a session at a write's epoch and revision is what this very write left behind."""
@@ -383,6 +527,7 @@ class SqliteStore(Store):
     def _delete(self, owned: Sequence[tuple[str, int]], why: End, now: float) -> list[bool]:
         done = []
         with self._transaction():
+            self._fold()
             for session_id, epoch in owned:
                 row = self._db.execute("SELECT n, epoch FROM sessions WHERE id = ?", (session_id,)).fetchone()
                 if row is not None and row[1] == epoch:
@@ -402,6 +547,8 @@ class SqliteStore(Store):
         with self._transaction():
             self._db.execute("DELETE FROM ended WHERE at <= ?", (now - self._remember,))
             due = "SELECT n, id, epoch, last_used, meta FROM sessions WHERE look_at <= ? ORDER BY look_at LIMIT ?"
+            if self._db.execute(due, (now, 1)).fetchone():
+                self._fold()  # they may have been used since
             while len(expired) < limit and (rows := self._db.execute(due, (now, limit - len(expired))).fetchall()):
                 for number, session_id, epoch, last_used, document in rows:
                     meta = Meta.from_json(document)
@@ -413,12 +560,28 @@ class SqliteStore(Store):
                         self._db.execute("UPDATE sessions SET look_at = ? WHERE n = ?", (look_at, number))
         return expired
 
-    def _page(self, after: str, limit: int, model: str) -> list[Head]:
-        where, values = ("model = ? AND ", (model, after, limit)) if model else ("", (after, limit))
+    def _count(self, models: Sequence[str]) -> list[int]:
+        query = "SELECT count(*) FROM sessions WHERE model = ?"
+        return [self._db.execute(query, (model,)).fetchone()[0] for model in models]
+
+    def _page(self, after: str, limit: int, model: str, scope: str) -> list[Head]:
+        self._settle()
+        conditions: list[tuple[str, tuple[Any, ...]]] = [("cursor > ?", (after,))]
+        if model:
+            conditions.append(("model = ?", (model,)))
+        if scope:
+            conditions.append((_IN_SCOPE, _scope(scope)))
+        where = " AND ".join(condition for condition, _ in conditions)
+        values = [value for _, part in conditions for value in part]
         rows = self._db.execute(
-            f"SELECT {_HEAD} FROM sessions WHERE {where}cursor > ? ORDER BY cursor LIMIT ?", values
+            f"SELECT {_HEAD} FROM sessions WHERE {where} ORDER BY cursor LIMIT ?", (*values, limit)
         ).fetchall()
         return [_head(row) for row in rows]
+
+    def _count_of(self, scope: str) -> int:
+        self._settle()
+        (count,) = self._db.execute(f"SELECT count(*) FROM sessions WHERE {_IN_SCOPE}", _scope(scope)).fetchone()
+        return int(count)
 
     # Within a transaction
 
@@ -454,6 +617,11 @@ class SqliteStore(Store):
             "INSERT INTO replies VALUES (?, ?, ?, ?, ?)",
             [(n, reply.first_step, reply.timesteps, reply.request_digest, reply.payload) for n, reply in replies],
         )
+
+
+def _scope(scope: str) -> tuple[str, str]:
+    """The bounds of ids that begin so."""
+    return scope, scope[:-1] + chr(ord(scope[-1]) + 1)
 
 
 def _head(row: tuple[Any, ...]) -> Head:
