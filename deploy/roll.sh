@@ -20,5 +20,6 @@ sleep 3 # Envoy looks for replicas every second, and asks new ones how they are
 for replica in "${old[@]}"; do
     docker stop "$replica" > /dev/null # SIGTERM, and SIGKILL after stop_grace_period
     docker rm "$replica" > /dev/null
+    sleep 3 # until Envoy knows: streams that leave the next one would be sent here in vain
 done
 compose up --detach --wait --no-recreate --no-deps --scale "replica=$count" replica
