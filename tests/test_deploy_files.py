@@ -107,8 +107,7 @@ def test_settings_are_settings() -> None:
     """A variable that the server does not know would be ignored without a word."""
     told = {name for service in COMPOSE["services"].values() for name in service.get("environment", {})}
     told |= {each["name"] for pod in pods() for container in pod["containers"] for each in container.get("env", [])}
-    # Of the observability that comes with another change.
-    assert {name for name in told if name.startswith("RNNSERVE_")} - SETTINGS <= {"RNNSERVE_METRICS_PORT"}
+    assert {name for name in told if name.startswith("RNNSERVE_")} <= SETTINGS
 
 
 def test_envoy_takes_its_configuration() -> None:
