@@ -118,6 +118,8 @@ class FakeServer(InferenceServiceServicer, SessionServiceServicer, ModelServiceS
     poisoned: int = 0  # how often one did
     window: int = 16  # chunks of a session whose replies are kept
     applied: list[tuple[str, int]] = field(default_factory=list)  # (session, first step) of every chunk that was
+    keys: list[tuple[str, str | None]] = field(default_factory=list)  # (method, x-session-id) of streams and calls
+    serving: bool = True
 
     def __post_init__(self) -> None:
         self._changed = threading.Condition()
@@ -205,6 +207,7 @@ class FakeServer(InferenceServiceServicer, SessionServiceServicer, ModelServiceS
         return session_pb2.ListSessionsResponse(sessions=page, next_page_token=token)
 
     async def GetSession(self, request, context):
+        self._note("GetSession", context)
         session = await self._find(request.session_id, context)
         return session_pb2.GetSessionResponse(session=session.message())
 
@@ -227,6 +230,7 @@ class FakeServer(InferenceServiceServicer, SessionServiceServicer, ModelServiceS
         return session_pb2.DeleteSessionResponse()
 
     async def Predict(self, request, context):
+        self._note("Predict", context)
         self.predicts.append(request)
         if self.failures:
             await _abort(context, self.failures.popleft())
@@ -244,6 +248,7 @@ class FakeServer(InferenceServiceServicer, SessionServiceServicer, ModelServiceS
 
     async def Stream(self, request_iterator, context):
         self.streams += 1
+        self._note("Stream", context)
         queue: asyncio.Queue = asyncio.Queue()
         self._queues.append(queue)
         lanes: dict[int, Sums] = {}
@@ -265,6 +270,9 @@ class FakeServer(InferenceServiceServicer, SessionServiceServicer, ModelServiceS
         finally:
             self._queues.remove(queue)
             reader.cancel()
+
+    def _note(self, method, context) -> None:
+        self.keys.append((method, dict(context.invocation_metadata()).get("x-session-id")))
 
     def _tell(self, queue, response) -> None:
         if not self._muted:
@@ -383,6 +391,9 @@ class FakeServer(InferenceServiceServicer, SessionServiceServicer, ModelServiceS
             await _abort(context, failure("SESSION_UNKNOWN", grpc.StatusCode.NOT_FOUND, session_id=session_id))
         return self.sessions[session_id]
 
+    async def _healthy(self, request: bytes, context) -> bytes:
+        return b"\x08\x01" if self.serving else b"\x08\x02"
+
     # Its thread
 
     async def _serve(self, started: threading.Event) -> None:
@@ -392,7 +403,7 @@ class FakeServer(InferenceServiceServicer, SessionServiceServicer, ModelServiceS
         add_InferenceServiceServicer_to_server(self, server)
         add_ModelServiceServicer_to_server(self, server)
         add_SessionServiceServicer_to_server(self, server)
-        health = grpc.unary_unary_rpc_method_handler(_healthy)
+        health = grpc.unary_unary_rpc_method_handler(self._healthy)
         server.add_generic_rpc_handlers(
             (grpc.method_handlers_generic_handler("grpc.health.v1.Health", {"Check": health}),)
         )
@@ -415,10 +426,6 @@ def running():
     finally:
         server._loop.call_soon_threadsafe(server._stop.set)
         thread.join()
-
-
-async def _healthy(request: bytes, context) -> bytes:
-    return b"\x08\x01"
 
 
 async def _abort(context, status: error_pb2.Status) -> None:

@@ -330,7 +330,7 @@ def test_a_lost_stream_gives_back_every_ticket():
     assert sorted(tickets) == ["barrier", "close", "group", "open", "sent", "unsent"]
     assert not any(lane.open for lane in (a, b, c))
     assert lanes.flush() is None
-    assert (lanes.held, lanes.in_flight) == (0, 0)
+    assert (lanes.account.held, lanes.in_flight) == (0, 0)
 
 
 @pytest.mark.parametrize(

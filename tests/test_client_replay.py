@@ -204,7 +204,7 @@ def test_each_chunk_is_applied_once_and_answered_once(seed, count, chunks, losse
     assert {f"s{number}": values for number, values in applied.items()} == server.applied
     for number, lane in enumerate(made):
         assert lane.next_step == server.steps[f"s{number}"]
-    assert (lanes.held, lanes.in_flight, lanes.wishes) == (0, 0, False)
+    assert (lanes.account.held, lanes.in_flight, lanes.wishes) == (0, 0, False)
 
 
 @given(st.integers(0, 2**32), st.integers(1, 20), st.floats(0, 0.5))
@@ -229,7 +229,7 @@ def test_giving_up_keeps_the_places(seed, chunks, losses):
     answered = told(wire.answers)
     assert set(answered) == {"open", *range(1, chunks + 1)}  # those given up too, though nobody listens
     assert server.applied["s"] == list(range(1, chunks + 1))
-    assert lanes.held == 0
+    assert lanes.account.held == 0
 
 
 @given(st.integers(0, 2**32), st.integers(1, 6), st.booleans())
@@ -300,7 +300,7 @@ def test_no_more_is_asked_than_the_server_remembers():
         wire.answers += lanes.receive(wire.take(request))
     assert asked == [[[0], [1]], [[2], [3]], [[4]], [[5], [6, 0], [1]]]
     assert all(answer.error is None for answer in wire.answers)
-    assert lanes.held == 0
+    assert lanes.account.held == 0
     for number in range(40):
         lanes.step(made[1], chunk(number, 1))
     assert sum(len(frame.lanes) for frame in lanes.flush().frames) == REPLAY_CHUNKS
@@ -354,7 +354,7 @@ def test_only_the_rows_that_are_left_are_sent_again():
     assert list(frame.lanes) == [0, 2]
     (answer,) = lanes.receive(pb.StreamResponse(frames=[result(frame)]))
     assert answer.value.outputs["y"][:, 0, 0, 0].tolist() == [5, 6, 7]
-    assert lanes.held == 0
+    assert lanes.account.held == 0
 
 
 def test_what_a_failure_dooms_is_not_sent_again():
@@ -398,7 +398,7 @@ def test_a_session_that_is_gone():
     lanes.close(lane, True, "close")
     wire.settle()
     assert isinstance(told(wire.answers)["close"].error, SessionNotFound)
-    assert lanes.held == 0
+    assert lanes.account.held == 0
 
 
 def test_a_session_that_went_back():

@@ -42,6 +42,11 @@ async def client(server):
         yield made
 
 
+async def link_of(client: aio.Client) -> Link:
+    """The one link of a client of one server."""
+    return (await client._connection.links()).any().link
+
+
 def quick(client, **settings):
     """The client, with waits that are told to `client.waits` and take no time unless they are held."""
     client.waits = []
@@ -224,7 +229,7 @@ async def test_idle_sessions_are_taken_up_when_they_are_needed(server, client):
     await asyncio.gather(*[session.step(row(1)) for session in sessions])
     server.requests.clear()
     ended = asyncio.Event()
-    link = client._connection.link()
+    link = await link_of(client)
     link._retry = dataclasses.replace(link._retry, sleep=lambda seconds: _set(ended))
     server.break_streams()
     await ended.wait()
@@ -372,7 +377,7 @@ async def test_giving_up():
         await session.step(row(1))
     client.waits.clear()
     now = [0.0]
-    link: Link = client._connection.link()
+    link = await link_of(client)
     link._retry = dataclasses.replace(link._retry, clock=lambda: now[0], sleep=lambda seconds: _pass(now, seconds))
     calls = [session.step(row(2)), session.step(row(3)), gone.close(), session.reset_states(), client.session("sum")]
     tasks = [asyncio.ensure_future(call) for call in calls[:-1]] + [asyncio.ensure_future(calls[-1]._open())]
@@ -461,8 +466,8 @@ async def test_memory_is_bounded(server):
         server.hold()
         first = asyncio.create_task(one.step(row(1)))
         await arrived(server, 1)
-        lanes = client._connection.link().lanes
-        held = lanes.held
+        lanes = (await link_of(client)).lanes
+        held = lanes.account.held
         with pytest.raises(rnnserve.DeadlineExceeded, match="not sent") as caught:
             await two.step(row(5), timeout=0.05)
         assert "first_step" not in caught.value.metadata
@@ -470,15 +475,15 @@ async def test_memory_is_bounded(server):
         cancelled = asyncio.create_task(two.step(row(7)))
         reset = asyncio.create_task(one.reset_states([row(4)[None]]))
         await asyncio.sleep(0)
-        assert len(client._connection.link()._line) == 4
+        assert len((await client._connection.links())._line) == 4
         cancelled.cancel()
-        assert (lanes.held, one.next_step, two.next_step) == (held, 1, 0)
+        assert (lanes.account.held, one.next_step, two.next_step) == (held, 1, 0)
         server.release()
         np.testing.assert_array_equal(await first, row(1))
         np.testing.assert_array_equal(await asyncio.gather(*waiting), [row(2), row(1)])
         await reset
         np.testing.assert_array_equal(await one.step(row(1)), row(5))
-        assert lanes.held == 0
+        assert lanes.account.held == 0
         once(server)
 
 
@@ -545,7 +550,7 @@ async def test_closing_in_the_pause():
         session = await client.session("sum")
     step = asyncio.create_task(session.step(row(1)))
     asleep = asyncio.Event()
-    link = client._connection.link()
+    link = await link_of(client)
     link._retry = dataclasses.replace(link._retry, sleep=lambda seconds: _fall_asleep(asleep))
     await asleep.wait()
     await client.close()

@@ -1,7 +1,8 @@
 """Uses a running server as a client does: ``python tests/docker/check.py localhost:50051``.
 
 Needs nothing but the installed client. Prints a line for each check, and ends with status 1 if one failed. With
-``hold`` as a second argument it opens a stream instead, and keeps it open until its standard input ends.
+``hold`` as a second argument it opens a stream instead, and keeps it open until its standard input ends. ``remember``
+begins a session and prints its id, and ``recall ID`` goes on with it.
 """
 
 from __future__ import annotations
@@ -86,6 +87,26 @@ def hold(address: str) -> None:
         sys.stdin.read()
 
 
+TEN = np.random.default_rng(8).standard_normal((10, 5), np.float32)
+
+
+def remember(address: str) -> None:
+    """Begins a session."""
+    with rnnserve.Client(address) as client:
+        session = client.session(MODEL)
+        for x in TEN[:5]:
+            session.step(x)
+        print(session.session_id)
+
+
+def recall(address: str, session_id: str) -> None:
+    """Goes on with it: the server must be where it was left."""
+    with rnnserve.Client(address) as client, client.attach(session_id) as session:
+        assert session.next_step == 5, session.next_step
+        y = [session.step(x) for x in TEN[5:]]
+        np.testing.assert_array_equal(y, client.RNN(MODEL, return_sequences=True)(TEN[None])[0, 5:])
+
+
 def main(address: str) -> int:
     failed = 0
     for check in CHECKS:
@@ -111,7 +132,11 @@ def main(address: str) -> int:
 if __name__ == "__main__":
     if len(sys.argv) == 3 and sys.argv[2] == "hold":
         hold(sys.argv[1])
+    elif len(sys.argv) == 3 and sys.argv[2] == "remember":
+        remember(sys.argv[1])
+    elif len(sys.argv) == 4 and sys.argv[2] == "recall":
+        recall(sys.argv[1], sys.argv[3])
     elif len(sys.argv) == 2:
         sys.exit(main(sys.argv[1]))
     else:
-        sys.exit("usage: check.py HOST:PORT [hold]")
+        sys.exit("usage: check.py HOST:PORT [hold | remember | recall ID]")

@@ -16,6 +16,7 @@ from rnnserve._connection import Connection
 from rnnserve.codec import encode
 from rnnserve.models import Model
 from rnnserve.v1 import model_pb2
+from rnnserve.v1.model_pb2_grpc import ModelServiceStub
 
 
 class Catalogue:
@@ -57,7 +58,7 @@ class Catalogue:
         if end_sessions_after is not None:
             request.end_sessions_after.FromNanoseconds(round(end_sessions_after * 1e9))
         response = await self._connection.unary(
-            self._connection.model_service().UnloadModel, request, limit, retry=False
+            lambda channel: ModelServiceStub(channel).UnloadModel, request, limit, retry=False
         )
         return list(response.versions)
 
@@ -65,12 +66,12 @@ class Catalogue:
         """See `Models.reload`."""
         request = model_pb2.ReloadModelRequest(name=name)
         response = await self._connection.unary(
-            self._connection.model_service().ReloadModel, request, limit, retry=False
+            lambda channel: ModelServiceStub(channel).ReloadModel, request, limit, retry=False
         )
         return [Model.from_message(each) for each in response.models]
 
     async def _deploy(self, request: model_pb2.DeployModelRequest, limit: float | None) -> Model:
         response = await self._connection.unary(
-            self._connection.model_service().DeployModel, request, limit, retry=False
+            lambda channel: ModelServiceStub(channel).DeployModel, request, limit, retry=False
         )
         return Model.from_message(response.model)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Container, Hashable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -14,6 +14,9 @@ from rnnserve._notices import Notice
 from rnnserve.codec import Array, encode_joined
 from rnnserve.errors import GroupError, RequestError
 from rnnserve.v1 import inference_pb2, session_pb2
+
+if TYPE_CHECKING:
+    from rnnserve._lanes import Lanes
 
 
 @dataclass(slots=True)
@@ -55,15 +58,19 @@ class Lane:
         request: how to open it; once it was, by the session's id.
         fresh: it was never open.
         tries: how often its open was sent.
+        holder: the `Lanes` that has it.
+        asked: a call that is not of the stream was made for its session since it was opened.
         claim: what was to be made and why it was refused, if an earlier try may have made it.
         opening: an open is wished or sent; `open`: it is open on this stream.
         ready: chunks wished on it may leave at once: it is open, and none wished earlier is parked.
         closing: a close is wished or sent.
+        ghost: what is left, until it is closed, of a lane that went elsewhere.
         notice: what the server told of the session last, or None.
     """
 
     __slots__ = (
         "active",
+        "asked",
         "backlog",
         "claim",
         "close_ticket",
@@ -71,6 +78,8 @@ class Lane:
         "delete_session",
         "fresh",
         "generation",
+        "ghost",
+        "holder",
         "known",
         "next_step",
         "notice",
@@ -85,8 +94,11 @@ class Lane:
         "window",
     )
 
-    def __init__(self, number: int, request: inference_pb2.LaneOpen, open_ticket: Any, window: int) -> None:
+    def __init__(
+        self, number: int, request: inference_pb2.LaneOpen, open_ticket: Any, window: int, holder: Lanes
+    ) -> None:
         self.number = number
+        self.holder = holder
         self.window = window
         self.request = request
         self.open_ticket = open_ticket
@@ -96,6 +108,7 @@ class Lane:
         self.generation = 0
         self.pending: deque[Pending] = deque()
         self.known = self.open = self.opening = self.ready = self.closing = self.delete_session = False
+        self.asked = self.ghost = False
         self.fresh = True
         self.notice: Notice | None = None
         self.tries = self.active = 0
@@ -223,13 +236,13 @@ class Pending(NamedTuple):
 OVERHEAD = 1024
 
 
-def left_over(lanes: Iterable[Lane], only: Container[int] | None = None) -> list[Chunk]:
-    """The chunks that are not answered, each with the rows that are not, in the order of the wishes; by number, if
-    told so."""
+def left_over(lanes: Iterable[Lane], only: Container[tuple[int, Lane]] | None = None) -> list[Chunk]:
+    """The chunks that are not answered, each with the rows that are not, in the order of the wishes; only those of a
+    number and a lane, if told so."""
     rows: dict[Chunk, list[tuple[int, Lane, int]]] = {}
     for lane in lanes:
         for pending in lane.pending:
-            if pending.chunk is not None and (only is None or pending.chunk.number in only):
+            if pending.chunk is not None and (only is None or (pending.chunk.number, lane) in only):
                 rows.setdefault(pending.chunk, []).append((pending.row, lane, pending.first_step))
     parts = [chunk.part(sorted(left, key=lambda row: row[0])) for chunk, left in rows.items()]
     return sorted(parts, key=lambda chunk: chunk.number)

@@ -1,17 +1,19 @@
-"""A connection to a server, under asyncio: the channel, the calls that are not streamed, and the current stream."""
+"""What a client has of its servers, under asyncio: channels, calls that are not streamed, and the links."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import grpc
 import grpc.aio
 
 from rnnserve import _trace
-from rnnserve._link import REPLAY_BYTES, Link
+from rnnserve._chunks import Lane
+from rnnserve._links import REPLAY_BYTES, Links, Place, Routing
 from rnnserve._notices import OnNotice
+from rnnserve._resolve import Replica, fixed, resolve
 from rnnserve._retry import RETRY_FOR, Retry
 from rnnserve.errors import ClientClosed, DeadlineExceeded, RequestError, Unavailable, from_rpc_error
 from rnnserve.models import Model, SessionInfo
@@ -21,10 +23,10 @@ from rnnserve.v1.inference_pb2_grpc import InferenceServiceStub
 from rnnserve.v1.model_pb2_grpc import ModelServiceStub
 from rnnserve.v1.session_pb2_grpc import SessionServiceStub
 
-if TYPE_CHECKING:
-    from rnnserve.v1.model_pb2_grpc import ModelServiceAsyncStub
-
 T = TypeVar("T")
+
+#: A call that is not streamed, of the stub that it is given a channel for.
+Method = Callable[[grpc.aio.Channel], Callable[..., Awaitable[T]]]
 
 # A returned sequence may be longer than gRPC's usual limit of 4 MiB; the server guards itself with its own.
 _OPTIONS: tuple[tuple[str, Any], ...] = (
@@ -43,15 +45,25 @@ _OPTIONS: tuple[tuple[str, Any], ...] = (
     ("grpc.http2.max_pings_without_data", 0),  # as often as that
 )
 
+_HEALTH = "/grpc.health.v1.Health/Check"
 _SERVING = b"\x08\x01"  # grpc.health.v1.HealthCheckResponse with status SERVING
+
+#: Seconds between looks at what the names of replicas stand for.
+_RESOLVED_EVERY = 5.0
+
+_PROBE_SECONDS = 2.0  # that a replica may take to say whether it serves
 
 
 class Connection:
-    """What both clients stand on. Everything runs on one event loop; the channel is opened on first use."""
+    """What both clients stand on. Everything runs on one event loop; channels are opened on first use.
+
+    Attributes:
+        target: what the client was given, for messages.
+    """
 
     def __init__(
         self,
-        target: str,
+        target: str | Sequence[str],
         timeout: float | None,
         credentials: grpc.ChannelCredentials | None,
         options: Sequence[tuple[str, Any]],
@@ -60,15 +72,27 @@ class Connection:
         on_notice: OnNotice | None = None,
         tls: Tls = None,
         token: Token | None = None,
+        streams: int = 1,
     ) -> None:
         if credentials is not None and tls not in (None, False):
             raise ValueError("credentials and tls: expected one of them")
-        check_token(target, token, tls, credentials)
+        for each in [target] if isinstance(target, str) else target:
+            check_token(each, token, tls, credentials)
         if retry_for is not None and not retry_for >= 0:
             raise ValueError(f"retry_for must be seconds, 0 for never or None for ever, got {retry_for}")
         if replay_bytes < 1:
             raise ValueError(f"replay_bytes must be at least 1, got {replay_bytes}")
-        self.target = target
+        if streams < 1:
+            raise ValueError(f"streams must be at least 1, got {streams}")
+        self._targets = [target] if isinstance(target, str) else list(target)
+        self._spread = not isinstance(target, str)
+        if not self._targets:
+            raise ValueError("expected at least one replica, got an empty list")
+        if self._spread and streams > 1:
+            raise ValueError("streams are for a single target: a list of replicas has one stream to each")
+        self._fixed = not self._spread or fixed(self._targets)
+        self._streams = streams
+        self.target = ", ".join(self._targets)
         self.timeout = timeout
         self.retry = Retry(retry_for)
         self._replay_bytes = replay_bytes
@@ -80,8 +104,10 @@ class Connection:
         self._options = tuple({**dict(_OPTIONS), **dict(given)}.items())  # gRPC takes the first of two
         if secure is not None:
             self._credentials = secure.credentials()
-        self._channel: grpc.aio.Channel | None = None
-        self._link: Link | None = None
+        self._channels: dict[Replica, grpc.aio.Channel] = {}
+        self._links: Links | None = None
+        self._looking: asyncio.Task[Links] | None = None
+        self._watch: asyncio.Task[None] | None = None
         self._models: dict[tuple[str, str], Model] = {}
         self._newest: dict[str, Model] = {}
         self._closed = False
@@ -89,46 +115,114 @@ class Connection:
     async def close(self) -> None:
         """Ends the stream and the channel; calls that are not answered fail with ClientClosed. Closes once."""
         self._closed = True
-        link, self._link = self._link, None
-        channel, self._channel = self._channel, None
-        if link is not None:
-            await link.close()
-        if channel is not None:
+        tasks = [task for task in (self._looking, self._watch) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        links, self._links = self._links, None
+        channels, self._channels = self._channels, {}
+        if links is not None:
+            await links.close()
+        for channel in channels.values():
             await channel.close()
 
-    def link(self) -> Link:
-        """The streams of this connection."""
+    async def links(self) -> Links:
+        """The links of this client."""
         if self._closed:
             raise ClientClosed("the client is closed")
-        if self._link is None:
-            self._link = Link(self.target, self._stream, self.retry, self._replay_bytes, self._on_notice)
-        return self._link
+        if self._links is None:
+            if self._fixed:
+                return self._make({each: Replica(each) for each in self._targets})
+            if self._looking is None:
+                self._looking = asyncio.create_task(self._look())
+            try:
+                return await asyncio.shield(self._looking)
+            except asyncio.CancelledError:
+                if self._closed and self._looking.cancelled():
+                    raise ClientClosed("the client is closed") from None
+                raise
+        return self._links
 
-    def _stream(self) -> Any:
-        return InferenceServiceStub(self.channel()).Stream(metadata=self.metadata())
+    async def _look(self) -> Links:
+        links = self._make(await self._resolved())
+        self._watch = asyncio.create_task(self._keep_looking(links))
+        return links
 
-    def metadata(self) -> grpc.aio.Metadata:
-        """What every call says beside its request."""
-        headers = _trace.headers()
+    async def _keep_looking(self, links: Links) -> None:
+        while True:
+            await self.retry.sleep(_RESOLVED_EVERY)
+            links.set(await self._resolved())
+
+    async def _resolved(self) -> dict[str, Replica]:
+        return {replica.target: replica for replica in await resolve(self._targets)}
+
+    def _make(self, replicas: dict[str, Replica]) -> Links:
+        links = self._links = Links(
+            self.retry,
+            self._replay_bytes,
+            channel=self._channel,
+            start=self._stream,
+            knows=self._knows,
+            serves=self._serves,
+            drop=self._drop,
+            moves=self._spread,
+            on_notice=self._on_notice,
+        )
+        if self._streams > 1:
+            replicas = {f"{name}#{number}": each for name, each in replicas.items() for number in range(self._streams)}
+        links.set(replicas)
+        return links
+
+    def _stream(self, replica: Replica, routing: Routing) -> Any:
+        return InferenceServiceStub(self._channel(replica)).Stream(metadata=self.metadata(routing))
+
+    def metadata(self, routing: Routing = ()) -> grpc.aio.Metadata:
+        """What every call says beside its request; `routing` tells a proxy where it belongs."""
+        headers = [*routing, *_trace.headers()]
         if self._token is not None:
             token = self._token if isinstance(self._token, str) else self._token()
             headers.append(("authorization", f"Bearer {token}"))
         return grpc.aio.Metadata(*headers)
 
-    def channel(self) -> grpc.aio.Channel:
-        """The channel, opened on first use."""
+    def _channel(self, replica: Replica) -> grpc.aio.Channel:
+        """The channel to a replica, opened on first use."""
         if self._closed:
             raise ClientClosed("the client is closed")
-        if self._channel is None:
+        channel = self._channels.get(replica)
+        if channel is None:
+            options = self._options
+            if replica.authority is not None:
+                options = (("grpc.default_authority", replica.authority), *options)
             if self._credentials is None:
-                self._channel = grpc.aio.insecure_channel(self.target, self._options)
+                channel = grpc.aio.insecure_channel(replica.target, options)
             else:
-                self._channel = grpc.aio.secure_channel(self.target, self._credentials, self._options)
-        return self._channel
+                if replica.authority is not None:
+                    options = (("grpc.ssl_target_name_override", replica.authority.rpartition(":")[0]), *options)
+                channel = grpc.aio.secure_channel(replica.target, self._credentials, options)
+            self._channels[replica] = channel
+        return channel
 
-    def model_service(self) -> ModelServiceAsyncStub:
-        """The stub of the service of models."""
-        return ModelServiceStub(self.channel())
+    async def _drop(self, replica: Replica) -> None:
+        channel = self._channels.pop(replica, None)
+        if channel is not None:
+            await channel.close()
+
+    async def _knows(self, replica: Replica, session_id: str) -> bool:
+        request = session_pb2.GetSessionRequest(session_id=session_id)
+        try:
+            await SessionServiceStub(self._channel(replica)).GetSession(
+                request, timeout=_PROBE_SECONDS, metadata=self.metadata()
+            )
+        except grpc.RpcError:
+            return False
+        return True
+
+    async def _serves(self, replica: Replica) -> bool:
+        check: Callable[..., Awaitable[bytes]] = self._channel(replica).unary_unary(_HEALTH)
+        try:
+            return await check(b"", timeout=_PROBE_SECONDS, metadata=self.metadata()) == _SERVING
+        except grpc.RpcError:
+            return False
 
     def seconds(self, limit: float | None) -> float | None:
         """The deadline of a call: its own, else the client's."""
@@ -148,21 +242,21 @@ class Connection:
 
     def late(self, seconds: float) -> str:
         """What to say when a deadline passed."""
-        trouble = None if self._link is None else self._link.trouble
+        trouble = None if self._links is None else self._links.trouble
         return f"no answer within {seconds:g} s" + (f"; {self.target}: {trouble}" if trouble else "")
 
     async def predict(
         self, request: inference_pb2.PredictRequest, limit: float | None
     ) -> inference_pb2.PredictResponse:
         """One call without a session."""
-        return await self.unary(InferenceServiceStub(self.channel()).Predict, request, limit)
+        return await self.unary(lambda channel: InferenceServiceStub(channel).Predict, request, limit)
 
     async def newest(self, name: str, version: str, limit: float | None, *, known: bool = False) -> Model:
         """A model's description; with `known`, the one that was fetched before, if there is one."""
         model = (self._models.get((name, version)) if version else self._newest.get(name)) if known else None
         if model is None:
             request = model_pb2.GetModelRequest(name=name, version=version)
-            response = await self.unary(self.model_service().GetModel, request, limit)
+            response = await self.unary(lambda channel: ModelServiceStub(channel).GetModel, request, limit)
             model = self._keep(Model.from_message(response.model))
             if not version:
                 self._newest[name] = model
@@ -180,7 +274,7 @@ class Connection:
         found: list[Model] = []
         request = model_pb2.ListModelsRequest()
         while True:
-            response = await self.unary(self.model_service().ListModels, request, limit)
+            response = await self.unary(lambda channel: ModelServiceStub(channel).ListModels, request, limit)
             found += [self._keep(Model.from_message(each)) for each in response.models]
             request.page_token = response.next_page_token
             if not request.page_token:
@@ -189,45 +283,88 @@ class Connection:
     async def sessions_page(self, model: str, token: str, limit: float | None) -> tuple[list[SessionInfo], str]:
         """A page of the live sessions, oldest first, and the token of the next one, empty at the end."""
         request = session_pb2.ListSessionsRequest(model=model, page_token=token)
-        response = await self.unary(SessionServiceStub(self.channel()).ListSessions, request, limit)
+        response = await self.unary(lambda channel: SessionServiceStub(channel).ListSessions, request, limit)
         return [SessionInfo.from_message(each) for each in response.sessions], response.next_page_token
 
-    async def get_session(self, session_id: str, limit: float | None) -> SessionInfo:
-        """A session as it is."""
+    async def get_session(self, session_id: str, limit: float | None, lane: Lane | None = None) -> SessionInfo:
+        """A session as it is; with its lane, if there is one."""
         request = session_pb2.GetSessionRequest(session_id=session_id)
-        response = await self.unary(SessionServiceStub(self.channel()).GetSession, request, limit)
+        response = await self.unary(
+            lambda channel: SessionServiceStub(channel).GetSession, request, limit, about=lane or session_id
+        )
         return SessionInfo.from_message(response.session)
 
     async def reset_session(
-        self, request: session_pb2.ResetSessionRequest, limit: float | None, *, retry: bool = True
+        self, request: session_pb2.ResetSessionRequest, limit: float | None, lane: Lane, *, retry: bool = True
     ) -> None:
         """Puts a session's states back; `retry` if it says at which step."""
-        await self.unary(SessionServiceStub(self.channel()).ResetSession, request, limit, retry=retry)
+        await self.unary(
+            lambda channel: SessionServiceStub(channel).ResetSession, request, limit, retry=retry, about=lane
+        )
 
     async def health(self, limit: float | None) -> bool:
-        """Whether the server says that it serves; False when it cannot be reached."""
-        check: Callable[..., Awaitable[bytes]] = self.channel().unary_unary("/grpc.health.v1.Health/Check")
+        """Whether the server, or one of the replicas, says that it serves; False when none can be reached."""
+        seconds = self.seconds(limit)
+        links = await self.links()
         try:
-            return await self.unary(check, b"", limit, retry=False) == _SERVING
-        except (Unavailable, DeadlineExceeded):
+            async with asyncio.timeout(seconds):
+                return any(await asyncio.gather(*[self._healthy(place) for place in links.all()]))
+        except TimeoutError:
             return False
+
+    async def _healthy(self, place: Place) -> bool:
+        check: Callable[..., Awaitable[bytes]] = self._channel(place.replica).unary_unary(_HEALTH)
+        try:
+            return await check(b"", metadata=self.metadata()) == _SERVING
+        except grpc.RpcError as error:
+            failure = from_rpc_error(error)
+            if isinstance(failure, (Unavailable, DeadlineExceeded)):
+                return False
+            raise failure from None
 
     def _keep(self, model: Model) -> Model:
         self._models[model.name, model.version] = model
         return model
 
     async def unary(
-        self, method: Callable[..., Awaitable[T]], request: Any, limit: float | None, *, retry: bool = True
+        self,
+        method: Method[T],
+        request: Any,
+        limit: float | None,
+        *,
+        retry: bool = True,
+        about: Lane | str | None = None,
     ) -> T:
-        """One call, its failure as one of our exceptions. With `retry` it may be made again: doing it twice is once."""
+        """One call, its failure as one of our exceptions.
+
+        Args:
+            method: the call.
+            request: its message.
+            limit: seconds; None for the client's.
+            retry: it may be made again: doing it twice is once.
+            about: the session that it is for, by its lane or its id; None for a call that any replica can answer.
+        """
         seconds = self.seconds(limit)
         started = self.retry.clock()
         trial = None
+        links = await self.links()
         while True:
             spent = self.retry.clock() - started
+            routing: Routing = ()
+            if isinstance(about, Lane):
+                place = links.holding(about)
+                about.asked = True
+                routing = links.routing(place, "")
+            elif about is not None:
+                place = links.place(about)
+                routing = links.routing(place, about)
+            else:
+                place = links.any()
             try:
                 left = None if seconds is None else max(0.0, seconds - spent)
-                return await method(request, timeout=left, metadata=self.metadata())
+                return await method(self._channel(place.replica))(
+                    request, timeout=left, metadata=self.metadata(routing)
+                )
             except grpc.RpcError as error:
                 failure: RequestError = from_rpc_error(error)
             except asyncio.CancelledError:
@@ -236,10 +373,13 @@ class Connection:
                 if self._closed and task is not None and not task.cancelling():
                     raise ClientClosed("the client was closed before the answer came") from None
                 raise
-            if not retry or failure.status is not grpc.StatusCode.UNAVAILABLE:
+            if failure.status is not grpc.StatusCode.UNAVAILABLE:
+                raise failure
+            others = links.failed(place, failure)
+            if not retry:
                 raise failure
             trial = trial or self.retry.begin()
-            delay = trial.next(failure.retry_after)
+            delay = 0.0 if others and not isinstance(about, Lane) else trial.next(failure.retry_after)
             if delay is None:
                 raise failure
             if seconds is not None and self.retry.clock() - started + delay >= seconds:

@@ -4,6 +4,10 @@
 asks `flush` for the next message whenever the stream can take one, so whatever was wished since the last message
 leaves in one; and gives `receive` every message that comes. It has no clock, no socket and no thread.
 
+Lanes may move from one `Lanes` to another, each with what is wished on it: `part` and `let_go` give them away, and
+`adopt` takes them in. A chunk of several lanes whose lanes are not all in one place is sent in parts, and answered when
+all its rows are.
+
 It outlives its streams. A chunk is kept whole until it is answered, with the step at which it starts. When a stream is
 lost, `lost` makes everything unanswered a wish again: the next stream first opens the lanes that are needed, by the ids
 of their sessions, and then sends the chunks anew, in their order and each from its own first step. The server applies
@@ -16,7 +20,7 @@ from __future__ import annotations
 import copy
 import heapq
 from collections import deque
-from collections.abc import Collection, Hashable
+from collections.abc import Callable, Collection, Hashable
 from typing import Any
 
 import grpc
@@ -37,7 +41,7 @@ from rnnserve._chunks import (
 from rnnserve._losses import LOSSES, LOSSES_ALONE, Losses
 from rnnserve._notices import Notice
 from rnnserve.codec import decode_named
-from rnnserve.errors import ChunkLost, RequestError, SessionExists, StepMismatch, from_status
+from rnnserve.errors import ChunkLost, RequestError, SessionExists, StepMismatch, Unavailable, from_status
 from rnnserve.v1 import inference_pb2, session_pb2
 
 #: A message takes chunks up to this size, well under gRPC's usual limit of 4 MiB; a larger chunk travels alone.
@@ -52,13 +56,29 @@ OPENS_IN_MESSAGE = 1024
 #: The generation of a chunk that was sent behind one that failed, and will fail for that reason.
 _DOOMED = -1
 
+_TAKEN_OVER = "SESSION_TAKEN_OVER"
+
 
 class ProtocolViolation(Exception):
     """The server answered something that was not asked."""
 
 
+class Account:
+    """What the lanes of one client have in common, wherever they are.
+
+    Attributes:
+        held: bytes that unanswered chunks take, roughly.
+        count: of the chunks that were wished.
+    """
+
+    __slots__ = ("count", "held")
+
+    def __init__(self) -> None:
+        self.held = self.count = 0
+
+
 class Lanes:
-    """The lanes of one connection.
+    """The lanes of one stream.
 
     No more of a session's chunks are on their way than their answers fit into `window`, or what the server says that it
     remembers if that is less, where a chunk's weight is the bytes of its answer, or a share of the window: the server
@@ -66,8 +86,9 @@ class Lanes:
     With `resume` False nothing is asked again for the server's sake: UNAVAILABLE on a lane is an answer like others.
 
     Attributes:
+        account: shared with the other `Lanes` of a client.
+        woken: to be called when something was wished.
         in_flight: rows that are sent on this stream and not answered.
-        held: bytes that unanswered chunks take, roughly.
         broken: why the stream is of no more use although it goes on, or None.
         put_off: lanes that the server will not open now, with what it said: try `open_again`, or `refuse`.
         notices: what the server told of sessions without being asked, for whoever takes it out.
@@ -80,7 +101,10 @@ class Lanes:
         window: int = REPLAY_WINDOW,
         *,
         resume: bool = True,
+        account: Account | None = None,
     ) -> None:
+        self.account = account or Account()
+        self.woken: Callable[[], None] = _nobody
         self._message_bytes = message_bytes
         self._rows_allowed = rows_in_flight
         self._window = window
@@ -95,9 +119,7 @@ class Lanes:
         self._closes: list[Lane] = []
         self._answers: list[Answer] = []
         self._losses = Losses()
-        self._count = 0
         self.in_flight = 0
-        self.held = 0
         self.broken: RequestError | None = None
         self.put_off: list[tuple[Lane, RequestError]] = []
         self.notices: list[Notice] = []
@@ -109,12 +131,12 @@ class Lanes:
 
         A new session should be given an id: without one, a create whose answer is lost may make a second session.
         """
-        number = heapq.heappop(self._free) if self._free else len(self._lanes)
+        number = self._new_number()
         if isinstance(target, str):
             request = inference_pb2.LaneOpen(lane=number, session_id=target)
         else:
             request = inference_pb2.LaneOpen(lane=number, create=target)
-        lane = self._lanes[number] = Lane(number, request, ticket, self._window)
+        lane = self._lanes[number] = Lane(number, request, ticket, self._window, self)
         self._want(lane)
         return lane
 
@@ -124,8 +146,9 @@ class Lanes:
         lane.next_step = first + chunk.timesteps
         chunk.lanes = [lane]
         chunk.first_steps = [first]
-        chunk.number = self._count = self._count + 1
-        self.held += chunk.nbytes + OVERHEAD
+        account = self.account
+        chunk.number = account.count = account.count + 1
+        account.held += chunk.nbytes + OVERHEAD
         lane.pending.append(Pending(first, lane.generation, chunk, 0, None, chunk.ticket))
         if lane.ready:
             active = lane.active + chunk.weight
@@ -138,20 +161,29 @@ class Lanes:
             self._park(chunk)
 
     def step_all(self, lanes: list[Lane], chunk: Chunk) -> None:
-        """Wishes a chunk with a row for each of these lanes; it has one answer, when every lane has its own."""
+        """Wishes a chunk with a row for each of these lanes; it has one answer, when every lane has its own.
+
+        The lanes may be anywhere: each `Lanes` sends the rows of its own.
+        """
         chunk.lanes = lanes
         chunk.first_steps = [lane.next_step for lane in lanes]
-        chunk.number = self._count = self._count + 1
-        self.held += chunk.nbytes + OVERHEAD
+        account = self.account
+        chunk.number = account.count = account.count + 1
+        account.held += chunk.nbytes + OVERHEAD
         gather = Gather(len(lanes))
         for row, lane in enumerate(lanes):
             lane.pending.append(Pending(lane.next_step, lane.generation, chunk, row, gather, chunk.ticket))
             lane.next_step += chunk.timesteps
-        if all(lane.ready and lane.backlog is None and _fits(lane, chunk) for lane in lanes):
-            self._send(chunk)
-        else:
-            self._park(chunk)
-            self._crowded = True
+        holder = lanes[0].holder
+        if all(lane.holder is holder for lane in lanes):
+            holder._send_all(chunk)
+            return
+        rows: dict[Lanes, list[tuple[int, Lane, int]]] = {}
+        for row, lane in enumerate(lanes):
+            rows.setdefault(lane.holder, []).append((row, lane, chunk.first_steps[row]))
+        for holder, some in rows.items():
+            holder._send_all(chunk.part(some))
+            holder.woken()
 
     def barrier(self, lane: Lane, ticket: Any) -> bool:
         """Wishes to know when every chunk wished on the lane so far is answered. False: all are, no answer comes."""
@@ -192,12 +224,68 @@ class Lanes:
             self._unpark()
         return answers
 
+    # Moving
+
+    @property
+    def members(self) -> list[Lane]:
+        """The lanes that are here, but for those that are closed because they went elsewhere."""
+        return [lane for lane in self._lanes.values() if not lane.ghost]
+
+    def part(self) -> list[Lane]:
+        """Gives all lanes away, which are then nobody's. For after `lost`."""
+        lanes = self.members
+        self._lanes.clear()
+        self._free.clear()
+        self._opens.clear()
+        self._closes.clear()
+        self._parked.clear()
+        self._stale = self._crowded = False
+        for lane in lanes:
+            lane.opening = False
+        return lanes
+
+    def let_go(self, lane: Lane) -> bool:
+        """Gives a lane away if nothing is wished on it; the server is told that it is not needed here."""
+        if lane.pending or lane.closing or lane.opening or lane.fresh:
+            return False
+        if lane.open:
+            ghost = self._lanes[lane.number] = Lane(lane.number, lane.request, None, self._window, self)
+            ghost.open = ghost.ready = ghost.closing = ghost.ghost = True
+            ghost.fresh = False
+            self._closes.append(ghost)
+            lane.open = lane.ready = False
+            self.woken()
+        else:
+            self._forget(lane)
+        return True
+
+    def adopt(self, lanes: list[Lane]) -> None:
+        """Takes lanes that are nobody's, with all that is wished on them, behind what is wished here already."""
+        for lane in lanes:
+            request = inference_pb2.LaneOpen()
+            request.CopyFrom(lane.request)
+            request.lane = lane.number = self._new_number()
+            lane.request, lane.holder, lane.window = request, self, self._window
+            self._lanes[lane.number] = lane
+            if lane.closing:
+                self._closes.append(lane)
+            if lane.fresh or lane.closing or lane.pending:
+                self._want(lane)
+        self._parked += left_over(lanes)
+        self._parked.sort(key=lambda chunk: chunk.number)
+        self.woken()
+
     # The stream
 
     @property
     def wishes(self) -> bool:
         """Whether something is to be sent, be it now or on the next stream."""
         return bool(self._opens or self._chunks or self._closes)
+
+    @property
+    def waiting(self) -> bool:
+        """Whether the server owes an answer."""
+        return self.in_flight > 0 or any(lane.opening for lane in self._lanes.values())
 
     @property
     def unanswered(self) -> tuple[int, int]:
@@ -315,17 +403,15 @@ class Lanes:
                     tickets[id(ticket)] = ticket
             lane.opening = False
             if lane.fresh or lane.closing:
-                lane.pending.clear()
+                self._drop(lane)
                 self._release(lane)
             elif not keep:
-                lane.pending.clear()
+                self._drop(lane)
                 lane.known = False
             elif lane.pending:
                 lane.pending = deque([pending for pending in lane.pending if pending.chunk is not None])
                 self._want(lane)
         self._park_all()
-        kept = {pending.chunk for lane in self._lanes.values() for pending in lane.pending if pending.chunk is not None}
-        self.held = sum([chunk.nbytes + OVERHEAD for chunk in kept])
         return list(tickets.values())
 
     # Lanes
@@ -341,9 +427,26 @@ class Lanes:
             lane.opening = True
             self._opens.append(lane)
 
+    def _new_number(self) -> int:
+        return heapq.heappop(self._free) if self._free else len(self._lanes)
+
     def _release(self, lane: Lane) -> None:
-        lane.open = lane.opening = lane.ready = False
         lane.closing = True
+        self._forget(lane)
+
+    def _drop(self, lane: Lane) -> None:
+        """Drops what is wished on a lane; whoever waits for it is told by others."""
+        for pending in lane.pending:
+            chunk, gather = pending.chunk, pending.gather
+            if chunk is not None:
+                if gather is not None:
+                    gather.left -= 1
+                if gather is None or not gather.left:
+                    self.account.held -= chunk.nbytes + OVERHEAD
+        lane.pending.clear()
+
+    def _forget(self, lane: Lane) -> None:
+        lane.open = lane.opening = lane.ready = False
         del self._lanes[lane.number]
         if self._lanes:
             heapq.heappush(self._free, lane.number)
@@ -371,6 +474,7 @@ class Lanes:
         lane = self._lane(opened.lane)
         session = opened.session
         lane.open, lane.ready, lane.opening = True, True, False
+        lane.asked = False
         if session.replay_window.max_chunks:
             replay = session.replay_window
             lane.window = min(self._window, replay.max_chunks * (REPLAY_WINDOW // REPLAY_CHUNKS), replay.max_bytes)
@@ -418,6 +522,14 @@ class Lanes:
 
     # Chunks
 
+    def _send_all(self, chunk: Chunk) -> None:
+        """Sends the rows of a chunk of several lanes, all of which are here, or parks them."""
+        if all(lane.ready and lane.backlog is None and _fits(lane, chunk) for lane in chunk.lanes):
+            self._send(chunk)
+        else:
+            self._park(chunk)
+            self._crowded = True
+
     def _send(self, chunk: Chunk) -> None:
         for lane in chunk.lanes:
             lane.active += chunk.weight
@@ -450,7 +562,8 @@ class Lanes:
         """Lets go the parked chunks whose lanes are all open, unless one that is still parked was wished before."""
         if self._stale:
             self._stale = False
-            self._parked = left_over(self._lanes.values(), {chunk.number for chunk in self._parked})
+            rows = {(chunk.number, lane) for chunk in self._parked for lane in chunk.lanes}
+            self._parked = left_over(self._lanes.values(), rows)
         parked, self._parked = self._parked, []
         self._crowded = False
         behind: set[Lane] = set()
@@ -490,7 +603,7 @@ class Lanes:
         for source, (number, first_step) in enumerate(zip(lanes, frame.first_steps, strict=True)):
             pending = self._take(self._lane(number), first_step)
             if pending.gather is None:
-                self.held -= pending.chunk.nbytes + OVERHEAD  # type: ignore[union-attr]  # not a barrier
+                self.account.held -= pending.chunk.nbytes + OVERHEAD  # type: ignore[union-attr]  # not a barrier
                 self._answers.append(Answer(pending.ticket, (columns, source)))
             else:
                 _, rows, sources = gathered.setdefault(pending.gather, (pending, [], []))
@@ -499,7 +612,7 @@ class Lanes:
         for gather, (pending, rows, sources) in gathered.items():
             gather.put(columns, rows, sources)
             if not gather.left:
-                self.held -= pending.chunk.nbytes + OVERHEAD  # type: ignore[union-attr]
+                self.account.held -= pending.chunk.nbytes + OVERHEAD  # type: ignore[union-attr]
                 self._answers.append(gather.answer(pending.ticket))
 
     def _receive_error(self, error: inference_pb2.LaneError) -> None:
@@ -509,6 +622,9 @@ class Lanes:
             self._receive_refused(lane, cause)
         elif error.operation == inference_pb2.LANE_OPERATION_CLOSE:
             self._receive_closed(lane, cause)
+        elif self._resume and lane.asked and cause.reason == _TAKEN_OVER:
+            # By a call of ours that a proxy took to another server: streams that start now go there too.
+            self.broken = Unavailable(cause.message, status=cause.status, reason=cause.reason)
         elif self._resume and cause.status is grpc.StatusCode.UNAVAILABLE:
             # Whoever says so will not run what comes behind it either: all of it is for another stream.
             self.broken = cause
@@ -537,7 +653,7 @@ class Lanes:
             if gather.left:
                 return
             self._answers.append(gather.answer(pending.ticket))
-        self.held -= pending.chunk.nbytes + OVERHEAD
+        self.account.held -= pending.chunk.nbytes + OVERHEAD
 
     def _fail_doomed(self, lane: Lane) -> None:
         """Fails what was sent behind a chunk that failed.
@@ -598,6 +714,10 @@ class Lanes:
                     self._answers.append(Answer(waiting.popleft().ticket, None))
                 return pending
         raise ProtocolViolation(f"the server answered step {first_step} of lane {lane.number}, which was not asked")
+
+
+def _nobody() -> None:
+    pass
 
 
 def _fits(lane: Lane, chunk: Chunk) -> bool:

@@ -7,14 +7,14 @@ import concurrent.futures
 import copy
 import logging
 from collections.abc import Callable, Iterable
-from typing import Any, TypeAlias, cast
+from typing import Any, Protocol, TypeAlias, cast
 
 import grpc
 import grpc.aio
 
 from rnnserve import _notices
-from rnnserve._chunks import Answer, Chunk, Lane
-from rnnserve._lanes import Lanes, ProtocolViolation
+from rnnserve._chunks import Answer, Lane
+from rnnserve._lanes import Account, Lanes, ProtocolViolation
 from rnnserve._notices import OnNotice
 from rnnserve._retry import Retry, Trial
 from rnnserve.codec import TensorError
@@ -25,9 +25,6 @@ _Call: TypeAlias = grpc.aio.StreamStreamCall[inference_pb2.StreamRequest, infere
 
 #: Says when the stream is lost, when it is back and when nobody tries any longer.
 LOG = logging.getLogger("rnnserve")
-
-#: Bytes of unanswered chunks that a client keeps for sending them again.
-REPLAY_BYTES = 64 << 20
 
 #: Seconds that a closing client waits for the server to end the stream in good order.
 _PARTING = 2.0
@@ -46,43 +43,67 @@ def deliver(ticket: Any, value: Any, error: BaseException | None = None) -> None
         pass
 
 
+class Host(Protocol):
+    """Who has the links."""
+
+    def admit(self) -> None:
+        """Answers have come: there may be room for what waits in line."""
+
+    def tell(self, link: Link, error: Callable[[], RnnserveError]) -> None:
+        """Whoever waits in line for a link is told that it gave up."""
+
+    async def move(self, link: Link, failure: RequestError) -> bool:
+        """A link has lost its stream, or has none: whether all its lanes have gone to other links."""
+
+    def heard(self, link: Link) -> None:
+        """There is a server at the other end."""
+
+
 class Link:
-    """The streams of one connection, one at a time, from the first wish until `close`.
+    """The streams to one server, or by one way, one at a time, from the first wish until `close`.
 
     Wishes are made on `lanes`, followed by `wake`. The writer is woken through the event loop's queue, behind every
     task that is ready now, so what all of them wish leaves in one message; what is wished while that message is being
     written leaves in the next.
 
-    When a stream is lost, `Retry` says when the next one starts; it sends again what was not answered. When it says
-    to give up, those who wait are told so, and the next wish starts anew. Chunks that were wished keep their places
-    all the while, unless `retry` has a limit of 0: then they are dropped with the stream.
+    When a stream is lost, the host may have other links for the lanes. If not, `Retry` says when the next one starts;
+    it sends again what was not answered. When it says to give up, those who wait are told so, and the next wish starts
+    anew. Chunks that were wished keep their places all the while, unless `retry` has a limit of 0: then they are
+    dropped with the stream.
 
     `on_notice` is given every notice of the server, and must return at once.
 
-    Chunks beyond `replay_bytes` wait in line, outside the lanes: they are not sent, and may be taken back.
-
     Attributes:
+        lanes: what is wished.
+        key: the id of the first session that was wished here, by which proxies route its streams; or "".
         closed: it was closed for good.
         trouble: why there is no stream now although there should be; None while there is one, or none is needed.
+        served: whether the last stream was heard of.
+        heard_at: when the stream began or was heard of last, by the clock of `retry`.
+        silent: the last stream was given up because nothing was heard of it.
     """
 
     def __init__(
         self,
         target: str,
-        start: Callable[[], _Call],
+        start: Callable[[Link], _Call],
         retry: Retry,
-        replay_bytes: int,
+        host: Host,
+        account: Account | None = None,
         on_notice: OnNotice | None = None,
     ) -> None:
-        self.lanes = Lanes(resume=retry.limit != 0)
+        self.lanes = Lanes(resume=retry.limit != 0, account=account)
+        self.lanes.woken = self.wake
+        self.key = ""
         self.closed = False
         self.trouble: str | None = None
+        self.served = self.silent = False
+        self.heard_at = retry.clock()
         self._target = target
         self._start = start
         self._retry = retry
-        self._replay_bytes = replay_bytes
+        self._host = host
         self._on_notice = on_notice
-        self._line: dict[Any, tuple[list[Lane], bool] | None] = {}  # chunks, and futures of those who wait behind them
         self._trials: dict[Lane, tuple[Trial, int]] = {}  # of the lanes that are put off
         self._loop = asyncio.get_running_loop()
         self._call: _Call | None = None
@@ -97,88 +118,21 @@ class Link:
         if self._idle is not None and not self._idle.done():
             self._idle.set_result(None)
 
-    # Chunks
-
-    @property
-    def full(self) -> bool:
-        """Whether chunks have to wait in line."""
-        return bool(self._line) or self.lanes.held >= self._replay_bytes
-
-    def step(self, lanes: list[Lane], chunk: Chunk, together: bool) -> None:
-        """Sends a chunk on one lane, or on several together; the answer goes to its ticket."""
-        if self._line or self.lanes.held >= self._replay_bytes:
-            self._line[chunk] = lanes, together
-            return
-        if together:
-            self.lanes.step_all(lanes, chunk)
-        else:
-            self.lanes.step(lanes[0], chunk)
-        self.wake()
-
-    def withdraw(self, chunk: Chunk) -> bool:
-        """Takes back a chunk that waits in line. False: it does not, and keeps its place in its session."""
-        return self._line.pop(chunk, self) is not self
-
-    async def admitted(self) -> None:
-        """Waits until nothing that was asked for before waits in line."""
-        if self._line:
-            ticket = self._loop.create_future()
-            self._line[ticket] = None
-            await ticket
-
-    async def settled(self, lane: Lane) -> None:
-        """Waits until every chunk sent on the lane so far is answered."""
-        ticket: asyncio.Future[None] = self._loop.create_future()
-        if self.lanes.barrier(lane, ticket):
-            self.wake()
-            await ticket
-
-    def _admit(self) -> None:
-        while self._line and self.lanes.held < self._replay_bytes:
-            waiting = next(iter(self._line))
-            entry = self._line.pop(waiting)
-            if entry is None:
-                deliver(waiting, None)
-            elif not waiting.ticket.done():
-                lanes, together = entry
-                if together:
-                    self.lanes.step_all(lanes, waiting)
-                else:
-                    self.lanes.step(lanes[0], waiting)
-
     # Lanes
 
     async def open(self, target: session_pb2.SessionConfig | str) -> tuple[Lane, session_pb2.Session]:
         """Opens a lane for a new session, or for a live one by its id."""
         ticket: asyncio.Future[session_pb2.Session] = self._loop.create_future()
+        self.key = self.key or (target if isinstance(target, str) else target.session_id)
         lane = self.lanes.open(target, ticket)
         self.wake()
         try:
             return lane, await asyncio.shield(ticket)
         except asyncio.CancelledError:
-            if not self.lanes.withdraw(lane):
+            if not lane.holder.withdraw(lane):
                 # The server may open it yet, and nobody would ever close it.
-                ticket.add_done_callback(lambda late: self._give_back(lane, late, not isinstance(target, str)))
+                ticket.add_done_callback(lambda late: _give_back(lane, late, not isinstance(target, str)))
             raise
-
-    async def close_lane(self, lane: Lane, delete_session: bool) -> None:
-        """Closes a lane behind its chunks, and ends its session too if asked."""
-        if self.closed:
-            raise ClientClosed("the client is closed")
-        ticket: asyncio.Future[None] = self._loop.create_future()
-        if self.lanes.close(lane, delete_session, ticket):
-            self.wake()
-            await ticket
-
-    def forget(self, lane: Lane, delete_session: bool) -> None:
-        """Closes a lane without waiting to hear of it."""
-        if not lane.closing and not self.closed:
-            self.lanes.close(lane, delete_session, None)
-            self.wake()
-
-    def _give_back(self, lane: Lane, ticket: asyncio.Future[session_pb2.Session], delete_session: bool) -> None:
-        if not ticket.cancelled() and ticket.exception() is None:
-            self.forget(lane, delete_session)
 
     def _put_off(self) -> None:
         """Tries the lanes that the server will not open now again in a while, each until its own limit."""
@@ -234,13 +188,19 @@ class Link:
             if self.closed:
                 return
             self._answer(self.lanes.lost())
+            if self._retry.limit != 0 and await self._move(failure):
+                trial, gave_up = None, False
+                continue
             if trial is None or self._progress:
                 trial = self._retry.begin()
             delay = trial.next(failure.retry_after) if isinstance(failure, Unavailable) else None
+            if delay and self.served and failure.reason == "DRAINING" and not failure.retry_after:
+                delay = 0.0  # in good order: somebody else is there, if there is a proxy
             gave_up = delay is None
             if delay is None:
                 self._give_up(failure, trial)
                 trial = None
+                await self._move(failure)
                 continue
             if self._away is None:
                 self._away = trial
@@ -252,10 +212,19 @@ class Link:
                 trial = None  # nobody waits: time that passes is no time of trying
             await self._retry.sleep(delay)
 
+    async def _move(self, failure: RequestError) -> bool:
+        """Whether the lanes have gone elsewhere."""
+        if not isinstance(failure, Unavailable) or not await self._host.move(self, failure):
+            return False
+        self.trouble = self._away = None
+        self._trials.clear()
+        return True
+
     async def _converse(self, trial: Trial | None) -> RequestError:
         """One stream, from its start to its end, and why it ended. After a loss, it must be heard before the limit."""
-        self._call = call = self._start()
-        self._progress = heard = False
+        self._call = call = self._start(self)
+        self._progress = self.served = self.silent = False
+        self.heard_at = self._retry.clock()
         self._fault = None
         limit = None
         if trial is not None and trial.left is not None:
@@ -266,8 +235,9 @@ class Link:
                 response = await call.read()
                 if response is grpc.aio.EOF:
                     return from_lost_stream(None)
-                if not heard:
-                    heard = True
+                self.heard_at = self._retry.clock()
+                if not self.served:
+                    self.served = True
                     self._hear()
                     if limit is not None:
                         limit.cancel()
@@ -282,8 +252,7 @@ class Link:
                     self._put_off()
                 if self.lanes.notices:
                     self._notify()
-                if self._line:
-                    self._admit()
+                self._host.admit()
                 self.wake()  # answers make room for wishes that were held back
         except grpc.RpcError as error:
             return from_lost_stream(error)
@@ -321,6 +290,12 @@ class Link:
         except Exception as error:  # a chunk that cannot be written is a fault of ours, and must not hang its caller
             self._break(call, ServerError(f"the stream could not be written: {error!r}"))
 
+    def silence(self, message: str) -> None:
+        """Gives up the stream, if there is one, because nothing is heard of it."""
+        if self._call is not None:
+            self.silent = True
+            self._break(self._call, Unavailable(message))
+
     def _break(self, call: _Call, fault: RequestError) -> None:
         self._fault = fault
         call.cancel()
@@ -328,6 +303,7 @@ class Link:
     def _hear(self) -> None:
         """The first message of a stream: there is a server."""
         self.trouble = None
+        self._host.heard(self)
         if self._away is not None:
             away, self._away = self._away, None
             numbers = (away.seconds, *self.lanes.unanswered)
@@ -354,12 +330,21 @@ class Link:
     def _tell_all(self, error: Callable[[], RnnserveError], *, keep: bool) -> None:
         for ticket in self.lanes.give_up(keep=keep):  # each its own exception, whose traceback is its own
             deliver(ticket, None, error())
-        line, self._line = self._line, {}
-        for waiting in line:
-            deliver(waiting.ticket if isinstance(waiting, Chunk) else waiting, None, error())
+        self._host.tell(self, error)
 
     def _answer(self, answers: Iterable[Answer]) -> None:
         for ticket, value, error in answers:
             deliver(ticket, value, error)
-        if self._line:
-            self._admit()
+        self._host.admit()
+
+
+def forget(lane: Lane, delete_session: bool) -> None:
+    """Closes a lane without waiting to hear of it."""
+    if not lane.closing:
+        lane.holder.close(lane, delete_session, None)
+        lane.holder.woken()
+
+
+def _give_back(lane: Lane, ticket: asyncio.Future[session_pb2.Session], delete_session: bool) -> None:
+    if not ticket.cancelled() and ticket.exception() is None:
+        forget(lane, delete_session)

@@ -10,7 +10,8 @@ from typing import Any
 from rnnserve import nest
 from rnnserve._chunks import Chunk, Columns, Lane
 from rnnserve._connection import Connection
-from rnnserve._link import Link, deliver
+from rnnserve._link import deliver, forget
+from rnnserve._links import Links
 from rnnserve._notices import Notice
 from rnnserve._signature import Signature, flat_states
 from rnnserve.codec import Array, encode_named
@@ -68,7 +69,7 @@ class Live:
     def __init__(
         self,
         connection: Connection,
-        link: Link,
+        links: Links,
         opened: list[_Opened],
         model: Model,
         group: bool,
@@ -78,7 +79,7 @@ class Live:
         first = opened[0][1]
         self.signature = Signature(model, LayerOptions.from_message(first.options), first.batch_size)
         self.closed = False
-        self._link = link
+        self._links = links
         self._lanes = [lane for lane, _ in opened]
         self._group = group
 
@@ -108,17 +109,25 @@ class Live:
 
     @classmethod
     async def _open(cls, connection: Connection, targets: list[Any], group: bool) -> Live:
-        link = connection.link()
+        links = await connection.links()
         opened: list[_Opened] = []
         try:
-            opened += await _open_all(link, targets)
+            opened += await _open_all(links, targets)
             _check_alike([session for _, session in opened])
             model = await connection.model_of(opened[0][1], None)
         except BaseException:
             for lane, _ in opened:
-                link.forget(lane, delete_session=not isinstance(targets[0], str))
+                forget(lane, delete_session=not isinstance(targets[0], str))
             raise
-        return cls(connection, link, opened, model, group)
+        return cls(connection, links, opened, model, group)
+
+    def lane(self, place: int = 0) -> Lane:
+        """The lane of one of its sessions, for calls that are for it."""
+        return self._lanes[place]
+
+    def neighbour(self, place: int = 0) -> str:
+        """An id for a new session that belongs where one of its sessions is."""
+        return self._links.neighbour(self._lanes[place])
 
     @property
     def next_steps(self) -> list[int]:
@@ -133,16 +142,16 @@ class Live:
     @property
     def full(self) -> bool:
         """Whether a chunk that is submitted now would wait in line, because too many are not answered."""
-        return self._link.full
+        return self._links.full
 
     def submit(self, chunk: Chunk) -> None:
         """Sends a chunk; the answer goes to its ticket, and so does any failure."""
         if self.closed:
             deliver(chunk.ticket, None, SessionClosed(f"session {self.session_ids[0]} was closed by this client"))
-        elif self._link.closed:
+        elif self._links.closed:
             deliver(chunk.ticket, None, ClientClosed("the client is closed"))
         else:
-            self._link.step(self._lanes, chunk, self._group)
+            self._links.step(self._lanes, chunk, self._group)
 
     async def answer(self, chunk: Chunk, limit: float | None) -> Any:
         """The answer to a chunk that was submitted, or DeadlineExceeded. Costs no task.
@@ -167,7 +176,7 @@ class Live:
         if not chunk.ticket.cancel() and not chunk.ticket.cancelled() and isinstance(chunk.ticket, asyncio.Future):
             chunk.ticket.exception()  # seen, so that asyncio does not report it as never retrieved
         chunk.own()
-        return not self._link.withdraw(chunk)
+        return not self._links.withdraw(chunk)
 
     def late(self, chunk: Chunk, seconds: float, *, taken: bool) -> DeadlineExceeded:
         """The error for a chunk that was not answered in time."""
@@ -182,13 +191,13 @@ class Live:
     def _expire(self, chunk: Chunk, seconds: float) -> None:
         if not chunk.ticket.done():
             chunk.own()
-            chunk.ticket.set_exception(self.late(chunk, seconds, taken=not self._link.withdraw(chunk)))
+            chunk.ticket.set_exception(self.late(chunk, seconds, taken=not self._links.withdraw(chunk)))
 
     async def settled(self) -> None:
         """Waits until every chunk submitted so far is answered."""
-        await self._link.admitted()
+        await self._links.admitted()
         for lane in self._lanes:
-            await self._link.settled(lane)
+            await self._links.settled(lane)
 
     async def reset(self, states: nest.Nest, limit: float | None) -> None:
         """Puts the states of every session to given values, or back to the model's default."""
@@ -206,15 +215,15 @@ class Live:
     async def _reset_one(self, request: session_pb2.ResetSessionRequest, lane: Lane, limit: float | None) -> None:
         """Asks for the reset at a step, so that one whose answer was lost cannot strike twice, or late."""
         if not lane.known:  # dropped with a stream: the session is wherever it is
-            return await self.connection.reset_session(request, limit, retry=False)
+            return await self.connection.reset_session(request, limit, lane, retry=False)
         request.step = lane.next_step
         try:
-            await self.connection.reset_session(request, limit)
+            await self.connection.reset_session(request, limit, lane)
         except StepMismatch as mismatch:  # somebody else has stepped the session; that was never in the way
             if mismatch.expected_step is None:
                 raise
             request.step = mismatch.expected_step
-            await self.connection.reset_session(request, limit)
+            await self.connection.reset_session(request, limit, lane)
 
     async def reset_each(self, states: list[dict[str, Array]], limit: float | None) -> None:
         """Puts the states of each session to values of its own, by name, each [batch_size, ...]."""
@@ -234,8 +243,8 @@ class Live:
         await self.connection.limited(self._leave(delete), limit)
 
     async def _leave(self, delete: bool) -> None:
-        await self._link.admitted()
-        closes = [self._link.close_lane(lane, delete) for lane in self._lanes]
+        await self._links.admitted()
+        closes = [self._links.close_lane(lane, delete) for lane in self._lanes]
         for result in await asyncio.gather(*closes, return_exceptions=True):
             if isinstance(result, BaseException) and not isinstance(result, SessionNotFound):
                 raise result
@@ -262,14 +271,14 @@ def _check_alike(sessions: list[session_pb2.Session]) -> None:
             raise InvalidInput.of("sessions", wanted, f"{session_id!r}, a {kind[0]!r} of {kind[2]} rows")
 
 
-async def _open_all(link: Link, targets: list[Any]) -> list[_Opened]:
+async def _open_all(links: Links, targets: list[Any]) -> list[_Opened]:
     if len(targets) == 1:
-        return [await link.open(targets[0])]
-    tries = await asyncio.gather(*[link.open(target) for target in targets], return_exceptions=True)
+        return [await links.open(targets[0])]
+    tries = await asyncio.gather(*[links.open(target) for target in targets], return_exceptions=True)
     failures = [each for each in tries if isinstance(each, BaseException)]
     opened = [each for each in tries if not isinstance(each, BaseException)]
     if failures:
         for lane, _ in opened:
-            link.forget(lane, delete_session=not isinstance(targets[0], str))
+            forget(lane, delete_session=not isinstance(targets[0], str))
         raise failures[0]
     return opened

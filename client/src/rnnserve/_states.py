@@ -8,10 +8,10 @@ from __future__ import annotations
 import asyncio
 import os
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from rnnserve import nest
 from rnnserve._connection import Connection
@@ -21,10 +21,6 @@ from rnnserve.errors import SessionExists
 from rnnserve.v1 import inference_pb2, session_pb2
 from rnnserve.v1.inference_pb2_grpc import InferenceServiceStub
 from rnnserve.v1.session_pb2_grpc import SessionServiceStub
-
-if TYPE_CHECKING:
-    from rnnserve.v1.session_pb2_grpc import SessionServiceAsyncStub
-
 
 _RULES = {
     "copy": inference_pb2.FEEDBACK_RULE_COPY,
@@ -44,7 +40,7 @@ async def named_states(live: Live, place: int, limit: float | None) -> dict[str,
     """The states of one of its sessions by name, each [batch_size, ...]."""
     await live.connection.limited(live.settled(), limit)
     request = session_pb2.GetStateRequest(session_id=live.session_ids[place])
-    response = await live.connection.unary(_stub(live.connection).GetState, request, limit)
+    response = await _call(live, lambda stub: stub.GetState, request, limit, place)
     return decode_named(response.states, "states")
 
 
@@ -60,10 +56,11 @@ async def forked(live: Live, place: int, count: int, limit: float | None) -> lis
     """The ids of new sessions that go on where one of its sessions is."""
     await live.connection.limited(live.settled(), limit)
     # Ids of ours make it safe to ask again when the answer is lost: what exists then, we have made.
-    ids = [uuid.uuid4().hex for _ in range(count)]
+    # And they are such that they belong where they are made: without a store, no other replica has them.
+    ids = [live.neighbour(place) for _ in range(count)]
     request = session_pb2.ForkSessionRequest(session_id=live.session_ids[place], session_ids=ids)
     with suppress(SessionExists):
-        await live.connection.unary(_stub(live.connection).ForkSession, request, limit)
+        await _call(live, lambda stub: stub.ForkSession, request, limit, place)
     return ids
 
 
@@ -71,7 +68,8 @@ async def export(live: Live, limit: float | None, place: int = 0) -> bytes:
     """One of its sessions as a blob."""
     await live.connection.limited(live.settled(), limit)
     request = session_pb2.ExportSessionRequest(session_id=live.session_ids[place])
-    return (await live.connection.unary(_stub(live.connection).ExportSession, request, limit)).blob
+    blob: bytes = (await _call(live, lambda stub: stub.ExportSession, request, limit, place)).blob
+    return blob
 
 
 async def save(live: Live, path: str | os.PathLike[str], limit: float | None) -> None:
@@ -91,8 +89,11 @@ async def restore(
 async def imported(connection: Connection, blob: bytes, session_id: str, limit: float | None) -> str:
     """The id of a new session that goes on where an exported one was."""
     request = session_pb2.ImportSessionRequest(blob=blob, session_id=session_id or uuid.uuid4().hex)
+    about = request.session_id
     try:
-        await connection.unary(_stub(connection).ImportSession, request, limit, retry=not session_id)
+        await connection.unary(
+            lambda channel: SessionServiceStub(channel).ImportSession, request, limit, retry=not session_id, about=about
+        )
     except SessionExists:
         if session_id:  # else it is ours: a first answer was lost
             raise
@@ -102,7 +103,10 @@ async def imported(connection: Connection, blob: bytes, session_id: str, limit: 
 async def delete(connection: Connection, session_id: str, limit: float | None) -> None:
     """Ends a session that nobody has a lane for."""
     await connection.unary(
-        _stub(connection).DeleteSession, session_pb2.DeleteSessionRequest(session_id=session_id), limit
+        lambda channel: SessionServiceStub(channel).DeleteSession,
+        session_pb2.DeleteSessionRequest(session_id=session_id),
+        limit,
+        about=session_id,
     )
 
 
@@ -112,7 +116,7 @@ async def rewind(live: Live, step: int, limit: float | None, place: int = 0) -> 
         raise ValueError(f"step must be 0 or more, got {step}")
     await live.connection.limited(live.settled(), limit)
     request = session_pb2.RewindSessionRequest(session_id=live.session_ids[place], step=step)
-    response = await live.connection.unary(_stub(live.connection).RewindSession, request, limit)
+    response = await _call(live, lambda stub: stub.RewindSession, request, limit, place)
     live.moved(place, response.session.step)
 
 
@@ -158,7 +162,9 @@ async def rollout(
         ],
         seed=seed,
     )
-    response = await live.connection.unary(InferenceServiceStub(live.connection.channel()).Rollout, request, limit)
+    response = await live.connection.unary(
+        lambda channel: InferenceServiceStub(channel).Rollout, request, limit, about=live.lane(place)
+    )
     return Rollout(_bare(decode_named(response.outputs, "outputs")), _bare(decode_named(response.inputs, "inputs")))
 
 
@@ -166,8 +172,10 @@ def _bare(arrays: dict[str, Array]) -> Any:
     return next(iter(arrays.values())) if len(arrays) == 1 else arrays
 
 
-def _stub(connection: Connection) -> SessionServiceAsyncStub:
-    return SessionServiceStub(connection.channel())
+async def _call(live: Live, method: Callable[[Any], Any], request: Any, limit: float | None, place: int = 0) -> Any:
+    return await live.connection.unary(
+        lambda channel: method(SessionServiceStub(channel)), request, limit, about=live.lane(place)
+    )
 
 
 def write(path: Path, blob: bytes) -> None:

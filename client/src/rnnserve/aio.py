@@ -31,7 +31,7 @@ from rnnserve._chunks import Chunk
 from rnnserve._connection import Connection
 from rnnserve._faces import GroupFace, LayerFace, LiveFace, SessionFace
 from rnnserve._layer import Layer
-from rnnserve._link import REPLAY_BYTES
+from rnnserve._links import REPLAY_BYTES
 from rnnserve._live import Live, Wish
 from rnnserve._notices import OnNotice, on_the_loop
 from rnnserve._pipeline import WINDOW, pipelined
@@ -47,10 +47,11 @@ __all__ = ["RNN", "Client", "Models", "Session", "SessionGroup"]
 
 
 class Client:
-    """A client of one server.
+    """A client of a server, or of several that share a store.
 
     Args:
-        target: where the server is, as gRPC writes it, such as `localhost:50051`.
+        target: where the server or a proxy is, as gRPC writes it, such as `localhost:50051`; or a list of replicas, of
+            which each `host:port` stands for every address that the host's name has. See below.
         timeout: seconds that a call may take unless it is given its own; None for no limit.
         credentials: gRPC's own, where `tls` is not enough.
         options: gRPC channel options.
@@ -63,6 +64,7 @@ class Client:
             show; without it the connection is not encrypted.
         token: the bearer token to show, or a function that gives the one to show now. Without TLS it is only sent to
             this machine, unless `tls=False` says that this is meant.
+        streams: streams to a single target, over which sessions are spread. A proxy may take each to another replica.
 
     Attributes:
         models: called, lists what the server hosts; deploys, unloads and reloads models where the server allows it.
@@ -76,12 +78,18 @@ class Client:
     where the server has the session. A server that has forgotten the sessions is told by SessionNotFound. The logger
     "rnnserve" says when the connection is lost and when it is back.
 
+    With a list of replicas each session has its place among those that answer, the same for every client, and there is
+    one stream to each replica. When one is lost its sessions go on at the others, which take them from the store; they
+    come back when it does, in a moment of rest. Names are looked up every few seconds, so that replicas may be added
+    and taken away. Calls that are of no session take turns. A proxy is told by the metadata `x-session-id`, the id of
+    the first session of a stream, where the stream and all calls for its sessions belong.
+
     Every call raises the exceptions of `rnnserve.errors`.
     """
 
     def __init__(
         self,
-        target: str,
+        target: str | Sequence[str],
         *,
         timeout: float | None = None,
         credentials: grpc.ChannelCredentials | None = None,
@@ -91,10 +99,20 @@ class Client:
         on_notice: OnNotice | None = None,
         tls: Tls = None,
         token: Token | None = None,
+        streams: int = 1,
     ) -> None:
         called = None if on_notice is None else on_the_loop(on_notice)
         self._connection = Connection(
-            target, timeout, credentials, options, retry_for, replay_bytes, called, tls=tls, token=token
+            target,
+            timeout,
+            credentials,
+            options,
+            retry_for,
+            replay_bytes,
+            called,
+            tls=tls,
+            token=token,
+            streams=streams,
         )
         self.models = Models(Catalogue(self._connection))
 
@@ -476,7 +494,7 @@ class Session(_Entered, SessionFace):
 
     async def info(self, *, timeout: float | None = None) -> SessionInfo:
         """The session as the server has it now."""
-        return await self._live.connection.get_session(self.session_id, timeout)
+        return await self._live.connection.get_session(self.session_id, timeout, self._live.lane())
 
     async def get_states(self, *, timeout: float | None = None) -> list[Nest]:
         """The states behind the steps sent so far, each [batch_size, ...], nested as Keras nests them."""

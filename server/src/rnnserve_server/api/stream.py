@@ -46,6 +46,7 @@ _FOUND_LANES = 65536  # of frames whose sessions are remembered
 _TRIES = 3  # to have all sessions of a frame in memory at once: there may not be room for them
 _NONE = np.zeros(0, np.int64)
 _QUIET_SECONDS = 0.1  # a stream that says nothing for so long while the server drains has said all
+_HEARD_SECONDS = 0.5  # after which a stream that goes on and on is not listened to any more
 
 
 _NOTICES = {
@@ -91,6 +92,7 @@ class LaneStream:
         self._unanswered = 0  # chunks and closes that were accepted and not answered
         self._received = 0
         self._partway = False  # a message was taken in part
+        self._heard_out = False  # the server drains, and no further message is taken
         self._writing = False
         self._lost: Exception | None = None  # why nothing can be sent any more
         self._sent = asyncio.Event()
@@ -101,6 +103,8 @@ class LaneStream:
         Raises:
             ServiceError: the stream itself is to blame, or the server is shutting down.
         """
+        if self._core.draining.is_set():  # before anything is answered: a proxy may still send it elsewhere
+            raise _leaving()
         self._core.streams += 1
         self._core.streamed += 1
         reader = self._reader = asyncio.create_task(self._read())
@@ -116,7 +120,7 @@ class LaneStream:
             if not reader.cancelled():
                 await reader
             elif self._core.draining.is_set():
-                raise Draining("the server is shutting down; go on elsewhere", retry_after=1.0)
+                raise _leaving()
         finally:
             self.cancelled = True
             self._core.watches.discard(self._look)
@@ -130,6 +134,8 @@ class LaneStream:
         while (request := await self._context.read()) is not grpc.aio.EOF:
             self._received += 1
             await self._receive(request)
+            if self._heard_out:
+                raise _leaving()
             if not self._core.has_room:
                 await self._core.wait_for_room()
             while self._is_behind():
@@ -152,6 +158,7 @@ class LaneStream:
         left = duration(self._core.settings.drain_seconds)
         self._response(0).notices.add(reason=pb.NOTICE_REASON_DRAINING, time_left=left)
         heard = -1
+        self._loop.call_later(_HEARD_SECONDS, setattr, self, "_heard_out", True)
         while heard != self._received or self._partway:
             heard = self._received
             await asyncio.sleep(_QUIET_SECONDS)
@@ -615,6 +622,11 @@ class _Part:
         assert group is not None
         self.alive()
         return Sessions(group, self._slots, self._generations, first_steps, self._ended, self._distinct, self._at)
+
+
+def _leaving() -> Draining:
+    """The end of a stream whose client should go on elsewhere, and need not wait for that."""
+    return Draining("the server is shutting down; go on elsewhere")
 
 
 def _alike(openings: Sequence[pb.LaneOpen]) -> Iterator[list[pb.LaneOpen]]:

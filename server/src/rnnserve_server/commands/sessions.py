@@ -121,7 +121,9 @@ def save_session(
 
     async def saved(connection: Connection) -> int:
         request = ExportSessionRequest(session_id=session_id)
-        response = await connection.unary(SessionServiceStub(connection.channel()).ExportSession, request, None)
+        response = await connection.unary(
+            lambda channel: SessionServiceStub(channel).ExportSession, request, None, about=session_id
+        )
         await asyncio.to_thread(write, path, response.blob)
         return len(response.blob)
 
@@ -140,11 +142,13 @@ def remove_sessions(
     from rnnserve.v1.session_pb2_grpc import SessionServiceStub
 
     async def removed(connection: Connection) -> dict[str, str]:
-        stub, troubles = SessionServiceStub(connection.channel()), dict[str, str]()
+        troubles = dict[str, str]()
         for session_id in session_ids:
             request = DeleteSessionRequest(session_id=session_id)
             try:
-                await connection.unary(stub.DeleteSession, request, None)
+                await connection.unary(
+                    lambda channel: SessionServiceStub(channel).DeleteSession, request, None, about=session_id
+                )
             except RnnserveError as error:
                 troubles[session_id] = str(error)
         return troubles

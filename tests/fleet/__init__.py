@@ -1,0 +1,1 @@
+"""Sessions that stream while replicas come and go."""
