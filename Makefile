@@ -10,7 +10,7 @@ SERVICES := $(shell grep -l '^service ' $(PROTOS))
 # The other protocol is the server's alone: nothing of it is in the client.
 OIP := server/src/rnnserve_server/api/oip
 
-.PHONY: run test vectors samples lint types stubs check-stubs torture soak bench bench-triton requirements triton-requirements clean
+.PHONY: run test vectors samples lint types stubs check-stubs torture fuzz soak bench bench-triton requirements triton-requirements clean
 
 run: $(VENV)/.serve
 	-$(BIN)/rnnserve fetch models/zoo
@@ -101,6 +101,10 @@ clean:
 # Servers are killed and connections cut for minutes: every session must come out as if nothing had been.
 torture: $(VENV)/.dev
 	PYTHONPATH=tests $(BIN)/python -m torture $(ARGS)
+
+# A million frames that nobody should send: nobody else may notice, and nothing may be left of them.
+fuzz: $(VENV)/.dev
+	PYTHONPATH=tests $(BIN)/python -m fuzz $(ARGS)
 
 # Visitors come and go, rude ones too, while the server's memory and descriptors are watched.
 soak: $(VENV)/.dev

@@ -114,6 +114,8 @@ class FakeServer(InferenceServiceServicer, SessionServiceServicer, ModelServiceS
     failures: deque[error_pb2.Status] = field(default_factory=deque)
     broken: dict[str, error_pb2.Status] = field(default_factory=dict)  # model: what every chunk of it fails with
     streams: int = 0
+    poison: float | None = None  # a chunk that holds it ends every stream, and is not applied
+    poisoned: int = 0  # how often one did
     window: int = 16  # chunks of a session whose replies are kept
     applied: list[tuple[str, int]] = field(default_factory=list)  # (session, first step) of every chunk that was
 
@@ -281,6 +283,10 @@ class FakeServer(InferenceServiceServicer, SessionServiceServicer, ModelServiceS
                 response.errors.add(lane=opening.lane, operation=inference_pb2.LANE_OPERATION_OPEN, status=error.status)
         self._tell(queue, response)
         for frame in request.frames:
+            if self._poisoned(frame):
+                self.poisoned += 1
+                self.break_streams()
+                return
             if self._held:
                 self._waiting.append((self._run, frame, lanes, queue))
             else:
@@ -292,6 +298,10 @@ class FakeServer(InferenceServiceServicer, SessionServiceServicer, ModelServiceS
                 self.sessions.pop(session.session_id, None)
             response.closed.add(lane=closing.lane)
         self._tell(queue, response)
+
+    def _poisoned(self, frame) -> bool:
+        arrays = codec.decode_named(frame.inputs).values() if self.poison is not None else ()
+        return any((array == self.poison).any() for array in arrays)
 
     def _open(self, opening) -> Sums:
         if self.failures:

@@ -55,6 +55,7 @@ class TcpProxy:
         address: where it listens; the same until it is left.
         connections: how many it has accepted.
         cuts: how many of them it has cut.
+        heard: how many times clients have said something.
         passing: cleared, nothing passes; set again, everything goes on where it was.
     """
 
@@ -73,7 +74,7 @@ class TcpProxy:
         self._listener: asyncio.Server | None = None
         self._changed = asyncio.Condition()
         self._over = False
-        self.connections = self.cuts = 0
+        self.connections = self.cuts = self.heard = 0
         self.passing = asyncio.Event()
         self.passing.set()
 
@@ -139,7 +140,7 @@ class TcpProxy:
         if self._over:
             self.cut("close")
         ways = [
-            asyncio.create_task(self._pass(reader, back, plan.up, plan.how, pair)),
+            asyncio.create_task(self._pass(reader, back, plan.up, plan.how, pair, counts=True)),
             asyncio.create_task(self._pass(there, writer, plan.down, plan.how, pair)),
         ]
         await asyncio.gather(*ways)
@@ -150,10 +151,21 @@ class TcpProxy:
                 await each.wait_closed()
 
     async def _pass(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, left: int | None, how: How, pair: set
+        self,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        left: int | None,
+        how: How,
+        pair: set,
+        *,
+        counts: bool = False,
     ) -> None:
         with contextlib.suppress(OSError):
             while data := await reader.read(65536):
+                if counts:
+                    async with self._changed:
+                        self.heard += 1
+                        self._changed.notify_all()
                 await self.passing.wait()
                 if left is None or len(data) < left:
                     left = None if left is None else left - len(data)

@@ -99,7 +99,7 @@ def test_serve_answers_and_drains(small):
 
 
 def test_a_stream_that_stays_open_is_told(small):
-    """A client that neither speaks nor leaves is told UNAVAILABLE while the server drains, not cut off."""
+    """A client that neither speaks nor leaves is told that the server drains, and then UNAVAILABLE; not cut off."""
     with (
         process("--models", small, "--drain-seconds", "5") as (server, address),
         grpc.insecure_channel(address) as channel,
@@ -108,6 +108,8 @@ def test_a_stream_that_stays_open_is_told(small):
         requests.send(lane=0)
         assert next(stream).opened
         server.send_signal(signal.SIGTERM)
+        (notice,) = next(stream).notices
+        assert (notice.reason, notice.time_left.seconds) == (inference_pb2.NOTICE_REASON_DRAINING, 5)
         with pytest.raises(grpc.RpcError) as caught:
             next(stream)
         assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
@@ -174,6 +176,16 @@ def test_serve_refuses_what_it_cannot_serve(tmp_path, small):
     assert answer.returncode == 1
     assert "cannot listen on" in answer.stderr
     assert "Traceback" not in answer.stderr
+
+
+def test_serve_says_which_file_lets_nobody_in(tmp_path, small):
+    """Of principals, or of certificates: rather than serve everybody."""
+    path = tmp_path / "principals.yaml"
+    path.write_text("principals: 3")
+    for flags in (("--principals", path), ("--tls-cert", path, "--tls-key", path)):
+        done = run("serve", "--port", "0", "--models", small, *flags)
+        assert done.returncode == 1
+        assert str(path) in done.stderr
 
 
 def test_fetch(tmp_path, small):

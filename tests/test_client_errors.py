@@ -111,7 +111,9 @@ def test_trailer():
         (grpc.StatusCode.DEADLINE_EXCEEDED, errors.DeadlineExceeded),
         (grpc.StatusCode.RESOURCE_EXHAUSTED, errors.ServerBusy),
         (grpc.StatusCode.UNKNOWN, errors.ServerError),
-        (grpc.StatusCode.UNAUTHENTICATED, errors.RequestError),
+        (grpc.StatusCode.UNAUTHENTICATED, errors.Unauthenticated),
+        (grpc.StatusCode.PERMISSION_DENIED, errors.PermissionDenied),
+        (grpc.StatusCode.FAILED_PRECONDITION, errors.RequestError),
     ],
 )
 def test_without_our_details(code, kind):

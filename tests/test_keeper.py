@@ -8,6 +8,7 @@ import shutil
 import sqlite3
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
@@ -198,6 +199,41 @@ async def stored(url: str, session_id: str, step: int) -> None:
                 await asyncio.sleep(0.01)
     finally:
         await store.close()
+
+
+@pytest.mark.parametrize("back", [True, False])
+async def test_a_store_that_is_away_at_sigterm(models: Path, tmp_path: Path, back: bool) -> None:
+    """A server that drains goes on trying to hand its sessions over: nothing is lost if the store comes back meanwhile.
+    If it does not, the server says so, and ends in bounded time all the same.
+    """
+    xs = chunks(5)
+    starts, expected = first_steps(xs), oracle(xs)
+    with (
+        running_redis() as redis,
+        killable(models, redis.url, tmp_path, durability="none", drain_seconds=30.0 if back else 1.0) as server,
+    ):
+        async with Talk(server.address) as talk:
+            await talk.create(0, config(MODEL, "s", return_sequences=True))
+            assert same(await talk.steps(0, 0, xs[:3]), expected[:3])
+            redis.kill()
+            server.terminate(wait=False)
+        if back:
+            while "the store does not answer" not in server.log():  # noqa: ASYNC110
+                await asyncio.sleep(0.02)
+            redis.start()
+        began = time.monotonic()
+        await asyncio.to_thread(server.join)
+        assert time.monotonic() - began < 20
+        assert server.exit_code == (0 if back else 1)
+        assert ("sessions are lost" in server.log()) is not back
+        assert "Traceback" not in server.log()
+        if not back:
+            redis.start()
+            return
+        server.start()
+        async with Talk(server.address) as talk:
+            assert (await talk.open(0, "s")).session.step == starts[3]
+            assert same(await talk.steps(0, starts[2], xs[2:]), expected[2:])
 
 
 async def test_the_command_is_what_the_tests_run(models: Path, tmp_path: Path) -> None:

@@ -219,3 +219,44 @@ async def test_the_proxy_itself():
         await proxy.wait_for(lambda it: it.connections == 7)
         writer.close()
     assert Plan.by_chance(0, random.Random(3)) == Plan.by_chance(0, random.Random(3))
+
+
+QUICK = (
+    ("grpc.keepalive_time_ms", 1100),
+    ("grpc.keepalive_timeout_ms", 1000),
+    ("grpc.http2.ping_timeout_ms", 1000),
+)
+
+
+@pytest.mark.parametrize("options", [QUICK, pytest.param((), marks=pytest.mark.slow)], ids=["quick", "defaults"])
+async def test_a_silent_peer_is_noticed(options):
+    """Packets are dropped and nobody says so: within the time of a sign of life, 15 s unless it is set otherwise, the
+    client takes the connection for lost and tries another; steps that waited are applied once and answered.
+    """
+    with lstms() as (target, model, x, y):
+        async with TcpProxy(target) as proxy, aio.Client(proxy.address, timeout=60, options=options) as client:
+            session = await client.session(model)
+            outputs = [await session.step(frame) for frame in x[:3]]
+            proxy.passing.clear()
+            started = time.monotonic()
+            waiting = [asyncio.create_task(session.step(frame)) for frame in x[3:]]
+            await proxy.wait_for(lambda proxy: proxy.connections == 2)
+            assert time.monotonic() - started < (8 if options else 20)
+            proxy.passing.set()
+            outputs += await asyncio.gather(*waiting)
+            np.testing.assert_array_equal(outputs, y)
+            await session.close()
+
+
+async def test_signs_of_life_are_welcome():
+    """A stream that is silent for long, but for its client asking whether the server is there, is no abuse to the
+    server: it stays.
+    """
+    with lstms() as (target, model, x, _):
+        async with TcpProxy(target) as proxy, aio.Client(proxy.address, timeout=60, options=QUICK) as client:
+            session = await client.session(model)
+            heard = proxy.heard
+            await proxy.wait_for(lambda proxy: proxy.heard >= heard + 4)
+            await session.step(x[0])
+            assert proxy.connections == 1
+            await session.close()

@@ -8,11 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from house import FEATURES, AddingEngine, Clock, Notes, chunks, loaded, table
+from rnnserve_models.load import load_model
 from rnnserve_models.masking import compact
 from rnnserve_models.options import LayerOptions
 from rnnserve_server.replay import Limits, digest
 from rnnserve_server.scheduler import Scheduler
 from rnnserve_server.worker import Worker
+from serving import ZOO
 
 SEQUENCES = LayerOptions(stateful=True, return_sequences=True)
 
@@ -169,6 +171,57 @@ async def test_sessions_that_rest_hold_little(house):
     house.sessions.trim_replays(0)
     assert group.window.nbytes == 0
     assert (await house.step(group, slots[40:41], [0], value=5)).errors[0].reason == "STEP_BEHIND"
+
+
+async def test_start_states_go_before_answers():
+    """When memory is short the states before chunks go first, those of the oldest chunks before others. They are most
+    of what is held for a small LSTM: without them every chunk is still answered again, bit for bit, and the session can
+    be taken back to the chunks whose start is left.
+    """
+    house = House(replies=16)
+    house.model = load_model(ZOO / "lstm-32-64" / "1")
+    house.worker = Worker(
+        house.model, Scheduler(64, 32), house.sessions, clock=house.clock, on_progress=lambda: None, inline_seconds=1.0
+    )
+    group, slots = house.open(64)
+    x = np.random.default_rng(0).normal(size=(16, 1, 64, 5)).astype(np.float32)
+    said = [(await house.step(group, slots, [step] * 64, x=x[step])).results[0][1] for step in range(16)]
+    window, full = group.window, group.window.nbytes
+    began = lambda: [round_.began(index) is not None for round_, index in window.of(group, slots[5])]  # noqa: E731
+    house.sessions.trim_replays(full * 3 // 4)
+    assert full // 2 < window.nbytes <= full * 3 // 4
+    assert began() == [False] * (kept := began().index(True)) + [True] * (16 - kept)
+    house.sessions.trim_replays(full // 3)  # answers and inputs are a quarter of it
+    assert full // 5 < window.nbytes <= full // 3
+    for step in range(16):
+        again = await house.step(group, slots, [step] * 64, x=x[step])
+        np.testing.assert_array_equal(np.concatenate([y for _, y in again.results], axis=1), said[step])
+    house.sessions.trim_replays(full // 8)  # and now answers go
+    assert window.nbytes <= full // 8
+    assert (await house.step(group, slots[:1], [0], x=x[0, :, :1])).errors[0].reason == "STEP_BEHIND"
+    await house.worker.close()
+
+
+async def test_chunks_that_were_run_together_lose_their_start_together(house):
+    """They share it. What is counted as held stays what is held, also when some sessions have gone on."""
+    group, slots = house.open(8)
+    sinks = [Notes() for _ in range(3)]
+    for step, sink in enumerate(sinks):
+        x = np.full((1, 8, FEATURES), 1.0, np.float32)
+        house.worker.submit(chunks(group, slots, x=x, first_steps=[step] * 8, sink=sink))
+    await house.idle()
+    for step in range(3, 40):
+        await house.step(group, slots[:2], [step] * 2)
+    window = group.window
+    before = window.nbytes
+    made = window.drop_starts(1)
+    assert 0 < made == before - window.nbytes
+    window.drop_starts(before)
+    assert window.drop_starts(before) == 0
+    assert window.nbytes == sum(round_.nbytes for round_ in window._rounds())
+    while window.drop_oldest():
+        pass
+    assert (window.nbytes, window._thinned_bytes) == (0, 0)
 
 
 @settings(max_examples=60, deadline=None)

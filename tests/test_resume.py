@@ -77,6 +77,52 @@ def once(server):
 # Sessions
 
 
+async def test_a_chunk_that_breaks_every_stream_is_given_up(server, client):
+    """It is tried so often, at last alone, and raises one exception that says so; meanwhile the other sessions' chunks
+    are applied and answered, once each, and afterwards its own session goes on where the server has it.
+    """
+    server.poison = 666.0
+    bad, *others = await asyncio.gather(*[client.session("sum") for _ in range(4)])
+    await asyncio.gather(*[session.step(row(1)) for session in (bad, *others)])
+    poisoned = asyncio.create_task(bad.step(row(666)))
+    behind = asyncio.create_task(bad.step(row(1)))
+    answers = await asyncio.gather(*[session.step(row(1)) for session in others for _ in range(3)])
+    assert sorted(float(y[0]) for y in answers) == [2, 2, 2, 3, 3, 3, 4, 4, 4]
+    with pytest.raises(rnnserve.ChunkLost, match=r"at step 1 .* 8 connections") as caught:
+        await poisoned
+    assert (caught.value.metadata["first_step"], caught.value.metadata["session_id"]) == ("1", bad.session_id)
+    with pytest.raises(rnnserve.StepMismatch):
+        await behind
+    assert (server.poisoned, server.streams) == (8, 9)
+    assert (await bad.step(row(1)))[0] == 2
+    assert bad.next_step == 2
+    once(server)
+
+
+async def test_a_groups_chunk_that_breaks_every_stream_is_given_up(server, client):
+    """All of its sessions are told, by their places, and can go on."""
+    server.poison = 666.0
+    group = await client.session_group("sum", 3)
+    x = np.ones((3, 3))
+    x[1] = 666
+    with pytest.raises(rnnserve.GroupError) as caught:
+        await group.step(x)
+    assert {place: type(error) for place, error in caught.value.errors.items()} == dict.fromkeys(
+        range(3), rnnserve.ChunkLost
+    )
+    np.testing.assert_array_equal(await group.step(np.ones((3, 3))), np.ones((3, 3)))
+
+
+async def test_a_stateful_layer_forgets_a_chunk_that_was_given_up(server, client):
+    """A call that raises is as if it had not been."""
+    server.poison = 666.0
+    async with client.RNN("sum", stateful=True) as layer:
+        await layer(np.ones((1, 2, 3)))
+        with pytest.raises(rnnserve.ChunkLost):
+            await layer(np.full((1, 2, 3), 666))
+        assert (await layer(np.ones((1, 2, 3))))[0, 0] == 4
+
+
 @pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
 @pytest.mark.parametrize("lost", ["requests", "answers"])
 async def test_a_lost_stream_is_a_pause(server, client, loss, lost):

@@ -25,6 +25,7 @@ from rnnserve_server.core import Core
 from rnnserve_server.errors import BlobInvalid, SessionAged
 from rnnserve_server.replay import Limits
 from rnnserve_server.repository import Repository
+from rnnserve_server.resets import ResetRules
 from rnnserve_server.scheduler import Scheduler
 from rnnserve_server.worker import Worker
 from serving import ZOO, running_server
@@ -291,8 +292,8 @@ def test_a_blob_of_a_strange_header(header):
 
 def test_a_newer_blob_is_refused(monkeypatch):
     """The error says which version is understood, and that a newer server wrote it."""
-    monkeypatch.setattr("rnnserve_server.blob.VERSION", 2)
-    newer = pack(EXPORTED, 0.0)
+    monkeypatch.setattr("rnnserve_server.blob.VERSION", 3)
+    newer = pack(replace(EXPORTED, rules=ResetRules(9)), 0.0)
     monkeypatch.undo()
     with pytest.raises(BlobInvalid, match="a newer server"):
         unpack(newer)

@@ -588,6 +588,35 @@ class StoreSuite(ABC):
         rest = await store.page(first[-1].cursor, 100)
         assert [head.id for head in rest] == [*(each.id for each in ordered[13:]), "late"]
 
+    async def test_pages_and_counts_of_one_principal(self, store: Store) -> None:
+        """Those whose ids begin with its name and a slash, and no others: not of a longer name, and not nobody's."""
+        rng = random.Random(4)
+        owners = ("al/", "alice/", "alice@x/", "")
+        sessions = [
+            record(f"{owner}s{index}", create_time=NOW + rng.choice([0.5, 1, 2]), model=rng.choice(["m", "n"]))
+            for index in range(12)
+            for owner in owners
+        ]
+        await store.create(sessions)
+        ordered = sorted(sessions, key=lambda each: (each.meta.create_time, each.id))
+        for owner in (*owners[:3], "bob/"):
+            assert await store.count_of(owner) == (0 if owner == "bob/" else 12)
+            for model in ("", "m", "none"):
+                expected = [e.id for e in ordered if e.id.startswith(owner) and model in ("", e.meta.model)]
+                for size in (1, 5, 100):
+                    found, after_ = [], ""
+                    while page := await store.page(after_, size, model, owner):
+                        assert len(page) <= size
+                        found += [head.id for head in page]
+                        after_ = page[-1].cursor
+                    assert found == expected
+        (gone,) = await store.take(["alice/s3"], NOW + 1)
+        assert gone is not None
+        assert await store.delete([("alice/s3", gone.epoch)], End.CLOSED, NOW) == [True]
+        await store.expire(NOW + 1, 100)
+        assert await store.count_of("alice/") == 11
+        assert "alice/s3" not in [head.id for head in await store.page("", 100, "", "alice/")]
+
     # Anything in any order
 
     def test_is_a_dict(self, opener: Opener) -> None:

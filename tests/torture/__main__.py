@@ -18,13 +18,18 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=1200.0, help="nothing new is begun after so long")
     parser.add_argument("--kills", type=int, default=270, help="every fourth is a SIGTERM")
     parser.add_argument("--steps", type=int, default=1_100_000, help="of all sessions together")
-    parser.add_argument("--sessions", type=int, default=240)
-    parser.add_argument("--calls", type=int, default=40, help="of the sessions, those that are driven by unary calls")
+    parser.add_argument("--sessions", type=int, default=60)
+    parser.add_argument("--calls", type=int, default=12, help="of the sessions, those that are driven by unary calls")
+    parser.add_argument("--ahead", type=int, default=3, help="chunks that a session is ahead of its answers")
+    parser.add_argument(
+        "--cut", type=int, default=2_000_000, help="bytes, in the mean, after which a connection is cut"
+    )
     parser.add_argument("--longest", type=int, default=200, help="time steps of a chunk at most")
     parser.add_argument("--replicas", type=int, default=1, help="servers on one store")
     parser.add_argument("--store", choices=["sqlite", "redis"], action="append", help="both, unless it is said")
     parser.add_argument("--fault", default="", help="plant a fault of torture.faults, which must be found")
     parser.add_argument("--report", type=Path, help="write the figures here, as JSON")
+    # What is sent ahead is sent again after each kill: with more of it, a busy machine does little else.
     options = vars(parser.parse_args())
     stores, file = options.pop("store") or ["sqlite", "redis"], options.pop("report")
     reports = []

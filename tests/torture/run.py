@@ -21,7 +21,7 @@ from torture.plan import Plan, make_plans, write_models
 from torture.proxy import Proxy
 from torture.servers import ServerProcess
 
-_GRACE = 40.0  # seconds that what is under way may take when the time is up
+_GRACE = 120.0  # seconds that what is under way may take when the time is up
 
 
 @dataclass(frozen=True)

@@ -65,11 +65,18 @@ class ServerProcess:
 
     @property
     def pid(self) -> int:
+        """Of its process."""
         return int(self._process.pid)
 
     @property
     def alive(self) -> bool:
         return self._process is not None and self._process.is_alive()
+
+    @property
+    def exit_code(self) -> int | None:
+        """What it ended with; None: it runs."""
+        code: int | None = self._process.exitcode
+        return code
 
     def kill(self) -> None:
         """SIGKILL: it ends in the middle of whatever it does."""

@@ -85,9 +85,12 @@ class Talk:
         await self.stream.write(pb.StreamRequest(**parts))
 
     async def read(self) -> pb.StreamResponse:
-        response = await asyncio.wait_for(self.stream.read(), SECONDS)
-        assert response is not grpc.aio.EOF
-        return response
+        """The next answer: what is told without being asked for is passed over."""
+        while True:
+            response = await asyncio.wait_for(self.stream.read(), SECONDS)
+            assert response is not grpc.aio.EOF
+            if not response.notices or response.opened or response.frames or response.errors or response.closed:
+                return response
 
     async def open(self, lane: int, session_id: str) -> pb.LaneOpened | pb.LaneError:
         """Takes a session by its id."""

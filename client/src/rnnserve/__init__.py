@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rnnserve import aio, errors
+    from rnnserve._notices import Notice
     from rnnserve.client import RNN, Client, Session, SessionGroup
     from rnnserve.codec import TensorError
     from rnnserve.errors import (
         BlobInvalid,
         Cancelled,
+        ChunkLost,
         ClientClosed,
         DeadlineExceeded,
         DeployDisabled,
@@ -26,29 +28,38 @@ if TYPE_CHECKING:
         ModelUnavailable,
         NotFound,
         OptionUnsupported,
+        PermissionDenied,
+        QuotaExceeded,
         RequestError,
         RnnserveError,
         ServerBusy,
         ServerError,
         SessionAged,
         SessionClosed,
+        SessionEvicted,
         SessionExists,
         SessionExpired,
         SessionNotFound,
+        SessionTakenOver,
+        SessionUnloaded,
         StepConflict,
         StepMismatch,
         TooLarge,
+        Unauthenticated,
         Unavailable,
         VersionExists,
         Violation,
     )
     from rnnserve.models import Model, SessionInfo, StateSpec, TensorSpec
-    from rnnserve.options import LayerOptions
+    from rnnserve.options import LayerOptions, ReplayWindow
+    from rnnserve.tls import TLS
 
 __all__ = [
     "RNN",
+    "TLS",
     "BlobInvalid",
     "Cancelled",
+    "ChunkLost",
     "Client",
     "ClientClosed",
     "DeadlineExceeded",
@@ -63,7 +74,11 @@ __all__ = [
     "ModelNotFound",
     "ModelUnavailable",
     "NotFound",
+    "Notice",
     "OptionUnsupported",
+    "PermissionDenied",
+    "QuotaExceeded",
+    "ReplayWindow",
     "RequestError",
     "RnnserveError",
     "ServerBusy",
@@ -71,17 +86,21 @@ __all__ = [
     "Session",
     "SessionAged",
     "SessionClosed",
+    "SessionEvicted",
     "SessionExists",
     "SessionExpired",
     "SessionGroup",
     "SessionInfo",
     "SessionNotFound",
+    "SessionTakenOver",
+    "SessionUnloaded",
     "StateSpec",
     "StepConflict",
     "StepMismatch",
     "TensorError",
     "TensorSpec",
     "TooLarge",
+    "Unauthenticated",
     "Unavailable",
     "VersionExists",
     "Violation",
@@ -89,8 +108,9 @@ __all__ = [
     "errors",
 ]
 
-_MODULES = {"client": ("RNN", "Client", "Session", "SessionGroup"), "codec": ("TensorError",)}
-_MODULES |= {"models": ("Model", "SessionInfo", "StateSpec", "TensorSpec"), "options": ("LayerOptions",)}
+_MODULES = {"client": ("RNN", "Client", "Session", "SessionGroup"), "codec": ("TensorError",), "_notices": ("Notice",)}
+_MODULES |= {"models": ("Model", "SessionInfo", "StateSpec", "TensorSpec"), "options": ("LayerOptions", "ReplayWindow")}
+_MODULES["tls"] = ("TLS",)
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 
 

@@ -51,9 +51,11 @@ class Catalogue:
         file = model_pb2.FileSource(filename=Path(path).name, content=content)
         return await self._deploy(model_pb2.DeployModelRequest(name=name, version=version, file=file), limit)
 
-    async def unload(self, name: str, version: str, limit: float | None) -> list[str]:
+    async def unload(self, name: str, version: str, end_sessions_after: float | None, limit: float | None) -> list[str]:
         """See `Models.unload`."""
         request = model_pb2.UnloadModelRequest(name=name, version=version)
+        if end_sessions_after is not None:
+            request.end_sessions_after.FromNanoseconds(round(end_sessions_after * 1e9))
         response = await self._connection.unary(
             self._connection.model_service().UnloadModel, request, limit, retry=False
         )

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rnnserve import _trace
+from rnnserve._notices import Notice
 from rnnserve.codec import Array, encode_joined
 from rnnserve.errors import GroupError, RequestError
 from rnnserve.v1 import inference_pb2, session_pb2
@@ -58,6 +59,7 @@ class Lane:
         opening: an open is wished or sent; `open`: it is open on this stream.
         ready: chunks wished on it may leave at once: it is open, and none wished earlier is parked.
         closing: a close is wished or sent.
+        notice: what the server told of the session last, or None.
     """
 
     __slots__ = (
@@ -71,6 +73,7 @@ class Lane:
         "generation",
         "known",
         "next_step",
+        "notice",
         "number",
         "open",
         "open_ticket",
@@ -94,6 +97,7 @@ class Lane:
         self.pending: deque[Pending] = deque()
         self.known = self.open = self.opening = self.ready = self.closing = self.delete_session = False
         self.fresh = True
+        self.notice: Notice | None = None
         self.tries = self.active = 0
         self.backlog: deque[Chunk] | None = None
         self.claim: tuple[session_pb2.SessionConfig, RequestError] | None = None

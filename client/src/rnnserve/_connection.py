@@ -11,9 +11,11 @@ import grpc.aio
 
 from rnnserve import _trace
 from rnnserve._link import REPLAY_BYTES, Link
+from rnnserve._notices import OnNotice
 from rnnserve._retry import RETRY_FOR, Retry
 from rnnserve.errors import ClientClosed, DeadlineExceeded, RequestError, Unavailable, from_rpc_error
 from rnnserve.models import Model, SessionInfo
+from rnnserve.tls import Tls, Token, check_token, tls_of
 from rnnserve.v1 import inference_pb2, model_pb2, session_pb2
 from rnnserve.v1.inference_pb2_grpc import InferenceServiceStub
 from rnnserve.v1.model_pb2_grpc import ModelServiceStub
@@ -33,6 +35,12 @@ _OPTIONS: tuple[tuple[str, Any], ...] = (
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 500),
     ("grpc.min_reconnect_backoff_ms", 5000),  # in spite of its name, how long one try may take
+    # A peer whose packets are dropped says nothing, and TCP takes a quarter of an hour to notice. While a stream is
+    # open, one that was silent for so long is asked for a sign of life, and has so long to give it.
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.http2.ping_timeout_ms", 5_000),  # also of a ping that gRPC has sent for its own sake: it sends no second one
+    ("grpc.http2.max_pings_without_data", 0),  # as often as that
 )
 
 _SERVING = b"\x08\x01"  # grpc.health.v1.HealthCheckResponse with status SERVING
@@ -49,7 +57,13 @@ class Connection:
         options: Sequence[tuple[str, Any]],
         retry_for: float | None = RETRY_FOR,
         replay_bytes: int = REPLAY_BYTES,
+        on_notice: OnNotice | None = None,
+        tls: Tls = None,
+        token: Token | None = None,
     ) -> None:
+        if credentials is not None and tls not in (None, False):
+            raise ValueError("credentials and tls: expected one of them")
+        check_token(target, token, tls, credentials)
         if retry_for is not None and not retry_for >= 0:
             raise ValueError(f"retry_for must be seconds, 0 for never or None for ever, got {retry_for}")
         if replay_bytes < 1:
@@ -58,8 +72,14 @@ class Connection:
         self.timeout = timeout
         self.retry = Retry(retry_for)
         self._replay_bytes = replay_bytes
+        self._on_notice = on_notice
+        self._token = token
         self._credentials = credentials
-        self._options = (*_OPTIONS, *options)
+        secure = tls_of(tls)
+        given = options if secure is None else (*secure.options(), *options)
+        self._options = tuple({**dict(_OPTIONS), **dict(given)}.items())  # gRPC takes the first of two
+        if secure is not None:
+            self._credentials = secure.credentials()
         self._channel: grpc.aio.Channel | None = None
         self._link: Link | None = None
         self._models: dict[tuple[str, str], Model] = {}
@@ -81,7 +101,7 @@ class Connection:
         if self._closed:
             raise ClientClosed("the client is closed")
         if self._link is None:
-            self._link = Link(self.target, self._stream, self.retry, self._replay_bytes)
+            self._link = Link(self.target, self._stream, self.retry, self._replay_bytes, self._on_notice)
         return self._link
 
     def _stream(self) -> Any:
@@ -89,7 +109,11 @@ class Connection:
 
     def metadata(self) -> grpc.aio.Metadata:
         """What every call says beside its request."""
-        return grpc.aio.Metadata(*_trace.headers())
+        headers = _trace.headers()
+        if self._token is not None:
+            token = self._token if isinstance(self._token, str) else self._token()
+            headers.append(("authorization", f"Bearer {token}"))
+        return grpc.aio.Metadata(*headers)
 
     def channel(self) -> grpc.aio.Channel:
         """The channel, opened on first use."""

@@ -6,6 +6,7 @@ from typing import Any
 
 from rnnserve._layer import Layer
 from rnnserve._live import Live
+from rnnserve._notices import Notice
 from rnnserve.models import Model
 from rnnserve.nest import Nest
 from rnnserve.options import LayerOptions
@@ -91,6 +92,11 @@ class SessionFace(LiveFace):
         """The number of time steps consumed, those on their way included: where the next call starts."""
         return self._live.next_steps[0]
 
+    @property
+    def notice(self) -> Notice | None:
+        """What the server told of the session last without being asked: that it is about to end, or has; or None."""
+        return self._live.notices[0]
+
 
 class GroupFace(LiveFace):
     """The description of a group."""
@@ -107,3 +113,8 @@ class GroupFace(LiveFace):
     def next_steps(self) -> list[int]:
         """Where each session's next call starts."""
         return self._live.next_steps
+
+    @property
+    def notices(self) -> list[Notice | None]:
+        """What the server told of each session last without being asked, or None."""
+        return self._live.notices

@@ -16,7 +16,7 @@ from __future__ import annotations
 import copy
 import heapq
 from collections import deque
-from collections.abc import Hashable
+from collections.abc import Collection, Hashable
 from typing import Any
 
 import grpc
@@ -34,8 +34,10 @@ from rnnserve._chunks import (
     left_over,
     write_frame,
 )
+from rnnserve._losses import LOSSES, LOSSES_ALONE, Losses
+from rnnserve._notices import Notice
 from rnnserve.codec import decode_named
-from rnnserve.errors import RequestError, SessionExists, StepMismatch, from_status
+from rnnserve.errors import ChunkLost, RequestError, SessionExists, StepMismatch, from_status
 from rnnserve.v1 import inference_pb2, session_pb2
 
 #: A message takes chunks up to this size, well under gRPC's usual limit of 4 MiB; a larger chunk travels alone.
@@ -68,6 +70,7 @@ class Lanes:
         held: bytes that unanswered chunks take, roughly.
         broken: why the stream is of no more use although it goes on, or None.
         put_off: lanes that the server will not open now, with what it said: try `open_again`, or `refuse`.
+        notices: what the server told of sessions without being asked, for whoever takes it out.
     """
 
     def __init__(
@@ -91,11 +94,13 @@ class Lanes:
         self._stale = False  # rows of parked chunks were answered or have another first step
         self._closes: list[Lane] = []
         self._answers: list[Answer] = []
+        self._losses = Losses()
         self._count = 0
         self.in_flight = 0
         self.held = 0
         self.broken: RequestError | None = None
         self.put_off: list[tuple[Lane, RequestError]] = []
+        self.notices: list[Notice] = []
 
     # Wishes
 
@@ -222,6 +227,8 @@ class Lanes:
             rows = len(chunk.lanes)
             if (frames and chunk.nbytes > room) or (self.in_flight and self.in_flight + rows > self._rows_allowed):
                 break
+            if self._losses and self._losses.hold(chunk.number, others=self.in_flight > 0):
+                break
             self._chunks.popleft()
             self.in_flight += rows
             room -= chunk.nbytes
@@ -258,6 +265,8 @@ class Lanes:
             self._receive_error(error)
         for closed in response.closed:
             self._receive_closed(self._lane(closed.lane), None)
+        for notice in response.notices:
+            self._receive_notice(notice)
         if self._parked and (self._crowded or response.opened or response.errors):
             self._unpark()
         return answers
@@ -265,6 +274,7 @@ class Lanes:
     def lost(self) -> list[Answer]:
         """The stream is lost: makes what is unanswered a wish again. Gives the answers that are known without it."""
         answers = self._answers = []
+        lost = self._count_losses() if self.broken is None else ()
         self.in_flight = 0
         self.broken = None
         self.put_off.clear()
@@ -274,6 +284,8 @@ class Lanes:
         for lane in list(self._lanes.values()):
             lane.open = lane.opening = lane.ready = False
             lane.active, lane.backlog = 0, None
+            if lost:
+                self._fail_lost(lane, lost)
             self._fail_doomed(lane)
             if lane.closing:
                 if lane.pending or lane.delete_session:
@@ -396,6 +408,13 @@ class Lanes:
         self._release(lane)
         if lane.close_ticket is not None:
             self._answers.append(Answer(lane.close_ticket, None, cause))
+
+    def _receive_notice(self, message: inference_pb2.LaneNotice) -> None:
+        numbers = message.lanes or list(self._lanes)
+        for lane in [self._lanes[number] for number in numbers if number in self._lanes]:  # or it is closed since
+            if not (lane.fresh or lane.closing) and (notice := Notice.of(lane.request.session_id, message)):
+                lane.notice = notice
+                self.notices.append(notice)
 
     # Chunks
 
@@ -537,6 +556,27 @@ class Lanes:
                     lane.pending.append(pending._replace(generation=lane.generation))
                 else:
                     self._answers.append(Answer(pending.ticket, None))
+
+    def _count_losses(self) -> set[int]:
+        """The numbers of the chunks that are to be given up, now that the stream is lost."""
+        backlogs = [chunk for lane in self._lanes.values() for chunk in lane.backlog or ()]
+        waiting = {chunk.number for chunk in (*self._chunks, *self._parked, *backlogs)}
+        pending = [each.chunk for lane in self._lanes.values() for each in lane.pending]
+        return self._losses.count({chunk.number for chunk in pending if chunk is not None} - waiting, waiting)
+
+    def _fail_lost(self, lane: Lane, lost: Collection[int]) -> None:
+        """Gives up chunks that are on their way whenever a stream is lost. Whether they were applied nobody knows, so
+        the server has to say where the session is.
+        """
+        for index, pending in enumerate(lane.pending):
+            if pending.chunk is not None and pending.chunk.number in lost:
+                for behind in range(index + 1, len(lane.pending)):
+                    lane.pending[behind] = lane.pending[behind]._replace(generation=_DOOMED)
+                del lane.pending[index]
+                lane.generation += 1
+                lane.known = False
+                self._fail(pending, ChunkLost.of(lane.request.session_id, pending.first_step, LOSSES + LOSSES_ALONE))
+                return
 
     def _take(self, lane: Lane, first_step: int | None, *, failed: bool = False) -> Pending:
         """Takes the earliest unanswered chunk of the lane that starts there, and passes the barriers that it held."""

@@ -14,9 +14,9 @@ from rnnserve._connection import Connection
 from rnnserve._live import Live, Wish
 from rnnserve._signature import Signature, flat_states, zero_states
 from rnnserve.codec import Array, decode_named, encode_into, encode_named
-from rnnserve.errors import DeadlineExceeded, InvalidInput, RequestError, Unavailable
+from rnnserve.errors import ChunkLost, DeadlineExceeded, InvalidInput, RequestError, Unavailable
 from rnnserve.models import Model
-from rnnserve.options import LayerOptions
+from rnnserve.options import LayerOptions, Terms
 from rnnserve.v1 import inference_pb2
 
 
@@ -33,7 +33,7 @@ class Layer:
         model: str | Sequence[str],
         version: str | Sequence[str],
         options: LayerOptions,
-        idle_lifetime: float | None = None,
+        terms: Terms,
     ) -> None:
         self.names = [model] if isinstance(model, str) else list(model)
         versions = [version] * len(self.names) if isinstance(version, str) else list(version)
@@ -45,7 +45,7 @@ class Layer:
         self.states: list[nest.Nest] | None = None
         self._versions = versions
         self._connection = connection
-        self._idle_lifetime = idle_lifetime
+        self._terms = terms
         self._signatures: list[Signature] = []
         self._live: list[Live] = []
         self._undo: list[tuple[Live, nest.Nest]] = []  # what a call that failed has moved, and where it was
@@ -211,7 +211,7 @@ class Layer:
         """
         if not all(live.signature.options.return_state for live in self._live):
             return []
-        unknown = not isinstance(error, RequestError) or isinstance(error, (DeadlineExceeded, Unavailable))
+        unknown = not isinstance(error, RequestError) or isinstance(error, (ChunkLost, DeadlineExceeded, Unavailable))
         count = place + 1 if unknown else place
         return list(zip(self._live[:count], before[:count], strict=True))
 
@@ -229,8 +229,8 @@ class Layer:
                     version=model.version,
                     batch_size=batch_size,
                     initial_state=states,
-                    idle_lifetime=self._idle_lifetime,
                     options=options.to_message(),
+                    terms=self._terms,
                 )
                 live.append(await Live.create(self._connection, wish, limit))
         except BaseException:

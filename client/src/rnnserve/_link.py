@@ -12,8 +12,10 @@ from typing import Any, TypeAlias, cast
 import grpc
 import grpc.aio
 
+from rnnserve import _notices
 from rnnserve._chunks import Answer, Chunk, Lane
 from rnnserve._lanes import Lanes, ProtocolViolation
+from rnnserve._notices import OnNotice
 from rnnserve._retry import Retry, Trial
 from rnnserve.codec import TensorError
 from rnnserve.errors import ClientClosed, RequestError, RnnserveError, ServerError, Unavailable, from_lost_stream
@@ -55,6 +57,8 @@ class Link:
     to give up, those who wait are told so, and the next wish starts anew. Chunks that were wished keep their places
     all the while, unless `retry` has a limit of 0: then they are dropped with the stream.
 
+    `on_notice` is given every notice of the server, and must return at once.
+
     Chunks beyond `replay_bytes` wait in line, outside the lanes: they are not sent, and may be taken back.
 
     Attributes:
@@ -62,7 +66,14 @@ class Link:
         trouble: why there is no stream now although there should be; None while there is one, or none is needed.
     """
 
-    def __init__(self, target: str, start: Callable[[], _Call], retry: Retry, replay_bytes: int) -> None:
+    def __init__(
+        self,
+        target: str,
+        start: Callable[[], _Call],
+        retry: Retry,
+        replay_bytes: int,
+        on_notice: OnNotice | None = None,
+    ) -> None:
         self.lanes = Lanes(resume=retry.limit != 0)
         self.closed = False
         self.trouble: str | None = None
@@ -70,6 +81,7 @@ class Link:
         self._start = start
         self._retry = retry
         self._replay_bytes = replay_bytes
+        self._on_notice = on_notice
         self._line: dict[Any, tuple[list[Lane], bool] | None] = {}  # chunks, and futures of those who wait behind them
         self._trials: dict[Lane, tuple[Trial, int]] = {}  # of the lanes that are put off
         self._loop = asyncio.get_running_loop()
@@ -189,6 +201,14 @@ class Link:
             self.lanes.open_again(lane)
             self.wake()
 
+    def _notify(self) -> None:
+        """Tells whoever wants to know what the server told."""
+        notices, self.lanes.notices = self.lanes.notices, []
+        _notices.log(self._target, notices)
+        if self._on_notice is not None:
+            for notice in notices:
+                self._on_notice(notice)
+
     # Streams
 
     async def close(self) -> None:
@@ -260,6 +280,8 @@ class Link:
                     return self.lanes.broken
                 if self.lanes.put_off:
                     self._put_off()
+                if self.lanes.notices:
+                    self._notify()
                 if self._line:
                     self._admit()
                 self.wake()  # answers make room for wishes that were held back

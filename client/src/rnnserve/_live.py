@@ -11,21 +11,21 @@ from rnnserve import nest
 from rnnserve._chunks import Chunk, Columns, Lane
 from rnnserve._connection import Connection
 from rnnserve._link import Link, deliver
+from rnnserve._notices import Notice
 from rnnserve._signature import Signature, flat_states
-from rnnserve.codec import encode_named
+from rnnserve.codec import Array, encode_named
 from rnnserve.errors import (
     ClientClosed,
     DeadlineExceeded,
     GroupError,
+    InvalidInput,
     SessionClosed,
     SessionNotFound,
     StepMismatch,
 )
 from rnnserve.models import Model
-from rnnserve.options import LayerOptions
+from rnnserve.options import NO_TERMS, LayerOptions, Terms
 from rnnserve.v1 import options_pb2, session_pb2
-
-_LONGEST = 1e10  # seconds, as the contract has it
 
 _Opened = tuple[Lane, session_pb2.Session]
 
@@ -38,10 +38,9 @@ class Wish:
     version: str = ""
     batch_size: int = 1
     initial_state: nest.Nest = None
-    idle_lifetime: float | None = None
     session_id: str = ""
     options: options_pb2.LayerOptions | None = None
-    lifetime: float | None = None
+    terms: Terms = NO_TERMS
 
     def config(self, model: Model | None) -> session_pb2.SessionConfig:
         """The wish as the contract has it; the model's description is needed for initial states only."""
@@ -56,12 +55,7 @@ class Wish:
         )
         if self.initial_state is not None and model is not None:
             config.initial_states.extend(encode_named(flat_states(model, self.initial_state, self.batch_size)))
-        for name in ("idle_lifetime", "lifetime"):
-            seconds = getattr(self, name)
-            if seconds is not None:
-                if not 0 < seconds <= _LONGEST:
-                    raise ValueError(f"{name} must be positive seconds, at most {_LONGEST:.0f}, got {seconds}")
-                getattr(config, name).FromNanoseconds(round(seconds * 1e9))
+        self.terms.write(config)
         return config
 
 
@@ -108,11 +102,17 @@ class Live:
         return await connection.limited(cls._open(connection, [session_id], group=False), limit)
 
     @classmethod
+    async def attach_all(cls, connection: Connection, session_ids: list[str], limit: float | None) -> Live:
+        """Takes live sessions of one kind as a group."""
+        return await connection.limited(cls._open(connection, session_ids, group=True), limit)
+
+    @classmethod
     async def _open(cls, connection: Connection, targets: list[Any], group: bool) -> Live:
         link = connection.link()
         opened: list[_Opened] = []
         try:
             opened += await _open_all(link, targets)
+            _check_alike([session for _, session in opened])
             model = await connection.model_of(opened[0][1], None)
         except BaseException:
             for lane, _ in opened:
@@ -124,6 +124,11 @@ class Live:
     def next_steps(self) -> list[int]:
         """The step at which each session's next chunk starts."""
         return [lane.next_step for lane in self._lanes]
+
+    @property
+    def notices(self) -> list[Notice | None]:
+        """What the server told of each session last without being asked."""
+        return [lane.notice for lane in self._lanes]
 
     @property
     def full(self) -> bool:
@@ -188,13 +193,13 @@ class Live:
     async def reset(self, states: nest.Nest, limit: float | None) -> None:
         """Puts the states of every session to given values, or back to the model's default."""
         named = [] if states is None else self._named(states)
-        await self.connection.limited(self._reset(named, limit), limit)
+        await self.connection.limited(self._reset([named] * len(self._lanes), limit), limit)
 
-    async def _reset(self, states: list[Any], limit: float | None) -> None:
+    async def _reset(self, states: list[list[Any]], limit: float | None) -> None:
         await self.settled()
         resets = [
-            self._reset_one(session_pb2.ResetSessionRequest(session_id=each, states=states), lane, limit)
-            for each, lane in zip(self.session_ids, self._lanes, strict=True)
+            self._reset_one(session_pb2.ResetSessionRequest(session_id=each, states=named), lane, limit)
+            for each, lane, named in zip(self.session_ids, self._lanes, states, strict=True)
         ]
         await asyncio.gather(*resets)
 
@@ -211,11 +216,15 @@ class Live:
             request.step = mismatch.expected_step
             await self.connection.reset_session(request, limit)
 
-    def moved(self, step: int) -> None:
-        """The session was taken to another step: what is submitted from now on starts there."""
-        for lane in self._lanes:
-            lane.generation += 1
-            lane.next_step = step
+    async def reset_each(self, states: list[dict[str, Array]], limit: float | None) -> None:
+        """Puts the states of each session to values of its own, by name, each [batch_size, ...]."""
+        await self.connection.limited(self._reset([encode_named(each) for each in states], limit), limit)
+
+    def moved(self, place: int, step: int) -> None:
+        """A session was taken to another step: what is submitted from now on starts there."""
+        lane = self._lanes[place]
+        lane.generation += 1
+        lane.next_step = step
 
     async def close(self, *, delete: bool, limit: float | None = None) -> None:
         """Leaves the sessions, behind the chunks submitted so far, and ends them too if asked. Closes once."""
@@ -242,6 +251,15 @@ class Live:
                 answer.partial = shape(answer.partial)
             raise answer
         return shape(answer)
+
+
+def _check_alike(sessions: list[session_pb2.Session]) -> None:
+    """Raises InvalidInput unless sessions are of one model, batch size and set of options."""
+    kinds = [(each.model, each.version, each.batch_size, each.options) for each in sessions]
+    for session_id, kind in zip([each.session_id for each in sessions], kinds, strict=True):
+        if kind != kinds[0]:
+            wanted = f"sessions like {sessions[0].session_id!r}, a {kinds[0][0]!r} of {kinds[0][2]} rows"
+            raise InvalidInput.of("sessions", wanted, f"{session_id!r}, a {kind[0]!r} of {kind[2]} rows")
 
 
 async def _open_all(link: Link, targets: list[Any]) -> list[_Opened]:

@@ -36,30 +36,41 @@ _RULES = {
 
 async def get_states(live: Live, limit: float | None) -> list[nest.Nest]:
     """The states, each [batch_size, ...], nested as Keras nests them."""
-    await live.connection.limited(live.settled(), limit)
-    request = session_pb2.GetStateRequest(session_id=live.session_ids[0])
-    response = await live.connection.unary(_stub(live.connection).GetState, request, limit)
-    states = decode_named(response.states, "states")
+    states = await named_states(live, 0, limit)
     return nest.pack(live.signature.model.states, lambda spec: states[spec.name])
+
+
+async def named_states(live: Live, place: int, limit: float | None) -> dict[str, Array]:
+    """The states of one of its sessions by name, each [batch_size, ...]."""
+    await live.connection.limited(live.settled(), limit)
+    request = session_pb2.GetStateRequest(session_id=live.session_ids[place])
+    response = await live.connection.unary(_stub(live.connection).GetState, request, limit)
+    return decode_named(response.states, "states")
 
 
 async def fork(live: Live, count: int, limit: float | None) -> list[Live]:
     """New sessions that go on where this one is."""
     if count < 1:
         raise ValueError(f"count must be at least 1, got {count}")
-    await live.connection.limited(live.settled(), limit)
-    # Ids of ours make it safe to ask again when the answer is lost: what exists then, we have made.
-    ids = [uuid.uuid4().hex for _ in range(count)]
-    request = session_pb2.ForkSessionRequest(session_id=live.session_ids[0], session_ids=ids)
-    with suppress(SessionExists):
-        await live.connection.unary(_stub(live.connection).ForkSession, request, limit)
+    ids = await forked(live, 0, count, limit)
     return await asyncio.gather(*[Live.attach(live.connection, each, limit) for each in ids])
 
 
-async def export(live: Live, limit: float | None) -> bytes:
-    """The session as a blob."""
+async def forked(live: Live, place: int, count: int, limit: float | None) -> list[str]:
+    """The ids of new sessions that go on where one of its sessions is."""
     await live.connection.limited(live.settled(), limit)
-    request = session_pb2.ExportSessionRequest(session_id=live.session_ids[0])
+    # Ids of ours make it safe to ask again when the answer is lost: what exists then, we have made.
+    ids = [uuid.uuid4().hex for _ in range(count)]
+    request = session_pb2.ForkSessionRequest(session_id=live.session_ids[place], session_ids=ids)
+    with suppress(SessionExists):
+        await live.connection.unary(_stub(live.connection).ForkSession, request, limit)
+    return ids
+
+
+async def export(live: Live, limit: float | None, place: int = 0) -> bytes:
+    """One of its sessions as a blob."""
+    await live.connection.limited(live.settled(), limit)
+    request = session_pb2.ExportSessionRequest(session_id=live.session_ids[place])
     return (await live.connection.unary(_stub(live.connection).ExportSession, request, limit)).blob
 
 
@@ -74,23 +85,35 @@ async def restore(
 ) -> Live:
     """A new session that goes on where a saved or exported one was."""
     blob = source if isinstance(source, bytes) else await asyncio.to_thread(Path(source).read_bytes)
+    return await Live.attach(connection, await imported(connection, blob, session_id, limit), limit)
+
+
+async def imported(connection: Connection, blob: bytes, session_id: str, limit: float | None) -> str:
+    """The id of a new session that goes on where an exported one was."""
     request = session_pb2.ImportSessionRequest(blob=blob, session_id=session_id or uuid.uuid4().hex)
     try:
         await connection.unary(_stub(connection).ImportSession, request, limit, retry=not session_id)
     except SessionExists:
         if session_id:  # else it is ours: a first answer was lost
             raise
-    return await Live.attach(connection, request.session_id, limit)
+    return request.session_id
 
 
-async def rewind(live: Live, step: int, limit: float | None) -> None:
-    """Takes the session back to where a chunk began."""
+async def delete(connection: Connection, session_id: str, limit: float | None) -> None:
+    """Ends a session that nobody has a lane for."""
+    await connection.unary(
+        _stub(connection).DeleteSession, session_pb2.DeleteSessionRequest(session_id=session_id), limit
+    )
+
+
+async def rewind(live: Live, step: int, limit: float | None, place: int = 0) -> None:
+    """Takes one of its sessions back to where a chunk began."""
     if step < 0:
         raise ValueError(f"step must be 0 or more, got {step}")
     await live.connection.limited(live.settled(), limit)
-    request = session_pb2.RewindSessionRequest(session_id=live.session_ids[0], step=step)
+    request = session_pb2.RewindSessionRequest(session_id=live.session_ids[place], step=step)
     response = await live.connection.unary(_stub(live.connection).RewindSession, request, limit)
-    live.moved(response.session.step)
+    live.moved(place, response.session.step)
 
 
 class Rollout(NamedTuple):
@@ -114,8 +137,9 @@ async def rollout(
     temperature: float | None,
     seed: int | None,
     limit: float | None,
+    place: int = 0,
 ) -> Rollout:
-    """Lets the model go on by itself from where the session is."""
+    """Lets the model go on by itself from where one of its sessions is."""
     number = _RULES.get(rule)
     if number is None:
         raise ValueError(f"rule must be one of {list(_RULES)}, got {rule!r}")
@@ -125,7 +149,7 @@ async def rollout(
     signature = live.signature
     pairs = {"": ""} if feedback is None else feedback
     request = inference_pb2.RolloutRequest(
-        session_id=live.session_ids[0],
+        session_id=live.session_ids[place],
         steps=steps,
         inputs=[] if x is None else encode_named(signature.call(x)[0]),
         feedback=[

@@ -25,7 +25,7 @@ from typing import Any, Self, Unpack, overload
 import grpc
 from numpy.typing import ArrayLike
 
-from rnnserve import _states
+from rnnserve import _group_states, _states
 from rnnserve._catalogue import Catalogue
 from rnnserve._chunks import Chunk
 from rnnserve._connection import Connection
@@ -33,13 +33,15 @@ from rnnserve._faces import GroupFace, LayerFace, LiveFace, SessionFace
 from rnnserve._layer import Layer
 from rnnserve._link import REPLAY_BYTES
 from rnnserve._live import Live, Wish
+from rnnserve._notices import OnNotice, on_the_loop
 from rnnserve._pipeline import WINDOW, pipelined
 from rnnserve._retry import RETRY_FOR
 from rnnserve._states import Rollout
 from rnnserve.errors import GroupError, RequestError
 from rnnserve.models import Model, SessionInfo
 from rnnserve.nest import Nest
-from rnnserve.options import LayerOptions, SessionOptions, given_options
+from rnnserve.options import LayerOptions, ReplayWindow, SessionOptions, Terms, given_options
+from rnnserve.tls import Tls, Token
 
 __all__ = ["RNN", "Client", "Models", "Session", "SessionGroup"]
 
@@ -50,11 +52,17 @@ class Client:
     Args:
         target: where the server is, as gRPC writes it, such as `localhost:50051`.
         timeout: seconds that a call may take unless it is given its own; None for no limit.
-        credentials: for TLS; without them the connection is not encrypted.
+        credentials: gRPC's own, where `tls` is not enough.
         options: gRPC channel options.
         retry_for: seconds of trying to reach the server again before those who wait are told Unavailable; None for
             ever, 0 to tell them at once. See below.
         replay_bytes: memory for chunks that are not answered and may have to be sent again. Beyond it, steps wait.
+        on_notice: called with each `Notice` of the server: that a session is about to end, or has. A function or a
+            coroutine function, which runs as a task.
+        tls: True for TLS with the system's roots, a path for the roots in that file, or a `TLS` with a certificate to
+            show; without it the connection is not encrypted.
+        token: the bearer token to show, or a function that gives the one to show now. Without TLS it is only sent to
+            this machine, unless `tls=False` says that this is meant.
 
     Attributes:
         models: called, lists what the server hosts; deploys, unloads and reloads models where the server allows it.
@@ -80,8 +88,14 @@ class Client:
         options: Sequence[tuple[str, Any]] = (),
         retry_for: float | None = RETRY_FOR,
         replay_bytes: int = REPLAY_BYTES,
+        on_notice: OnNotice | None = None,
+        tls: Tls = None,
+        token: Token | None = None,
     ) -> None:
-        self._connection = Connection(target, timeout, credentials, options, retry_for, replay_bytes)
+        called = None if on_notice is None else on_the_loop(on_notice)
+        self._connection = Connection(
+            target, timeout, credentials, options, retry_for, replay_bytes, called, tls=tls, token=token
+        )
         self.models = Models(Catalogue(self._connection))
 
     async def __aenter__(self) -> Self:
@@ -109,17 +123,22 @@ class Client:
         zero_output_for_mask: bool = False,
         version: str | Sequence[str] = "",
         idle_lifetime: float | None = None,
+        lifetime: float | None = None,
+        replay_window: ReplayWindow | tuple[int | None, int | None] | None = None,
+        reset_every: int | None = None,
+        reset_after_masked: int | None = None,
     ) -> RNN:
         """A recurrent layer with the options and the defaults of `tf.keras.layers.RNN`, computed by the server.
 
         `model` is a model's name, or a list of names for a stack (Keras's list of cells). Every option is sent as it
-        is here; OptionUnsupported is raised when a model cannot honour one. `idle_lifetime` is for the session of a
-        stateful layer.
+        is here; OptionUnsupported is raised when a model cannot honour one. What follows is
+        for the sessions of a stateful layer, as for `session`.
         """
         options = LayerOptions(
             return_sequences, return_state, go_backwards, stateful, unroll, time_major, zero_output_for_mask
         )
-        return RNN(Layer(self._connection, model, version, options, idle_lifetime))
+        terms = Terms(idle_lifetime, lifetime, replay_window, reset_every, reset_after_masked)
+        return RNN(Layer(self._connection, model, version, options, terms))
 
     def session(
         self,
@@ -130,6 +149,9 @@ class Client:
         version: str = "",
         idle_lifetime: float | None = None,
         lifetime: float | None = None,
+        replay_window: ReplayWindow | tuple[int | None, int | None] | None = None,
+        reset_every: int | None = None,
+        reset_after_masked: int | None = None,
         session_id: str = "",
         timeout: float | None = None,
         **options: Unpack[SessionOptions],
@@ -144,13 +166,15 @@ class Client:
             version: the model's version; empty for the newest.
             idle_lifetime: seconds without use after which the server ends the session.
             lifetime: seconds after which the server ends the session in any case; None for no such end.
+            replay_window: how many chunks, and bytes, of its last answers the server remembers; None for its default.
+            reset_every: the states go back to the model's default whenever `next_step` is a multiple of it.
+            reset_after_masked: a row's states do so with the so many-th masked step in a row.
             session_id: an id of one's own.
             timeout: seconds that opening may take.
             options: options of the layer, such as return_sequences; what is not given takes the model's default.
         """
-        wish = Wish(
-            model, version, batch_size, initial_state, idle_lifetime, session_id, given_options(options), lifetime
-        )
+        terms = Terms(idle_lifetime, lifetime, replay_window, reset_every, reset_after_masked)
+        wish = Wish(model, version, batch_size, initial_state, session_id, given_options(options), terms)
         return Session(lambda: Live.create(self._connection, wish, timeout), ends=True)
 
     def attach(self, session_id: str, *, timeout: float | None = None) -> Session:
@@ -170,6 +194,19 @@ class Client:
         """
         return Session(lambda: _states.restore(self._connection, source, session_id, timeout), ends=True)
 
+    def restore_group(
+        self, source: str | PathLike[str] | Sequence[bytes], *, timeout: float | None = None
+    ) -> SessionGroup:
+        """A new group, each session of which goes on where a saved one was; to be entered with `async with` or awaited.
+
+        `source` is the folder that `SessionGroup.save` was given, or what `SessionGroup.export` gave.
+
+        Raises:
+            GroupError: some of them cannot be restored; none is made.
+            InvalidInput: they are of several kinds.
+        """
+        return SessionGroup(lambda: _group_states.restore(self._connection, source, timeout), ends=True)
+
     def session_group(
         self,
         model: str,
@@ -180,6 +217,9 @@ class Client:
         version: str = "",
         idle_lifetime: float | None = None,
         lifetime: float | None = None,
+        replay_window: ReplayWindow | tuple[int | None, int | None] | None = None,
+        reset_every: int | None = None,
+        reset_after_masked: int | None = None,
         timeout: float | None = None,
         **options: Unpack[SessionOptions],
     ) -> SessionGroup:
@@ -190,7 +230,8 @@ class Client:
         """
         if count < 1:
             raise ValueError(f"count must be at least 1, got {count}")
-        wish = Wish(model, version, batch_size, initial_state, idle_lifetime, "", given_options(options), lifetime)
+        terms = Terms(idle_lifetime, lifetime, replay_window, reset_every, reset_after_masked)
+        wish = Wish(model, version, batch_size, initial_state, "", given_options(options), terms)
         return SessionGroup(lambda: Live.create(self._connection, wish, timeout, count=count, group=True), ends=True)
 
     async def model(self, name: str, *, version: str = "", timeout: float | None = None) -> Model:
@@ -259,9 +300,20 @@ class Models:
         """Adds a version of a model from a .keras, .h5, .onnx or .safetensors (PyTorch) file. Raises as `deploy`."""
         return await self._catalogue.deploy_file(name, path, version, timeout)
 
-    async def unload(self, name: str, *, version: str = "", timeout: float | None = None) -> list[str]:
-        """Takes a version, or all, from the list, and returns which. Sessions that have it go on."""
-        return await self._catalogue.unload(name, version, timeout)
+    async def unload(
+        self,
+        name: str,
+        *,
+        version: str = "",
+        end_sessions_after: float | None = None,
+        timeout: float | None = None,
+    ) -> list[str]:
+        """Takes a version, or all, from the list, and returns which.
+
+        Sessions that have it go on, unless `end_sessions_after` says that they end in so many seconds, 0 for at once:
+        then they are told by a `Notice`, and afterwards by SessionUnloaded.
+        """
+        return await self._catalogue.unload(name, version, end_sessions_after, timeout)
 
     async def reload(self, name: str, *, timeout: float | None = None) -> list[Model]:
         """Loads the versions that are in the server's folder now, and returns what is served."""
@@ -516,6 +568,52 @@ class SessionGroup(_Entered, GroupFace):
         live = self._live
         ticket = asyncio.get_running_loop().create_future()
         return await self._run(live.signature.chunk_all(x, len(self), mask, ticket), timeout, step=False)
+
+    async def get_states(self, *, timeout: float | None = None) -> list[Nest]:
+        """The states behind the steps sent so far, each [sessions, batch_size, ...], nested as Keras nests them."""
+        return await _group_states.get_states(self._live, timeout)
+
+    async def set_states(self, states: Nest, *, timeout: float | None = None) -> None:
+        """Puts the states to given values, each [sessions, batch_size, ...]; `reset_states` gives all the same."""
+        await _group_states.set_states(self._live, states, timeout)
+
+    async def fork(self, *, timeout: float | None = None) -> SessionGroup:
+        """A new group, each session of which goes on where one of these is, behind the steps sent so far.
+
+        All are made or none, and are open already; `async with` ends them.
+        """
+        group = SessionGroup(None, ends=True)
+        group._opened = await _group_states.fork(self._live, timeout)
+        return group
+
+    async def rewind(self, step: int | Sequence[int], *, timeout: float | None = None) -> None:
+        """Takes every session back to `step`, or each to its own: see `Session.rewind`."""
+        await _group_states.rewind(self._live, step, timeout)
+
+    async def export(self, *, timeout: float | None = None) -> list[bytes]:
+        """Each session, behind the steps sent so far, as a blob: for `Client.restore_group`, or `Client.restore`."""
+        return await _group_states.export(self._live, timeout)
+
+    async def save(self, folder: str | PathLike[str], *, timeout: float | None = None) -> None:
+        """Writes what `export` gives to a folder that is new or empty, a file for each session."""
+        await _group_states.save(self._live, folder, timeout)
+
+    async def rollout(
+        self,
+        steps: int,
+        x: Any = None,
+        *,
+        feedback: Mapping[str, str] | None = None,
+        rule: str = "copy",
+        temperature: float | None = None,
+        seed: int | None = None,
+        timeout: float | None = None,
+    ) -> Rollout:
+        """As `Session.rollout` for every session; `x` and what comes back have a leading axis of sessions.
+
+        The n-th session's samples come from `seed` + n.
+        """
+        return await _group_states.rollout(self._live, steps, x, feedback, rule, temperature, seed, timeout)
 
     async def _run(self, chunk: Chunk, timeout: float | None, *, step: bool) -> Any:
         live = self._live

@@ -24,7 +24,7 @@ from typing import Any, Self, Unpack, overload
 import grpc
 from numpy.typing import ArrayLike
 
-from rnnserve import _states
+from rnnserve import _group_states, _states
 from rnnserve._catalogue import Catalogue
 from rnnserve._chunks import Chunk
 from rnnserve._connection import Connection
@@ -32,6 +32,7 @@ from rnnserve._faces import GroupFace, LayerFace, LiveFace, SessionFace
 from rnnserve._layer import Layer
 from rnnserve._link import REPLAY_BYTES
 from rnnserve._live import Live, Wish
+from rnnserve._notices import NoticeThread, OnNotice
 from rnnserve._pipeline import WINDOW, check_window
 from rnnserve._portal import Portal, new_ticket
 from rnnserve._retry import RETRY_FOR
@@ -39,7 +40,8 @@ from rnnserve._states import Rollout
 from rnnserve.errors import GroupError, RequestError, RnnserveError
 from rnnserve.models import Model, SessionInfo
 from rnnserve.nest import Nest
-from rnnserve.options import LayerOptions, SessionOptions, given_options
+from rnnserve.options import LayerOptions, ReplayWindow, SessionOptions, Terms, given_options
+from rnnserve.tls import Tls, Token
 
 __all__ = ["RNN", "Client", "Models", "Session", "SessionGroup"]
 
@@ -50,11 +52,17 @@ class Client:
     Args:
         target: where the server is, as gRPC writes it, such as `localhost:50051`.
         timeout: seconds that a call may take unless it is given its own; None for no limit.
-        credentials: for TLS; without them the connection is not encrypted.
+        credentials: gRPC's own, where `tls` is not enough.
         options: gRPC channel options.
         retry_for: seconds of trying to reach the server again before those who wait are told Unavailable; None for
             ever, 0 to tell them at once. See below.
         replay_bytes: memory for chunks that are not answered and may have to be sent again. Beyond it, steps wait.
+        on_notice: called with each `Notice` of the server: that a session is about to end, or has. Runs on a thread of
+            its own, one call after the other, and may use the client.
+        tls: True for TLS with the system's roots, a path for the roots in that file, or a `TLS` with a certificate to
+            show; without it the connection is not encrypted.
+        token: the bearer token to show, or a function that gives the one to show now. Without TLS it is only sent to
+            this machine, unless `tls=False` says that this is meant.
 
     Attributes:
         models: called, lists what the server hosts; deploys, unloads and reloads models where the server allows it.
@@ -80,8 +88,15 @@ class Client:
         options: Sequence[tuple[str, Any]] = (),
         retry_for: float | None = RETRY_FOR,
         replay_bytes: int = REPLAY_BYTES,
+        on_notice: OnNotice | None = None,
+        tls: Tls = None,
+        token: Token | None = None,
     ) -> None:
-        self._connection = Connection(target, timeout, credentials, options, retry_for, replay_bytes)
+        notices = None if on_notice is None else NoticeThread(on_notice)
+        self._connection = Connection(
+            target, timeout, credentials, options, retry_for, replay_bytes, notices, tls=tls, token=token
+        )
+        self._notices = notices
         self._portal = Portal()
         self.models = Models(self._portal, Catalogue(self._connection))
 
@@ -96,6 +111,8 @@ class Client:
     def close(self) -> None:
         """Closes the connection and joins its thread. Sessions that were not closed live on until they expire."""
         self._portal.close(self._connection.close())
+        if self._notices is not None:
+            self._notices.close()
 
     def RNN(  # noqa: N802  (Keras's name)
         self,
@@ -110,17 +127,23 @@ class Client:
         zero_output_for_mask: bool = False,
         version: str | Sequence[str] = "",
         idle_lifetime: float | None = None,
+        lifetime: float | None = None,
+        replay_window: ReplayWindow | tuple[int | None, int | None] | None = None,
+        reset_every: int | None = None,
+        reset_after_masked: int | None = None,
     ) -> RNN:
         """A recurrent layer with the options and the defaults of `tf.keras.layers.RNN`, computed by the server.
 
         `model` is a model's name, or a list of names for a stack (Keras's list of cells). Every option is sent as it
-        is here; OptionUnsupported is raised when a model cannot honour one. `idle_lifetime` is for the session of a
-        stateful layer. Raises ModelNotFound for a model that the server does not have.
+        is here; OptionUnsupported is raised when a model cannot honour one. What follows is
+        for the sessions of a stateful layer, as for `session`. Raises ModelNotFound for a model that the server does
+        not have.
         """
         options = LayerOptions(
             return_sequences, return_state, go_backwards, stateful, unroll, time_major, zero_output_for_mask
         )
-        layer = Layer(self._connection, model, version, options, idle_lifetime)
+        terms = Terms(idle_lifetime, lifetime, replay_window, reset_every, reset_after_masked)
+        layer = Layer(self._connection, model, version, options, terms)
         self._portal.run(layer.build())
         return RNN(self._portal, layer)
 
@@ -133,6 +156,9 @@ class Client:
         version: str = "",
         idle_lifetime: float | None = None,
         lifetime: float | None = None,
+        replay_window: ReplayWindow | tuple[int | None, int | None] | None = None,
+        reset_every: int | None = None,
+        reset_after_masked: int | None = None,
         session_id: str = "",
         timeout: float | None = None,
         **options: Unpack[SessionOptions],
@@ -147,13 +173,15 @@ class Client:
             version: the model's version; empty for the newest.
             idle_lifetime: seconds without use after which the server ends the session.
             lifetime: seconds after which the server ends the session in any case; None for no such end.
+            replay_window: how many chunks, and bytes, of its last answers the server remembers; None for its default.
+            reset_every: the states go back to the model's default whenever `next_step` is a multiple of it.
+            reset_after_masked: a row's states do so with the so many-th masked step in a row.
             session_id: an id of one's own.
             timeout: seconds that opening may take.
             options: options of the layer, such as return_sequences; what is not given takes the model's default.
         """
-        wish = Wish(
-            model, version, batch_size, initial_state, idle_lifetime, session_id, given_options(options), lifetime
-        )
+        terms = Terms(idle_lifetime, lifetime, replay_window, reset_every, reset_after_masked)
+        wish = Wish(model, version, batch_size, initial_state, session_id, given_options(options), terms)
         live = self._portal.run(Live.create(self._connection, wish, timeout))
         return Session(self._portal, live, ends=True)
 
@@ -175,6 +203,20 @@ class Client:
         live = self._portal.run(_states.restore(self._connection, source, session_id, timeout))
         return Session(self._portal, live, ends=True)
 
+    def restore_group(
+        self, source: str | PathLike[str] | Sequence[bytes], *, timeout: float | None = None
+    ) -> SessionGroup:
+        """A new group, each session of which goes on where a saved one was; leaving its `with` block ends it.
+
+        `source` is the folder that `SessionGroup.save` was given, or what `SessionGroup.export` gave.
+
+        Raises:
+            GroupError: some of them cannot be restored; none is made.
+            InvalidInput: they are of several kinds.
+        """
+        live = self._portal.run(_group_states.restore(self._connection, source, timeout))
+        return SessionGroup(self._portal, live, ends=True)
+
     def session_group(
         self,
         model: str,
@@ -185,6 +227,9 @@ class Client:
         version: str = "",
         idle_lifetime: float | None = None,
         lifetime: float | None = None,
+        replay_window: ReplayWindow | tuple[int | None, int | None] | None = None,
+        reset_every: int | None = None,
+        reset_after_masked: int | None = None,
         timeout: float | None = None,
         **options: Unpack[SessionOptions],
     ) -> SessionGroup:
@@ -195,7 +240,8 @@ class Client:
         """
         if count < 1:
             raise ValueError(f"count must be at least 1, got {count}")
-        wish = Wish(model, version, batch_size, initial_state, idle_lifetime, "", given_options(options), lifetime)
+        terms = Terms(idle_lifetime, lifetime, replay_window, reset_every, reset_after_masked)
+        wish = Wish(model, version, batch_size, initial_state, "", given_options(options), terms)
         live = self._portal.run(Live.create(self._connection, wish, timeout, count=count, group=True))
         return SessionGroup(self._portal, live, ends=True)
 
@@ -265,9 +311,20 @@ class Models:
         """Adds a version of a model from a .keras, .h5, .onnx or .safetensors (PyTorch) file. Raises as `deploy`."""
         return self._portal.run(self._catalogue.deploy_file(name, path, version, timeout))
 
-    def unload(self, name: str, *, version: str = "", timeout: float | None = None) -> list[str]:
-        """Takes a version, or all, from the list, and returns which. Sessions that have it go on."""
-        return self._portal.run(self._catalogue.unload(name, version, timeout))
+    def unload(
+        self,
+        name: str,
+        *,
+        version: str = "",
+        end_sessions_after: float | None = None,
+        timeout: float | None = None,
+    ) -> list[str]:
+        """Takes a version, or all, from the list, and returns which.
+
+        Sessions that have it go on, unless `end_sessions_after` says that they end in so many seconds, 0 for at once:
+        then they are told by a `Notice`, and afterwards by SessionUnloaded.
+        """
+        return self._portal.run(self._catalogue.unload(name, version, end_sessions_after, timeout))
 
     def reload(self, name: str, *, timeout: float | None = None) -> list[Model]:
         """Loads the versions that are in the server's folder now, and returns what is served."""
@@ -528,6 +585,61 @@ class SessionGroup(_Entered, GroupFace):
     def __call__(self, x: Any, *, mask: Any = None, timeout: float | None = None) -> Any:
         """A chunk of every session: arrays as for `Session.__call__`, with a leading axis of sessions."""
         return self._group(self._live.signature.chunk_all(x, len(self), mask, new_ticket()), timeout, step=False)
+
+    @property
+    def states(self) -> list[Nest]:
+        """The states, each [sessions, batch_size, ...], nested as Keras nests them: fetched when asked for, and may be
+        set."""
+        return self.get_states()
+
+    @states.setter
+    def states(self, states: Nest) -> None:
+        self.set_states(states)
+
+    def get_states(self, *, timeout: float | None = None) -> list[Nest]:
+        """The states behind the steps sent so far, each [sessions, batch_size, ...], nested as Keras nests them."""
+        return self._portal.run(_group_states.get_states(self._live, timeout))
+
+    def set_states(self, states: Nest, *, timeout: float | None = None) -> None:
+        """Puts the states to given values, each [sessions, batch_size, ...]; `reset_states` gives all the same."""
+        self._portal.run(_group_states.set_states(self._live, states, timeout))
+
+    def fork(self, *, timeout: float | None = None) -> SessionGroup:
+        """A new group, each session of which goes on where one of these is, behind the steps sent so far.
+
+        All are made or none; leaving the `with` block of the group ends them.
+        """
+        live = self._portal.run(_group_states.fork(self._live, timeout))
+        return SessionGroup(self._portal, live, ends=True)
+
+    def rewind(self, step: int | Sequence[int], *, timeout: float | None = None) -> None:
+        """Takes every session back to `step`, or each to its own: see `Session.rewind`."""
+        self._portal.run(_group_states.rewind(self._live, step, timeout))
+
+    def export(self, *, timeout: float | None = None) -> list[bytes]:
+        """Each session, behind the steps sent so far, as a blob: for `Client.restore_group`, or `Client.restore`."""
+        return self._portal.run(_group_states.export(self._live, timeout))
+
+    def save(self, folder: str | PathLike[str], *, timeout: float | None = None) -> None:
+        """Writes what `export` gives to a folder that is new or empty, a file for each session."""
+        self._portal.run(_group_states.save(self._live, folder, timeout))
+
+    def rollout(
+        self,
+        steps: int,
+        x: Any = None,
+        *,
+        feedback: Mapping[str, str] | None = None,
+        rule: str = "copy",
+        temperature: float | None = None,
+        seed: int | None = None,
+        timeout: float | None = None,
+    ) -> Rollout:
+        """As `Session.rollout` for every session; `x` and what comes back have a leading axis of sessions.
+
+        The n-th session's samples come from `seed` + n.
+        """
+        return self._portal.run(_group_states.rollout(self._live, steps, x, feedback, rule, temperature, seed, timeout))
 
     def _group(self, chunk: Chunk, timeout: float | None, *, step: bool) -> Any:
         try:

@@ -133,10 +133,23 @@ class VersionExists(RequestError):
     reason = "VERSION_EXISTS"
 
 
-class DeployDisabled(RequestError):
-    """The server does not allow clients to change its models."""
+class Unauthenticated(RequestError):
+    """The server does not know who calls: it wants a token or a certificate, or another one."""
+
+    status = grpc.StatusCode.UNAUTHENTICATED
+    reason = "UNAUTHENTICATED"
+
+
+class PermissionDenied(RequestError):
+    """Whoever calls may not do that."""
 
     status = grpc.StatusCode.PERMISSION_DENIED
+    reason = "PERMISSION_DENIED"
+
+
+class DeployDisabled(PermissionDenied):
+    """The server does not allow clients to change its models."""
+
     reason = "DEPLOY_DISABLED"
 
 
@@ -175,6 +188,25 @@ class SessionAged(SessionExpired):
     """The session's lifetime ran out, though it may have been used."""
 
     reason = "SESSION_AGED"
+
+
+class SessionEvicted(SessionExpired):
+    """The session was not used for long and had to make room for others."""
+
+    reason = "SESSION_EVICTED"
+
+
+class SessionUnloaded(SessionNotFound):
+    """The session's model was unloaded, and its sessions ended with it."""
+
+    reason = "SESSION_UNLOADED"
+
+
+class SessionTakenOver(RequestError):
+    """Another server has taken the session; `attach` takes it back."""
+
+    status = grpc.StatusCode.ABORTED
+    reason = "SESSION_TAKEN_OVER"
 
 
 class SessionExists(RequestError):
@@ -216,6 +248,12 @@ class ServerBusy(RequestError):
     reason = "QUEUE_FULL"
 
 
+class QuotaExceeded(ServerBusy):
+    """Whoever calls has as many sessions, or runs as many rows a second, as it may. Try again after `retry_after`."""
+
+    reason = "QUOTA_EXCEEDED"
+
+
 class TooLarge(RequestError):
     """The message, chunk or batch is larger than the server accepts; trying again does not help."""
 
@@ -245,6 +283,27 @@ class Unavailable(RequestError):
     """The server cannot be reached, is shutting down, or the connection to it broke, and trying again did not help."""
 
     status = grpc.StatusCode.UNAVAILABLE
+
+
+class ChunkLost(RequestError):
+    """The connection broke every time that this chunk was on its way, so it is not sent again.
+
+    Perhaps the server breaks down over it. Whether it was applied is not known: the next chunk starts where the server
+    has the session then.
+    """
+
+    status = grpc.StatusCode.UNAVAILABLE
+    reason = "CHUNK_LOST"
+
+    @classmethod
+    def of(cls, session_id: str, first_step: int, losses: int) -> ChunkLost:
+        """The error for a chunk that was lost so often."""
+        return cls(
+            f"the chunk at step {first_step} of session {session_id} was on its way when {losses} connections were "
+            "lost, at last with nothing beside it. It is not sent again, and whether it was applied is not known: look "
+            "at the server's log, and at `info().step` before going on",
+            metadata={"session_id": session_id, "first_step": str(first_step)},
+        )
 
 
 class ServerError(RequestError):
@@ -293,8 +352,14 @@ _BY_REASON: dict[str, type[RequestError]] = {
     "SESSION_CLOSED": SessionClosed,
     "SESSION_EXPIRED": SessionExpired,
     "SESSION_AGED": SessionAged,
+    "SESSION_EVICTED": SessionEvicted,
+    "SESSION_UNLOADED": SessionUnloaded,
+    "SESSION_TAKEN_OVER": SessionTakenOver,
     "SESSION_EXISTS": SessionExists,
     "SESSIONS_FULL": ServerBusy,
+    "QUOTA_EXCEEDED": QuotaExceeded,
+    "UNAUTHENTICATED": Unauthenticated,
+    "PERMISSION_DENIED": PermissionDenied,
     "STEP_AHEAD": StepMismatch,
     "STEP_BEHIND": StepMismatch,
     "STEP_CONFLICT": StepConflict,
@@ -303,6 +368,7 @@ _BY_REASON: dict[str, type[RequestError]] = {
     "DEADLINE_PASSED": DeadlineExceeded,
     "CANCELLED": Cancelled,
     "DRAINING": Unavailable,
+    "STORE_DOWN": Unavailable,
     "ENGINE_FAILED": ServerError,
     "INTERNAL": ServerError,
 }
@@ -311,6 +377,8 @@ _BY_REASON: dict[str, type[RequestError]] = {
 _BY_STATUS: dict[grpc.StatusCode, type[RequestError]] = {
     grpc.StatusCode.INVALID_ARGUMENT: InvalidRequest,
     grpc.StatusCode.NOT_FOUND: NotFound,
+    grpc.StatusCode.UNAUTHENTICATED: Unauthenticated,
+    grpc.StatusCode.PERMISSION_DENIED: PermissionDenied,
     grpc.StatusCode.RESOURCE_EXHAUSTED: ServerBusy,
     grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceeded,
     grpc.StatusCode.CANCELLED: Cancelled,

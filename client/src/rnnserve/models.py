@@ -10,7 +10,7 @@ import numpy as np
 
 from rnnserve.codec import DTYPES
 from rnnserve.errors import ServerError
-from rnnserve.options import LayerOptions
+from rnnserve.options import LayerOptions, ReplayWindow
 from rnnserve.v1 import model_pb2, session_pb2
 
 
@@ -87,6 +87,9 @@ class SessionInfo:
         create_time: when it was made, in UTC.
         idle_lifetime: seconds without use after which it expires.
         lifetime: seconds after which it ends in any case, or None.
+        replay_window: how much of its last answers the server remembers.
+        reset_every: its states are reset whenever its step is a multiple of it, or None.
+        reset_after_masked: a row's states are reset with the so many-th masked step in a row, or None.
     """
 
     session_id: str
@@ -99,6 +102,9 @@ class SessionInfo:
     create_time: datetime
     idle_lifetime: float
     lifetime: float | None = None
+    replay_window: ReplayWindow | None = None
+    reset_every: int | None = None
+    reset_after_masked: int | None = None
 
     @classmethod
     def from_message(cls, message: session_pb2.Session) -> SessionInfo:
@@ -114,6 +120,9 @@ class SessionInfo:
             create_time=message.create_time.ToDatetime(tzinfo=UTC),
             idle_lifetime=message.idle_lifetime.seconds + message.idle_lifetime.nanos / 1e9,
             lifetime=message.lifetime.seconds + message.lifetime.nanos / 1e9 if message.HasField("lifetime") else None,
+            replay_window=ReplayWindow(message.replay_window.max_chunks, message.replay_window.max_bytes),
+            reset_every=message.reset_rules.every_steps or None,
+            reset_after_masked=message.reset_rules.masked_steps or None,
         )
 
 

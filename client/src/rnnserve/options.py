@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
-from rnnserve.v1 import options_pb2
+from rnnserve.v1 import options_pb2, session_pb2
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,57 @@ class LayerOptions:
         return cls(**{name: getattr(message, name) for name in NAMES})
 
 
+_LONGEST = 1e10  # seconds, as the contract has it
 NAMES = tuple(field.name for field in fields(LayerOptions))
+
+
+class ReplayWindow(NamedTuple):
+    """How much the server remembers of a session's last answers; None takes the server's default, its most.
+
+    Attributes:
+        chunks: chunks at most; 0 for none.
+        nbytes: bytes of their answers at most, but for the last one.
+    """
+
+    chunks: int | None = None
+    nbytes: int | None = None
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What a new session is beside its model and its options: how long it lives, how much of it is remembered, and when
+    its states are reset by themselves. None is not asked for.
+    """
+
+    idle_lifetime: float | None = None
+    lifetime: float | None = None
+    replay_window: ReplayWindow | tuple[int | None, int | None] | None = None
+    reset_every: int | None = None
+    reset_after_masked: int | None = None
+
+    def write(self, config: session_pb2.SessionConfig) -> None:
+        """Puts them into a message. ValueError for what cannot be."""
+        for name in ("idle_lifetime", "lifetime"):
+            seconds = getattr(self, name)
+            if seconds is not None:
+                if not 0 < seconds <= _LONGEST:
+                    raise ValueError(f"{name} must be positive seconds, at most {_LONGEST:.0f}, got {seconds}")
+                getattr(config, name).FromNanoseconds(round(seconds * 1e9))
+        if self.replay_window is not None:
+            chunks, nbytes = self.replay_window
+            for name, least, value in (("chunks", 0, chunks), ("nbytes", 1, nbytes)):
+                if value is not None and value < least:
+                    raise ValueError(f"replay_window: {name} must be at least {least}, got {value}")
+            config.replay_window.CopyFrom(session_pb2.ReplayWindow(max_chunks=chunks, max_bytes=nbytes))
+        for name, field in (("reset_every", "every_steps"), ("reset_after_masked", "masked_steps")):
+            steps = getattr(self, name)
+            if steps is not None:
+                if not 0 < steps < 1 << 32:
+                    raise ValueError(f"{name} must be a number of steps, at least 1, got {steps}")
+                setattr(config.reset_rules, field, steps)
+
+
+NO_TERMS = Terms()
 
 
 class SessionOptions(TypedDict, total=False):

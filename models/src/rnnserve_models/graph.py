@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import onnx
@@ -30,11 +30,12 @@ def check_states(graph: bytes, spec: GraphSpec, *, origin: str) -> None:
     """
     try:
         model = onnx.load_model_from_string(graph)
+        outside = next(external_tensors(model), None)
         if model.functions:
             model = onnx.inliner.inline_local_functions(model)
     except Exception as error:  # protobuf's DecodeError, whose type depends on its implementation
         raise ModelError(f"{origin}: is not an ONNX model: {error}") from error
-    if any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in _tensors(model.graph)):
+    if outside is not None:
         raise ModelError(f"{origin}: keeps tensors in other files; save it as one file")
     declared = {state.input for state in spec.states}
     producers: dict[str, Any] = {}
@@ -81,13 +82,18 @@ def _nodes(graph: Any) -> Iterator[Any]:
             yield from _nodes(subgraph)
 
 
-def _tensors(graph: Any) -> Iterator[Any]:
-    """Every constant, those of nodes and of subgraphs too."""
-    yield from graph.initializer
-    for node in graph.node:
-        yield from (attribute.t for attribute in node.attribute if attribute.type == onnx.AttributeProto.TENSOR)
-        for subgraph in _subgraphs(node):
-            yield from _tensors(subgraph)
+def external_tensors(message: Any) -> Iterator[Any]:
+    """The tensors of a ModelProto that are kept in other files: wherever they stand, in functions, sparse initializers
+    and parts that nothing reads too.
+    """
+    if isinstance(message, onnx.TensorProto):
+        if message.data_location == onnx.TensorProto.EXTERNAL or message.external_data:
+            yield message
+        return
+    for field, value in message.ListFields():
+        if field.message_type is not None:
+            for each in value if isinstance(value, Sequence) else (value,):
+                yield from external_tensors(each)
 
 
 def _subgraphs(node: Any) -> Iterator[Any]:

@@ -17,9 +17,12 @@ from rnnserve_models.engine.base import Arrays
 from rnnserve_models.options import LayerOptions
 from rnnserve_server.errors import BlobInvalid
 from rnnserve_server.replay import Limits
+from rnnserve_server.resets import NO_RULES, ResetRules
 
 FORMAT = "rnnserve-session"
-VERSION = 1
+VERSION = 2
+
+_WITHOUT_RULES = 1  # the version of a blob that servers can read which know no reset rules
 
 _LENGTH_BYTES = 8  # of a safetensors file's header, in front of it
 _MAX_HEADER_BYTES = 1 << 20
@@ -41,7 +44,8 @@ class Exported:
         idle_lifetime: seconds.
         lifetime: seconds, or None.
         replay: how much its replay window held.
-        states: every state, [batch_size, *shape].
+        states: every state, [batch_size, *shape], and what the rules need beside them.
+        rules: when its states are reset by themselves.
     """
 
     model: str
@@ -54,13 +58,14 @@ class Exported:
     lifetime: float | None
     replay: Limits
     states: Arrays
+    rules: ResetRules = NO_RULES
 
 
 def pack(session: Exported, now: float) -> bytes:
     """Writes a blob; ``now`` is the time, in seconds since the epoch."""
     metadata = {
         "format": FORMAT,
-        "version": str(VERSION),
+        "version": str(_WITHOUT_RULES if session.rules == NO_RULES else VERSION),
         "model": session.model,
         "model_version": session.version,
         "digest": session.digest,
@@ -75,6 +80,9 @@ def pack(session: Exported, now: float) -> bytes:
     }
     if session.lifetime is not None:
         metadata["lifetime"] = repr(session.lifetime)
+    if session.rules != NO_RULES:
+        metadata["reset_every_steps"] = str(session.rules.every_steps)
+        metadata["reset_masked_steps"] = str(session.rules.masked_steps)
     tensors = {name: np.ascontiguousarray(state) for name, state in session.states.items()}
     blob = bytes(save(tensors, metadata))
     return blob.replace(_NO_CHECKSUM.encode(), hashlib.sha256(blob).hexdigest().encode(), 1)
@@ -113,6 +121,9 @@ def unpack(blob: bytes) -> Exported:
             lifetime=_seconds(metadata["lifetime"]) if "lifetime" in metadata else None,
             replay=Limits(_number(metadata["replay_chunks"]), _number(metadata["replay_bytes"])),
             states=load(blob),
+            rules=ResetRules(
+                _number(metadata.get("reset_every_steps", "0")), _number(metadata.get("reset_masked_steps", "0"))
+            ),
         )
     except (KeyError, ValueError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
         raise BlobInvalid("an exported session", f"one that cannot be read ({error!r:.200})") from error

@@ -18,6 +18,7 @@ from rnnserve_models.masking import Compacted
 from rnnserve_models.options import LayerOptions
 from rnnserve_server.column import Index, span
 from rnnserve_server.errors import ServiceError
+from rnnserve_server.resets import Resets
 
 if TYPE_CHECKING:
     from rnnserve_server.sessions import Group
@@ -154,6 +155,7 @@ class Block:
         done: compacted time steps already run.
         solo: run by itself, because it shared a batch that failed.
         begun: whether its sessions were checked and their states gathered.
+        resets: where its rows are reset by themselves; None: nowhere.
         outputs: what the engine gave so far, for each slice of time steps.
         number: its own, given when it is queued.
         order: its turn among the blocks that are ready.
@@ -177,6 +179,7 @@ class Block:
     done: int = 0
     solo: bool = False
     begun: bool = False
+    resets: Resets | None = None
     outputs: list[Arrays] = field(default_factory=list)
     number: int = -1
     order: int = -1
@@ -276,6 +279,7 @@ class Block:
             done=self.done,
             solo=self.solo,
             begun=self.begun,
+            resets=self.resets and self.resets.take(rows),
             outputs=[{name: y[:, rows] for name, y in part.items()} for part in self.outputs],
             rounds=[each.take(index) for each in self.rounds],
             queued_at=self.queued_at,

@@ -47,12 +47,14 @@ def _serve(config: Path | None, **flags: Any) -> None:
     import uvloop
 
     from rnnserve_models.errors import ModelError
+    from rnnserve_server.access.principals import PrincipalsError
+    from rnnserve_server.access.tls import TlsError
     from rnnserve_server.server import serve
     from rnnserve_server.store.base import StoreError
 
     try:
         uvloop.run(serve(settings))
-    except (ConfigError, ModelError, StoreError, OSError) as error:
+    except (ConfigError, ModelError, PrincipalsError, TlsError, StoreError, OSError) as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(1) from error
 
@@ -164,13 +166,26 @@ def top(
 def health(
     address: Annotated[str, typer.Option(help="the server's address [127.0.0.1 and RNNSERVE_PORT]")] = "",
     timeout: Annotated[float, typer.Option(help="seconds to wait for an answer")] = 3.0,
+    tls_ca: Annotated[
+        Path | None, typer.Option(help="the root of the server's certificate, in PEM, if it has TLS", exists=True)
+    ] = None,
+    tls_name: Annotated[str, typer.Option(help="the name in the server's certificate, if it is not the address")] = "",
+    tls_cert: Annotated[Path | None, typer.Option(help="a certificate to show, in PEM", exists=True)] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="its private key, in PEM", exists=True)] = None,
 ) -> None:
-    """Exit with 0 if a server is up and takes calls, else with 1."""
+    """Exit with 0 if a server is up and takes calls, else with 1. Needs no token."""
     import grpc
     from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+    from rnnserve.tls import TLS
+
     address = address or f"127.0.0.1:{os.environ.get('RNNSERVE_PORT', 50051)}"
-    with grpc.insecure_channel(address) as channel:
+    if tls_ca is None:
+        opened = grpc.insecure_channel(address)
+    else:
+        tls = TLS(tls_ca, tls_cert, tls_key, tls_name)
+        opened = grpc.secure_channel(address, tls.credentials(), tls.options())
+    with opened as channel:
         try:
             answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=timeout)
         except grpc.RpcError as error:
@@ -182,6 +197,72 @@ def health(
 
 
 app.add_typer(sessions.app, name="sessions")
+
+tokens = typer.Typer(help="Tokens of the principals that may use a server.", no_args_is_help=True)
+app.add_typer(tokens, name="token")
+
+PrincipalsFile = Annotated[
+    Path, typer.Option("--principals", help="the file of principals", envvar="RNNSERVE_PRINCIPALS", dir_okay=False)
+]
+
+
+@tokens.command("add")
+def add_token(
+    name: Annotated[str, typer.Argument(help="the principal's name; it is made if it is new")],
+    principals: PrincipalsFile,
+    role: Annotated[
+        list[str] | None, typer.Option(help="use, deploy or admin; for several, say it several times [use]")
+    ] = None,
+    days: Annotated[float | None, typer.Option(help="days after which the token ends; without it, it does not")] = None,
+) -> None:
+    """Make a token and print it, once: the file keeps only its hash. A running server takes it within a second."""
+    from datetime import timedelta
+
+    from rnnserve_server.access.edit import with_token
+    from rnnserve_server.access.principals import PrincipalsError, now
+
+    made = now()
+    try:
+        shown = with_token(principals, name, role, made, None if days is None else made + timedelta(days=days))
+    except (PrincipalsError, OSError, OverflowError) as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(1) from error
+    typer.echo(shown)
+
+
+@tokens.command("ls")
+def list_tokens(principals: PrincipalsFile) -> None:
+    """Show the principals and their tokens' ids."""
+    from rnnserve_server.access.principals import PrincipalsError, read_principals
+
+    try:
+        known = read_principals(principals)
+    except PrincipalsError as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(1) from error
+    for name, entry in known.principals.items():
+        typer.echo(f"{name}: {', '.join(sorted(entry.roles))}")
+        for common_name in entry.certificates:
+            typer.echo(f"  certificate {common_name}")
+        for each in entry.tokens:
+            ends = "does not end" if each.expires is None else f"ends {each.expires.isoformat()}"
+            typer.echo(f"  token {each.id}, {ends}")
+
+
+@tokens.command("rm")
+def remove_token(
+    which: Annotated[str, typer.Argument(help="a token's id, or a principal's name for the whole of it")],
+    principals: PrincipalsFile,
+) -> None:
+    """Take a token, or a principal, away. A running server ends its streams within two seconds."""
+    from rnnserve_server.access.edit import without
+    from rnnserve_server.access.principals import PrincipalsError
+
+    try:
+        without(principals, which)
+    except (PrincipalsError, OSError) as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(1) from error
 
 
 def _configure_logs(settings: Settings) -> None:

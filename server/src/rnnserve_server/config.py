@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import yaml
-from pydantic import Field
+from pydantic import Field, model_validator
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -17,6 +17,7 @@ from pydantic_settings import (
 )
 
 Positive = Annotated[int, Field(gt=0)]
+NotNegative = Annotated[int, Field(ge=0)]
 Seconds = Annotated[float, Field(gt=0)]
 Durability = Literal["none", "interval", "step"]
 
@@ -40,6 +41,24 @@ class Settings(BaseSettings):
     )
     engine_threads: Positive = Field(1, description="onnxruntime's threads for one operator")
 
+    tls_cert: Path | None = Field(None, description="the server's certificate and its chain, in PEM; with tls_key")
+    tls_key: Path | None = Field(None, description="its private key, in PEM")
+    tls_client_ca: Path | None = Field(
+        None, description="roots in PEM, one of which must have signed the certificate that every client shows"
+    )
+    principals: Path | None = Field(
+        None, description="the file of principals, their tokens, roles and quotas; without it everybody may do all"
+    )
+    quota_sessions: NotNegative = Field(
+        0, description="live sessions of a principal at most, unless the file says; 0: no quota"
+    )
+    quota_rows_per_second: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="rows of time steps a second of a principal, unless the file says; 0: no quota"
+    )
+    quota_state_bytes: NotNegative = Field(
+        0, description="bytes of a principal's states in memory at most, unless the file says; 0: no quota"
+    )
+
     allow_deploy: bool = Field(False, description="let clients deploy, unload and reload models")
     max_model_bytes: Positive = Field(256 << 20, description="the largest model that a client may deploy, in bytes")
 
@@ -52,13 +71,21 @@ class Settings(BaseSettings):
         0.0, description="seconds after which a session ends in any case, or sooner if it asks to; 0 for no end"
     )
 
+    evict_idle_seconds: Annotated[float, Field(ge=0)] = Field(
+        0.0,
+        description="a session that was not used for so long may have to make room when the server is full and keeps "
+        "sessions in memory only; 0: none has, and new ones are refused",
+    )
+
     oip: bool = Field(True, description="serve clients of Triton and KServe too: the Open Inference Protocol")
     sequence_restart: Literal["restart", "refuse"] = Field(
         "restart", description="what the start of a sequence that is live does: restart it, as Triton does, or fail"
     )
 
     store: str = Field(
-        "", description="where sessions are kept: sqlite:///path or redis://host:port/db; empty: in memory only"
+        "",
+        description="where sessions are kept: sqlite:///path, redis://host:port/db (Redis or Valkey; rediss:// for "
+        "TLS) or unix:///path of their socket; empty: in memory only",
     )
     durability: Durability = Field(
         "step", description="when: with every step, at an interval, or when a session rests and at shutdown (none)"
@@ -76,7 +103,8 @@ class Settings(BaseSettings):
     )
     replay_bytes: Positive = Field(1 << 20, description="bytes of those answers at most, but for the last one")
     max_replay_bytes: Positive = Field(
-        256 << 20, description="bytes of all sessions' answers, and of the states before them, at most"
+        256 << 20,
+        description="bytes of all sessions' answers, and of the states before them, at most; those states go first",
     )
 
     max_batch_rows: Positive = Field(256, description="rows that the engine computes at once, at most")
@@ -86,10 +114,40 @@ class Settings(BaseSettings):
     )
     max_rollout_steps: Positive = Field(10_000, description="time steps of one rollout at most")
     max_message_bytes: Positive = Field(64 << 20, description="the largest message, in bytes")
+    max_chunk_steps: Positive = Field(100_000, description="time steps of one chunk or call at most")
+    max_answer_bytes: Positive = Field(
+        256 << 20, description="bytes of the outputs that one frame or call may ask for, at most"
+    )
     max_batch_size: Positive = Field(4096, description="the largest batch of one call or session, in rows")
     max_lanes: Positive = Field(65536, description="lanes of one stream at most")
     stream_queue_chunks: Positive = Field(4096, description="unanswered chunks of one stream before it is held back")
+    stream_queue_bytes: Positive = Field(
+        64 << 20, description="bytes of answers that a stream's client has not read before it is held back"
+    )
     queue_bytes: Positive = Field(256 << 20, description="input bytes waiting in all before work is refused")
+
+    max_connections: Positive = Field(
+        10_000, description="connections at most; the rest are closed at once. The limit of open files bounds them too"
+    )
+    max_streams: Positive = Field(1000, description="calls and streams of one connection at the same time, at most")
+    max_metadata_bytes: Positive = Field(16384, description="the largest metadata of a call, in bytes")
+    handshake_seconds: Seconds = Field(10.0, description="seconds that a new connection has to become one of HTTP/2")
+    connection_idle_seconds: Annotated[float, Field(ge=0)] = Field(
+        600.0, description="seconds after which a connection without calls is closed; 0 for never"
+    )
+    connection_age_seconds: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="seconds after which clients are told to connect anew; 0 for never"
+    )
+    connection_grace_seconds: Seconds = Field(
+        30.0, description="seconds that calls on such a connection have before they are cut"
+    )
+    keepalive_seconds: Seconds = Field(
+        60.0, description="seconds of silence after which the server asks a client whether it is there"
+    )
+    keepalive_timeout_seconds: Seconds = Field(20.0, description="seconds that it has to answer")
+    min_ping_seconds: Annotated[float, Field(ge=0)] = Field(
+        5.0, description="a client that asks more often than so is closed, while it says nothing else"
+    )
 
     metrics_port: Annotated[int, Field(ge=0, le=65535)] | None = Field(
         None,
@@ -107,6 +165,14 @@ class Settings(BaseSettings):
     drain_seconds: Seconds = Field(10.0, description="seconds that open streams have to finish after SIGTERM")
     log_format: Literal["console", "json"] = Field("console", description="how log lines look")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="the least severe line shown")
+
+    @model_validator(mode="after")
+    def _check_tls(self) -> Settings:
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError("tls_cert and tls_key: expected both or none")
+        if self.tls_client_ca is not None and self.tls_cert is None:
+            raise ValueError("tls_client_ca: expected with tls_cert and tls_key only")
+        return self
 
     @classmethod
     def settings_customise_sources(

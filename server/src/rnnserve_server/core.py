@@ -9,11 +9,12 @@ import asyncio
 import math
 import re
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING
 
 import numpy as np
+import structlog
 
 from rnnserve_models.engine.base import Array, Arrays
 from rnnserve_models.load import LoadedModel
@@ -36,11 +37,12 @@ from rnnserve_server.errors import (
 )
 from rnnserve_server.intake import Frame
 from rnnserve_server.keeper import Keeper, session_bytes
-from rnnserve_server.layout import check_call, check_states, faults, signature, to_call
+from rnnserve_server.layout import answer_bytes, check_call, check_states, faults, signature, timesteps, to_call
 from rnnserve_server.meter import Meter
 from rnnserve_server.observer import Observer
 from rnnserve_server.replay import Limits
 from rnnserve_server.repository import Repository
+from rnnserve_server.resets import NO_RULES, ResetRules, resets
 from rnnserve_server.scheduler import Scheduler
 from rnnserve_server.sessions import Group, Session, SessionTable
 from rnnserve_server.store import open_store
@@ -51,10 +53,16 @@ from rnnserve_server.worker import Worker
 if TYPE_CHECKING:
     from rnnserve_server.tracing import Tracing
 
+log = structlog.get_logger(__name__)
+
 _SESSION_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _MAX_SIGNATURES = 1024  # a client may send chunks of any length
 _LONGEST = 1e10  # seconds; a Duration holds more, and a clock less
 _RETRY_AFTER = 0.1  # seconds; a tick takes milliseconds
+
+
+Watch = Callable[[], Awaitable[None]]
+"""Looks whether somebody has to be told of sessions that end."""
 
 
 class Core:
@@ -66,6 +74,7 @@ class Core:
         streams: streams that are open.
         streamed: streams that were opened.
         observed_store: the store, if it is timed.
+        watches: who looks after sessions, about every second.
     """
 
     def __init__(
@@ -97,6 +106,7 @@ class Core:
         self.draining = asyncio.Event()
         self.deployer = Deployer(settings, repository)
         self.meter = Meter() if settings.oip else None
+        self.watches: set[Watch] = set()
         self._workers: dict[tuple[str, str, str], Worker] = {}
         self._room = asyncio.Event()
 
@@ -114,7 +124,9 @@ class Core:
         idle_lifetime: float | None = None,
         lifetime: float | None = None,
         replay: Limits | None = None,
+        rules: ResetRules = NO_RULES,
         session_ids: Sequence[str] = (),
+        scope: str = "",
     ) -> tuple[Group, Array, SessionsFull | None]:
         """Makes sessions that are alike; see SessionConfig for the rules, and `SessionTable.create_many` for what is
         returned.
@@ -122,7 +134,7 @@ class Core:
         Raises:
             ServiceError: as CreateSession says. None was made.
         """
-        self.check_new(session_ids)
+        self.check_new(session_ids, scope)
         if idle_lifetime is not None and idle_lifetime <= 0:
             raise InvalidRequest("idle_lifetime", "a positive duration", f"{idle_lifetime} s")
         if lifetime is not None and not 0 < lifetime <= _LONGEST:
@@ -132,9 +144,10 @@ class Core:
             raise TooLarge("batch_size", self.settings.max_batch_size, batch_size)
         loaded = self.repository.get(model, version)
         resolved = resolve_options(loaded, options, stateful=True)
+        _check_rules(loaded, rules)
         if initial_states:
             check_states(loaded.engine.states, initial_states, batch_size, "initial_states")
-        await self.make_room(loaded, batch_size, count)
+        await self.make_room(loaded, batch_size, count, rules)
         idle = self.settings.idle_lifetime if idle_lifetime is None else idle_lifetime
         return self.sessions.create_many(
             loaded,
@@ -145,8 +158,20 @@ class Core:
             idle_lifetime=min(idle, self.settings.max_idle_lifetime),
             lifetime=min(lifetime or math.inf, self.settings.max_lifetime or math.inf),
             replay=self._limits(replay),
+            rules=rules,
             session_ids=session_ids,
+            scope=scope,
+            stored=await self.stored(scope),
         )
+
+    async def stored(self, scope: str) -> int | None:
+        """How many sessions a principal has in the store; None if nobody has to know, or there is no store.
+
+        Raises:
+            StoreDown: the store cannot be reached.
+        """
+        owners = self.sessions.owners
+        return await self.keeper.count(scope) if self.keeper and owners and owners.limited(scope) else None
 
     def _limits(self, asked: Limits | None) -> Limits:
         """What a replay window may hold: what was asked for, and not more than the settings allow."""
@@ -155,23 +180,55 @@ class Core:
             return Limits(settings.replay_chunks, settings.replay_bytes)
         return Limits(min(asked.replies, settings.replay_chunks), min(asked.bytes, settings.replay_bytes))
 
-    async def make_room(self, model: LoadedModel, batch_size: int, count: int) -> None:
-        """Has sessions that rest leave memory, if there is a store and N more would not fit.
+    async def make_room(self, model: LoadedModel, batch_size: int, count: int, rules: ResetRules = NO_RULES) -> None:
+        """Has sessions leave memory if N more would not fit: those that rest, if there is a store, else those that were
+        not used for as long as the settings say.
 
         Raises:
             StoreDown: the store cannot be reached.
         """
+        nbytes = session_bytes(model, batch_size, rules)
         if self.keeper is not None:
-            await self.keeper.make_room(count, session_bytes(model, batch_size), self._line_up)
+            await self.keeper.make_room(count, nbytes, self._line_up)
+        elif self.settings.evict_idle_seconds:
+            lacking = self.sessions.lacking(count, nbytes)
+            if lacking > 0:
+                for worker in self._workers.values():
+                    worker.line_up()  # a session for which a chunk has come is in use
+                if evicted := self.sessions.evict(lacking, self.settings.evict_idle_seconds):
+                    log.warning("sessions made room for others", count=evicted)
 
-    def check_new(self, session_ids: Sequence[str]) -> None:
+    def check_new(self, session_ids: Sequence[str], scope: str = "") -> None:
         """Raises InvalidRequest for ids that no session can have, and Draining when no session can be made."""
         if self.draining.is_set():
             raise Draining("the server is shutting down; open the session elsewhere", retry_after=1.0)
         for session_id in session_ids:
+            session_id = session_id.removeprefix(scope)
             if not _SESSION_ID.fullmatch(session_id):
                 expected = "1 to 128 characters from A-Z a-z 0-9 . _ : -"
                 raise InvalidRequest("session_id", expected, repr(session_id[:200]))
+
+    def unload(self, name: str, version: str, end_sessions_after: float | None) -> list[str]:
+        """Takes a version of a model, or all, from what is served, and returns which.
+
+        Args:
+            name: the model's name.
+            version: the version; empty for all.
+            end_sessions_after: seconds after which the sessions in memory that have it end; None: they go on.
+
+        Raises:
+            ServiceError: as UnloadModel says.
+        """
+        if end_sessions_after is not None and not 0 <= end_sessions_after <= _LONGEST:
+            wanted = f"a duration of 0 to {_LONGEST:.0f} s"
+            raise InvalidRequest("end_sessions_after", wanted, f"{end_sessions_after} s")
+        models = [model for model in self.repository if model.name == name and version in ("", model.version)]
+        gone = self.deployer.unload(name, version)
+        for model in models if end_sessions_after is not None else ():
+            assert end_sessions_after is not None
+            if count := self.sessions.unload(model, end_sessions_after):
+                log.info("sessions end with their model", model=name, version=model.version, count=count)
+        return gone
 
     async def open_store(self) -> None:
         """Has sessions kept in the store that the settings name, if they name one.
@@ -333,21 +390,30 @@ class Core:
 
     # Work
 
-    def submit_frame(self, frame: Frame) -> None:
+    def submit_frame(self, frame: Frame) -> int:
         """Queues a frame of chunks. Those that hold what the model forbids are told so when their turn comes.
+
+        Returns:
+            Bytes of the answers, if all chunks succeed.
 
         Raises:
             ServiceError: the inputs or the mask do not fit; nothing was queued.
         """
         group = frame.sessions.group
         key = signature(frame.inputs, frame.mask)
-        if key not in group.fitting:
+        nbytes = group.fitting.get(key)
+        if nbytes is None:
             _check_mask(group.model, frame.mask)
             check_call(group.model.engine, group.options, frame.inputs, frame.mask, batch_size=group.batch_size)
+            steps = timesteps(group.options, frame.inputs)
             if len(group.fitting) >= _MAX_SIGNATURES:
                 group.fitting.clear()
-            group.fitting.add(key)
+            nbytes = group.fitting[key] = self._check_steps(group.model, group.options, group.batch_size, steps)
+        nbytes *= len(frame.tags)
+        if nbytes > self.settings.max_answer_bytes:
+            raise TooLarge("bytes of the answers to a frame", self.settings.max_answer_bytes, nbytes)
         self.worker(group.model).take_in(frame, key)
+        return nbytes
 
     def submit_call(
         self,
@@ -358,6 +424,9 @@ class Core:
         initial_states: Arrays | None,
         sink: Sink,
         trace: Trace | None = None,
+        *,
+        rules: ResetRules = NO_RULES,
+        first_step: int = 0,
     ) -> None:
         """Queues one call without a session.
 
@@ -369,6 +438,8 @@ class Core:
             initial_states: every state, [batch, *shape]; None or empty for the model's default.
             sink: where results go.
             trace: what whoever traces knows it by; None if nobody does.
+            rules: when states are reset by themselves, but for masked steps: nothing is known of those before.
+            first_step: the number of the first step, for these rules.
 
         Raises:
             ServiceError: the inputs, the mask or the states do not fit; nothing was queued.
@@ -379,6 +450,7 @@ class Core:
         check_call(model.engine, options, inputs, mask, batch_size=None)
         call = to_call(model.engine, options, inputs, mask)
         rows = len(call.lengths)
+        self._check_steps(model, options, rows, timesteps(options, inputs))
         if rows > self.settings.max_batch_size:
             raise TooLarge("batch size", self.settings.max_batch_size, rows)
         for fault in faults(model.engine.inputs, call, rows).values():
@@ -389,7 +461,22 @@ class Core:
         block = Block(call, rows, options, [(sink, 1)], np.zeros(1, np.int64), states=states)
         if trace is not None:
             block.traces = [trace]
+        if rules.every_steps:
+            block.resets = resets(ResetRules(rules.every_steps), call, np.array([first_step], np.uint64), {})
         self.worker(model).submit(block)
+
+    def _check_steps(self, model: LoadedModel, options: LayerOptions, rows: int, steps: int) -> int:
+        """Bytes of the answer to a chunk of so many rows and time steps.
+
+        Raises:
+            TooLarge: they are more than they may, or the steps are.
+        """
+        if steps > self.settings.max_chunk_steps:
+            raise TooLarge("time steps of a chunk", self.settings.max_chunk_steps, steps)
+        nbytes = rows * answer_bytes(model.engine, options, steps)
+        if nbytes > self.settings.max_answer_bytes:
+            raise TooLarge("bytes of the answer", self.settings.max_answer_bytes, nbytes)
+        return nbytes
 
     def worker(self, model: LoadedModel) -> Worker:
         """The worker of a model version."""
@@ -458,6 +545,9 @@ class Core:
             more = self.sessions.overdue() or self.sessions.trim()
             await asyncio.sleep(0)
         self.sessions.trim_replays(self.settings.max_replay_bytes)
+        for watch in list(self.watches):
+            await watch()
+            await asyncio.sleep(0)
         if self.keeper is not None:
             await self.keeper.sweep()
             await self.keeper.rest(self.settings.rest_seconds, self._line_up)
@@ -500,6 +590,15 @@ def resolve_options(model: LoadedModel, asked: Mapping[str, bool], *, stateful: 
             )
         options[name] = value
     return LayerOptions(**options)
+
+
+def _check_rules(model: LoadedModel, rules: ResetRules) -> None:
+    if rules != NO_RULES and model.engine.whole:
+        raise OptionUnsupported(
+            f"reset_rules: model {model.name!r} computes each chunk whole, so its states cannot be reset within one; "
+            "reset the session between chunks",
+            metadata={"field": "reset_rules", "expected": "none", "got": str(rules)},
+        )
 
 
 def _check_mask(model: LoadedModel, mask: Array | None) -> None:

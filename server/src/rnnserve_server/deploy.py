@@ -79,7 +79,7 @@ class Deployer:
         return model, findings
 
     def unload(self, name: str, version: str) -> list[str]:
-        """Takes a version, or all, from what is served. Sessions that have it go on.
+        """Takes a version, or all, from what is served, and returns which. Sessions that have it go on.
 
         Raises:
             DeployDisabled: the settings do not allow it.

@@ -113,6 +113,7 @@ class SessionError(ServiceError):
 
     def __init__(self, session_id: str) -> None:
         super().__init__(f"session {session_id!r} {self.ended}", metadata={"session_id": session_id})
+        self.session_id = session_id
 
 
 class SessionUnknown(SessionError):
@@ -141,6 +142,20 @@ class SessionAged(SessionError):
 
     reason = "SESSION_AGED"
     ended = "came to the end of its lifetime"
+
+
+class SessionEvicted(SessionError):
+    """The session had to make room for others."""
+
+    reason = "SESSION_EVICTED"
+    ended = "was not used for long and had to make room for others"
+
+
+class SessionUnloaded(SessionError):
+    """The session's model was unloaded, and its sessions ended with it."""
+
+    reason = "SESSION_UNLOADED"
+    ended = "ended because its model was unloaded"
 
 
 class SessionTakenOver(SessionError):
@@ -213,6 +228,30 @@ class SessionsFull(ServiceError):
     """The server holds as many sessions as it may."""
 
     reason = "SESSIONS_FULL"
+
+
+class QuotaExceeded(ServiceError):
+    """The principal has, or does, as much as it may."""
+
+    reason = "QUOTA_EXCEEDED"
+
+
+class SessionQuotaExceeded(SessionsFull):
+    """The principal has as many sessions, or states of as many bytes, as it may."""
+
+    reason = "QUOTA_EXCEEDED"
+
+
+class Unauthenticated(ServiceError):
+    """The call does not show who makes it."""
+
+    reason = "UNAUTHENTICATED"
+
+
+class PermissionDenied(ServiceError):
+    """The principal may not do that."""
+
+    reason = "PERMISSION_DENIED"
 
 
 class LaneUnknown(ServiceError):

@@ -28,22 +28,27 @@ from rnnserve_server.errors import (
     SessionAway,
     SessionClosed,
     SessionError,
+    SessionEvicted,
     SessionExpired,
     SessionTakenOver,
     SessionUnknown,
+    SessionUnloaded,
     StoreDown,
 )
+from rnnserve_server.owners import scope_of
 from rnnserve_server.records import (
     limits_of,
     meta_of,
     options_of,
     pack_answers,
     pack_states,
+    rules_of,
     unpack_answers,
     unpack_states,
 )
 from rnnserve_server.replay import digests
 from rnnserve_server.repository import Repository
+from rnnserve_server.resets import NO_RULES, ResetRules
 from rnnserve_server.sessions import Group, SessionTable
 from rnnserve_server.store.base import End, Head, Record, Reply, Store, StoreError, Write, first_epoch
 from rnnserve_server.store.tick import Answered, Tick
@@ -54,10 +59,10 @@ _ERRORS: dict[End, type[SessionError]] = {
     End.CLOSED: SessionClosed,
     End.IDLE: SessionExpired,
     End.AGED: SessionAged,
-    End.EVICTED: SessionExpired,
-    End.UNLOADED: SessionClosed,
+    End.EVICTED: SessionEvicted,
+    End.UNLOADED: SessionUnloaded,
 }
-_REASONS: dict[type[SessionError], End] = {SessionExpired: End.IDLE, SessionAged: End.AGED}
+_REASONS: dict[type[SessionError], End] = {kind: end for end, kind in _ERRORS.items()}
 _SHOWN = 4  # sessions that a line of the log names
 _AT_ONCE = 256  # sessions of one call to the store
 _TRIES = 3  # to have all sessions of a request in memory at once: there may not be room for them
@@ -163,7 +168,9 @@ class Keeper:
         wanted = [each for each in ids if each in models]
         if wanted:
             largest = max(
-                session_bytes(models[head.id], head.meta.batch_size) for head in heads if head and head.id in models
+                session_bytes(models[head.id], head.meta.batch_size, rules_of(head.meta))
+                for head in heads
+                if head and head.id in models
             )
             await self.make_room(len(wanted), largest, line_up)
         records = [record for record in await self.store.take(wanted, now) if record is not None]
@@ -200,7 +207,8 @@ class Keeper:
 
     def _adopt(self, record: Record, model: LoadedModel) -> None:
         meta = record.meta
-        states = unpack_states(model.engine.states, meta.batch_size, record.states)
+        rules = rules_of(meta)
+        states = unpack_states((*model.engine.states, *rules.states), meta.batch_size, record.states)
         group, slots, full = self._sessions.create_many(
             model,
             meta.batch_size,
@@ -210,7 +218,10 @@ class Keeper:
             idle_lifetime=meta.idle_lifetime,
             lifetime=math.inf if meta.lifetime is None else meta.lifetime,
             replay=limits_of(meta),
+            rules=rules,
             session_ids=[record.id],
+            scope=scope_of(record.id),
+            new=False,
         )
         if full is not None:
             raise full
@@ -249,14 +260,42 @@ class Keeper:
         except StoreError as error:
             raise StoreDown(error) from error
 
-    async def page(self, after: str, limit: int, model: str) -> list[Head]:
+    async def ends(self, ids: Sequence[str]) -> list[Head | type[SessionError] | None]:
+        """Of sessions that are not in memory: how each is stored, or why it ended, or None where that is not known.
+
+        Raises:
+            StoreDown: the store cannot be reached.
+        """
+        now = self._wall_clock()
+        try:
+            heads = await self.store.peek(ids)
+            ended = await self.store.ended(ids, now)
+        except StoreError as error:
+            raise StoreDown(error) from error
+        return [
+            head if head is not None else None if end is None else _ERRORS[end.why]
+            for head, end in zip(heads, ended, strict=True)
+        ]
+
+    async def page(self, after: str, limit: int, model: str, scope: str = "") -> list[Head]:
         """Stored sessions, oldest first: see `Store.page`.
 
         Raises:
             StoreDown: the store cannot be reached.
         """
         try:
-            return await self.store.page(after, limit, model)
+            return await self.store.page(after, limit, model, scope)
+        except StoreError as error:
+            raise StoreDown(error) from error
+
+    async def count(self, scope: str) -> int:
+        """How many sessions of a principal are stored: see `Store.count_of`.
+
+        Raises:
+            StoreDown: the store cannot be reached.
+        """
+        try:
+            return await self.store.count_of(scope)
         except StoreError as error:
             raise StoreDown(error) from error
 
@@ -482,9 +521,10 @@ class Keeper:
             await self.store.close()
 
 
-def session_bytes(model: LoadedModel, batch_size: int) -> int:
-    """The bytes of a session's states."""
-    return sum(batch_size * spec.dtype.itemsize * int(np.prod(spec.shape)) for spec in model.engine.states)
+def session_bytes(model: LoadedModel, batch_size: int, rules: ResetRules = NO_RULES) -> int:
+    """The bytes of a session's states, with what its reset rules need."""
+    states = (*model.engine.states, *rules.states)
+    return sum(batch_size * spec.dtype.itemsize * int(np.prod(spec.shape)) for spec in states)
 
 
 def _pieces(slots: Array) -> list[Array]:

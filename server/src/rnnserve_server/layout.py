@@ -7,6 +7,7 @@ single call is N = 1.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Mapping, Sequence
 from functools import lru_cache
 
@@ -31,6 +32,18 @@ def signature(arrays: Mapping[str, Array], mask: Array | None) -> Signature:
     if mask is not None:
         parts.append((mask.dtype.char, mask.shape[1:]))
     return tuple(parts)
+
+
+def timesteps(options: LayerOptions, arrays: Mapping[str, Array]) -> int:
+    """Time steps of each of N chunks whose inputs `check_call` found to fit."""
+    return int(next(iter(arrays.values())).shape[1 if options.time_major else 2])
+
+
+def answer_bytes(engine: Engine, options: LayerOptions, steps: int) -> int:
+    """Bytes of the outputs, and states if they are returned, of one row of so many time steps."""
+    outputs = sum(spec.dtype.itemsize * math.prod(spec.shape) for spec in engine.outputs)
+    states = sum(spec.dtype.itemsize * math.prod(spec.shape) for spec in engine.states)
+    return outputs * (steps if options.return_sequences else 1) + states * options.return_state
 
 
 def check_call(

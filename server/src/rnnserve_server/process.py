@@ -14,6 +14,7 @@ _M_MMAP_THRESHOLD = -3
 def tune() -> None:
     """Does all of this module. To be called before anything of gRPC is loaded and before any thread is started."""
     keep_freed_memory()
+    open_as_many_as_allowed()
     finish_before_yielding()
     poll_on_one_thread()
 
@@ -28,6 +29,15 @@ def keep_freed_memory() -> None:
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(_M_MMAP_THRESHOLD, 32 << 20)
         libc.mallopt(_M_TRIM_THRESHOLD, 256 << 20)
+
+
+def open_as_many_as_allowed() -> None:
+    """Has the system let the process open as many files and connections as it may ask for: often only 1024 before."""
+    with suppress(ImportError, OSError, ValueError):
+        import resource  # there is none under Windows
+
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def finish_before_yielding() -> None:

@@ -12,6 +12,7 @@ from rnnserve_models.engine.base import Array, Arrays
 from rnnserve_models.options import LayerOptions
 from rnnserve_models.spec import StateSpec
 from rnnserve_server.replay import Limits
+from rnnserve_server.resets import NO_RULES, ResetRules
 from rnnserve_server.sessions import Group, Session
 from rnnserve_server.store.base import Meta, StoreCorrupt
 from rnnserve_server.store.tick import Rows
@@ -33,6 +34,8 @@ def meta_of(session: Session) -> Meta:
         lifetime=session.lifetime if session.lifetime < math.inf else None,
         window_replies=group.window.limits.replies,
         window_bytes=group.window.limits.bytes,
+        reset_every_steps=(group.rules or NO_RULES).every_steps,
+        reset_masked_steps=(group.rules or NO_RULES).masked_steps,
     )
 
 
@@ -46,9 +49,14 @@ def limits_of(meta: Meta) -> Limits:
     return Limits(meta.window_replies, meta.window_bytes)
 
 
+def rules_of(meta: Meta) -> ResetRules:
+    """The reset rules of a stored session."""
+    return ResetRules(meta.reset_every_steps, meta.reset_masked_steps)
+
+
 def pack_states(group: Group, states: Mapping[str, Array], count: int) -> Rows:
     """The states of N sessions, each [N * batch_size, *shape], as bytes of each session: one state after the other."""
-    return _rows([states[spec.name] for spec in group.model.engine.states], count)
+    return _rows([states[spec.name] for spec in group.states], count)
 
 
 def unpack_states(specs: Sequence[StateSpec], batch_size: int, blob: bytes) -> Arrays:

@@ -52,17 +52,23 @@ class Run:
 
     Attributes:
         call: the inputs of all the chunks, in rows of N * batch.
-        states: what it started from: every state, [N * batch, *shape].
+        states: what it started from: every state, [N * batch, *shape]. None: that was forgotten to make room.
         nbytes: of the inputs and the states.
     """
 
     call: Compacted
-    states: Arrays
+    states: Arrays | None
     nbytes: int = field(init=False)
     _thinned: tuple[bytes, Run] | None = None
 
     def __post_init__(self) -> None:
-        self.nbytes = sum([array.nbytes for array in (*self.call.inputs.values(), *self.states.values())])
+        states = {} if self.states is None else self.states
+        self.nbytes = sum([array.nbytes for array in (*self.call.inputs.values(), *states.values())])
+
+    def forget_states(self) -> None:
+        """Lets go of what it started from."""
+        self.nbytes -= sum([state.nbytes for state in (self.states or {}).values()])
+        self.states = None
 
     def part(self, start: int, timesteps: int) -> Compacted:
         """Some of its steps."""
@@ -75,7 +81,8 @@ class Run:
         """A copy of some of the N."""
         rows = len(self.call.lengths) // chunks
         at = (index[:, None] * rows + np.arange(rows)).ravel()  # [len(index) * batch]
-        return Run(self.call.take(index, chunks), {name: state[at] for name, state in self.states.items()})
+        states = None if self.states is None else {name: state[at] for name, state in self.states.items()}
+        return Run(self.call.take(index, chunks), states)
 
     def thinned(self, index: Array, chunks: int) -> Run:
         """As `take`; rounds that share a run and are thinned alike, one after the other, share what is left of it."""
@@ -139,6 +146,8 @@ class Round:
         if isinstance(self.asked, bytes):
             return None
         run = self.asked.take(np.array([index]), len(self.slots))
+        if run.states is None:
+            return None
         return run.states, run.part(0, self.start) if self.start else None
 
     def shown(self, index: int) -> tuple[Arrays, Arrays]:
@@ -304,6 +313,33 @@ class Window:
         # Copies, so that `_forget` does not count the rounds that the session has lost as later than older ones.
         self._recent = deque(replace(each := nobody.get(r, r), slots=each.slots.copy()) for r in self._recent)
         self._thinned = deque(nobody.get(round_, round_) for round_ in self._thinned)
+
+    def drop_starts(self, nbytes: int) -> int:
+        """Forgets the states before rounds, the oldest first, to make room for so many bytes: how many bytes it made.
+
+        What was answered is answered again all the same, but sessions cannot be taken back to there.
+        """
+        sharing: dict[int, list[Round]] = {}
+        for round_ in (*self._thinned, *self._recent):
+            if isinstance(round_.asked, Run) and round_.asked.states:
+                sharing.setdefault(id(round_.asked), []).append(round_)
+        thinned, made = {id(round_) for round_ in self._thinned}, 0
+        for rounds in sharing.values():
+            if made >= nbytes:
+                break
+            run = rounds[0].asked
+            assert isinstance(run, Run)
+            before = run.nbytes
+            run.forget_states()
+            for round_ in rounds:  # each held its part of the run
+                part, whole = round_.timesteps, run.call.timesteps
+                less = before * part // whole - run.nbytes * part // whole
+                round_.nbytes -= less
+                made += less
+                if id(round_) in thinned:
+                    self._thinned_bytes -= less
+        self.nbytes -= made
+        return made
 
     def drop_oldest(self) -> bool:
         """Forgets the oldest round, whoever might still ask for it, to make room: whether there was one."""

@@ -15,6 +15,7 @@ from rnnserve_server.calls import Call
 from rnnserve_server.core import Core
 from rnnserve_server.errors import InvalidRequest, TooLarge
 from rnnserve_server.layout import check_call
+from rnnserve_server.resets import NO_RULES
 from rnnserve_server.sessions import Group, Session
 from rnnserve_server.states import states_of
 
@@ -50,6 +51,7 @@ async def rollout(
     feedback: Sequence[Feedback],
     seed: int | None,
     deadline: float | None,
+    take: Callable[[int], None] | None = None,
 ) -> tuple[Arrays, Arrays]:
     """Lets a session's model go on by itself; see Rollout for the rules.
 
@@ -61,6 +63,7 @@ async def rollout(
         feedback: how inputs are made of outputs; empty for the only output becoming the only input.
         seed: what chance starts from.
         deadline: the time of the clock after which nobody needs the answer, or None.
+        take: lets so many rows of time steps in, or raises ServiceError; None: all of them.
 
     Returns:
         Every output and every input, [batch, steps, *shape] ([steps, batch, *shape] with time_major).
@@ -73,22 +76,25 @@ async def rollout(
     engine = group.model.engine
     feed = feed_of(engine, feedback or [Feedback()])
     _check_size(core, group, steps)
+    if take is not None:
+        take(steps * group.batch_size)
     if inputs:
         whole = {name: x[None] for name, x in inputs.items()}
         check_call(engine, group.options, whole, None, batch_size=group.batch_size)
     async with core.turn(session):
-        states = states_of(session)
+        states, step = states_of(session), session.step
         output = {} if inputs else _last_output(session)
     if inputs:
-        output, states = await _run(core, group, group.options, inputs, states, deadline)
+        output, states = await _run(core, group, group.options, inputs, states, step, deadline)
+        step += next(iter(inputs.values())).shape[0 if group.options.time_major else 1]
     options = replace(group.options, time_major=False)
     chance = np.random.default_rng(seed)
     ys: list[Arrays] = []
     xs: list[Arrays] = []
-    for _ in range(steps):
+    for at in range(step, step + steps):
         xs.append(feed(output, chance))
         x = {name: value[:, None] for name, value in xs[-1].items()}  # [batch, 1, *shape]
-        output, states = await _run(core, group, options, x, states, deadline)
+        output, states = await _run(core, group, options, x, states, at, deadline)
         ys.append(output)
     axis = 0 if group.options.time_major else 1
     return _stacked(ys, axis), _stacked(xs, axis)
@@ -197,11 +203,26 @@ def _last_output(session: Session) -> Arrays:
 
 
 async def _run(
-    core: Core, group: Group, options: LayerOptions, inputs: Arrays, states: Arrays, deadline: float | None
+    core: Core,
+    group: Group,
+    options: LayerOptions,
+    inputs: Arrays,
+    states: Arrays,
+    first_step: int,
+    deadline: float | None,
 ) -> tuple[Arrays, Arrays]:
     """A chunk: every output of its last step, and every state after it, [batch, *shape]."""
     call = Call(deadline)
-    core.submit_call(group.model, replace(options, return_state=True), inputs, None, states, call)
+    core.submit_call(
+        group.model,
+        replace(options, return_state=True),
+        inputs,
+        None,
+        states,
+        call,
+        rules=group.rules or NO_RULES,
+        first_step=first_step,
+    )
     answers = await call.answer()
     outputs = {name: _last(y[0], options) for name, y in answers.outputs.items()}
     return outputs, {name: state[0] for name, state in answers.states.items()}

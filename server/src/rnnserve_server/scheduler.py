@@ -133,7 +133,7 @@ class Scheduler:
         followers = block.followers
         block.call, block.steps, block.nbytes = first.call, first.steps, first.nbytes
         block.states, block.initial, block.outputs, block.rounds = {}, {}, [], []
-        block.done, block.begun = 0, False
+        block.done, block.begun, block.resets = 0, False, None
         previous = block
         for each in others:
             self._number += 1

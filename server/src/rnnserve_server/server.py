@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import signal
+import sys
 from typing import Any
 
 import grpc
@@ -14,6 +15,9 @@ from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
 
 from rnnserve.v1 import inference_pb2, inference_pb2_grpc, model_pb2, model_pb2_grpc, session_pb2, session_pb2_grpc
+from rnnserve_server.access.access import Access, Defaults
+from rnnserve_server.access.tls import server_credentials
+from rnnserve_server.api.guard import Guard, Sieve
 from rnnserve_server.api.inference import InferenceServicer
 from rnnserve_server.api.models import ModelServicer
 from rnnserve_server.api.oip import service_pb2, service_pb2_grpc
@@ -22,12 +26,15 @@ from rnnserve_server.api.sessions import SessionServicer
 from rnnserve_server.config import Settings
 from rnnserve_server.core import Core
 from rnnserve_server.errors import StoreDown
+from rnnserve_server.limits import grpc_options
+from rnnserve_server.owners import Owners
 from rnnserve_server.repository import Repository
 from rnnserve_server.watch import Watch, add_channelz
 
 log = structlog.get_logger(__name__)
 
 _SWEEP_SECONDS = 1.0
+_RETRY_SECONDS = 0.2  # between tries to reach the store while draining
 
 SERVICES = tuple(
     module.DESCRIPTOR.services_by_name[name].full_name
@@ -55,9 +62,14 @@ class Server:
 
         Raises:
             ModelError: there are none.
+            PrincipalsError, TlsError: the files that decide who is let in are of no use.
             ConfigError: there is nowhere for traces to go.
         """
         self.settings = settings
+        self._credentials = None
+        if settings.tls_cert is not None and settings.tls_key is not None:
+            self._credentials = server_credentials(settings.tls_cert, settings.tls_key, settings.tls_client_ca)
+        self._guard: Guard | None = None
         self._watch = Watch(settings)
         self.core = Core(
             settings,
@@ -65,6 +77,15 @@ class Server:
             observer=self._watch.observer,
             tracing=self._watch.tracing,
         )
+        if settings.principals is not None:
+            access = Access(
+                settings.principals,
+                Defaults(settings.quota_sessions, settings.quota_rows_per_second, settings.quota_state_bytes),
+            )
+            self._guard = Guard(access)
+            self.core.sessions.owners = Owners(
+                lambda name: access.limits(name).sessions, lambda name: access.limits(name).state_bytes
+            )
         self.port = 0
         self._services = (*SERVICES, OIP_SERVICE) if settings.oip else SERVICES
         self.metrics_port = 0
@@ -79,8 +100,10 @@ class Server:
             OSError: the address cannot be listened on.
         """
         await self.core.open_store()
+        guards = [Sieve(self.settings.max_metadata_bytes), *([self._guard] if self._guard else [])]
         server = grpc.aio.server(
-            interceptors=self._watch.interceptors, options=[*_options(self.settings), *self._watch.options]
+            interceptors=[*self._watch.interceptors, *guards],
+            options=[*grpc_options(self.settings), *self._watch.options],
         )
         listed: Any = _Unregistered(server)
         model_pb2_grpc.add_ModelServiceServicer_to_server(ModelServicer(self.core), listed)
@@ -96,8 +119,12 @@ class Server:
         reflection.enable_server_reflection(names, server)
         address = f"{self.settings.host}:{self.settings.port}"
         try:
-            self.port = server.add_insecure_port(address)
+            if self._credentials is None:
+                self.port = server.add_insecure_port(address)
+            else:
+                self.port = server.add_secure_port(address, self._credentials)
         except RuntimeError as error:
+            await server.stop(None)  # or its end would be left to chance, after that of the event loop
             raise OSError(f"cannot listen on {address}: {error}") from error
         self.metrics_port = self._watch.listen(self.core)
         await server.start()
@@ -112,8 +139,11 @@ class Server:
             "serving", address=f"{self.settings.host}:{self.port}", models=len(list(self.core.repository)), **watched
         )
 
-    async def stop(self) -> None:
-        """Drains: says NOT_SERVING, takes no new calls, and lets open streams finish for ``drain_seconds``."""
+    async def stop(self) -> bool:
+        """Drains: says NOT_SERVING, takes no new calls, and lets open streams finish for ``drain_seconds``. For as long
+        it tries a store that does not answer. Whether all that was to be stored is.
+        """
+        until = asyncio.get_running_loop().time() + self.settings.drain_seconds
         log.info("draining", seconds=self.settings.drain_seconds, sessions=len(self.core.sessions))
         self.core.draining.set()
         await self._health.enter_graceful_shutdown()
@@ -122,13 +152,34 @@ class Server:
         await asyncio.gather(*self._chores, return_exceptions=True)  # none may still write when the store is closed
         if self._server is not None:
             await self._server.stop(self.settings.drain_seconds)
-        await self.core.close()
+        stored = await self._hand_over(until)
         await asyncio.to_thread(self._watch.close)
         log.info("stopped")
+        return stored
+
+    async def _hand_over(self, until: float) -> bool:
+        """Has the store keep what it has not yet, and lets it go: whether it could."""
+        while True:
+            try:
+                await self.core.save_all()
+                break
+            except StoreDown as error:
+                if asyncio.get_running_loop().time() >= until:
+                    log.error("sessions are lost, for the store does not answer", error=str(error))
+                    break
+                log.warning("the store does not answer", error=str(error))
+            await asyncio.sleep(_RETRY_SECONDS)
+        try:
+            await self.core.close()
+        except StoreDown:
+            return False
+        return True
 
     async def _sweep(self) -> None:
         while True:
             await asyncio.sleep(_SWEEP_SECONDS)
+            if self._guard is not None:
+                self._guard.recheck()
             try:
                 if expired := await self.core.sweep():
                     log.info("sessions expired", count=expired)
@@ -169,12 +220,5 @@ async def serve(settings: Settings) -> None:
     gc.collect()
     gc.freeze()  # modules and models stay: to look at them in every full collection takes more than ten milliseconds
     await stop.wait()
-    await server.stop()
-
-
-def _options(settings: Settings) -> list[tuple[str, Any]]:
-    return [
-        ("grpc.max_receive_message_length", settings.max_message_bytes),
-        ("grpc.max_send_message_length", -1),
-        ("grpc.so_reuseport", 0),  # a second server on the port is a mistake, not a way to share the load
-    ]
+    if not await server.stop():
+        sys.exit(1)

@@ -27,15 +27,19 @@ from rnnserve_server.errors import (
     SessionAway,
     SessionClosed,
     SessionError,
+    SessionEvicted,
     SessionExists,
     SessionExpired,
     SessionsFull,
     SessionTakenOver,
     SessionUnknown,
+    SessionUnloaded,
     step_mismatch,
 )
 from rnnserve_server.expiry import Expiry
+from rnnserve_server.owners import Owners
 from rnnserve_server.replay import NO_REPLAY, Limits, Window
+from rnnserve_server.resets import NO_RULES, ResetRules
 from rnnserve_server.state import Arena
 
 _REMEMBERED_ENDS = 65536
@@ -46,6 +50,8 @@ _WHYS: tuple[type[SessionError], ...] = (
     SessionTakenOver,
     SessionAway,
     SessionAged,
+    SessionEvicted,
+    SessionUnloaded,
 )
 _LOOKED_AT = 1024  # sessions that a pass of expiry looks at, and may end, in about a millisecond
 
@@ -60,6 +66,7 @@ _COLUMNS = {
     "idle_lifetime": np.float64,
     "lifetime": np.float64,
     "ends_at": np.float64,
+    "unloaded": np.bool_,
     "answered": np.int64,
     "answered_bytes": np.int64,
     "epoch": np.int64,
@@ -74,6 +81,8 @@ class Group:
 
     Attributes:
         index: its number in its table, never given again.
+        rules: when their states are reset by themselves; None: never.
+        states: what their states are: the model's, and what the rules need beside them.
         arena: their states.
         expiry: when which must be looked at.
         step: uint64 [capacity], time steps consumed.
@@ -85,6 +94,7 @@ class Group:
         idle_lifetime: float64 [capacity], seconds without use after which the session expires.
         lifetime: float64 [capacity], seconds after which the session ends in any case; infinity for none.
         ends_at: float64 [capacity], when that is, by the monotonic clock.
+        unloaded: bool [capacity], it ends then because its model was unloaded.
         ids: [capacity], the sessions' ids.
         live: sessions in it.
         ended: how many of its sessions have ended.
@@ -95,7 +105,7 @@ class Group:
         dirty: bool [capacity], what is in memory is not what is stored.
         stored_used: float64 [capacity], ``last_used`` as it is stored.
         window: what was answered lately.
-        fitting: the signatures of inputs that are known to fit.
+        fitting: bytes of the answer to a chunk, by the signatures of inputs that are known to fit.
     """
 
     step: Array
@@ -107,6 +117,7 @@ class Group:
     idle_lifetime: Array
     lifetime: Array
     ends_at: Array
+    unloaded: Array
     answered: Array
     answered_bytes: Array
     epoch: Array
@@ -120,19 +131,22 @@ class Group:
         batch_size: int,
         options: LayerOptions,
         replay: Limits = NO_REPLAY,
+        rules: ResetRules = NO_RULES,
         index: int = 0,
     ) -> None:
         self.model = model
         self.batch_size = batch_size
         self.options = options
         self.index = index
-        self.arena = Arena(model.engine.states, batch_size)
+        self.rules = rules if rules != NO_RULES else None
+        self.states = (*model.engine.states, *rules.states)
+        self.arena = Arena(self.states, batch_size)
         self.expiry = Expiry()
         self.ids: list[str] = []
         self.live = 0
         self.ended = 0
         self.window = Window(replay)
-        self.fitting: set[Hashable] = set()
+        self.fitting: dict[Hashable, int] = {}
         self._columns = {name: Column((), dtype) for name, dtype in _COLUMNS.items()}
         self._show()
 
@@ -142,7 +156,7 @@ class Group:
         if self.arena.capacity > len(self.ids):
             self._grow(self.arena.capacity)
         self.step[slots] = 0
-        self.dirty[slots] = False
+        self.dirty[slots] = self.unloaded[slots] = False
         self.epoch[slots] = 0
         self.last_used[slots] = self.stored_used[slots] = now
         self.live += count  # tail stays: chunks of a slot's last session may still have to be told that it ended
@@ -216,6 +230,7 @@ class SessionTable:
         ends: by model, version and why, how many ended.
         dropped: rounds of answers that were forgotten because all together took too much memory.
         on_end: told of sessions in N slots of a group that are about to end, and why.
+        owners: whose they are and what each may have; None: there are no principals.
     """
 
     def __init__(
@@ -248,6 +263,7 @@ class SessionTable:
         self.ends: Counter[tuple[str, str, type[SessionError]]] = Counter()
         self.dropped = 0
         self.on_end: Callable[[Group, Array, type[SessionError]], None] | None = None
+        self.owners: Owners | None = None
 
     def __contains__(self, session_id: str) -> bool:
         return self._part(session_id).get(session_id, -1) >= 0
@@ -270,6 +286,7 @@ class SessionTable:
         idle_lifetime: float,
         lifetime: float = math.inf,
         replay: Limits = NO_REPLAY,
+        rules: ResetRules = NO_RULES,
         session_id: str = "",
     ) -> Session:
         """Makes a session at step 0. Arguments as `create_many`.
@@ -287,6 +304,7 @@ class SessionTable:
             idle_lifetime=idle_lifetime,
             lifetime=lifetime,
             replay=replay,
+            rules=rules,
             session_ids=[session_id] if session_id else (),
         )
         if full is not None:
@@ -304,7 +322,11 @@ class SessionTable:
         idle_lifetime: float,
         lifetime: float = math.inf,
         replay: Limits = NO_REPLAY,
+        rules: ResetRules = NO_RULES,
         session_ids: Sequence[str] = (),
+        scope: str = "",
+        stored: int | None = None,
+        new: bool = True,
     ) -> tuple[Group, Array, SessionsFull | None]:
         """Makes N sessions at step 0 that are alike, or as many as there is room for.
 
@@ -317,7 +339,11 @@ class SessionTable:
             idle_lifetime: seconds.
             lifetime: seconds; infinity for no end.
             replay: how much their replay windows hold.
-            session_ids: the N distinct ids to give them; empty for new ones.
+            rules: when their states are reset by themselves.
+            session_ids: the N distinct ids to give them, scope and all; empty for new ones.
+            scope: what their owner's ids begin with; empty: they are nobody's.
+            stored: how many sessions their owner has in the store, if there is one.
+            new: they are new, not taken from a store.
 
         Returns:
             Their group; the slots of those that were made, int64 [<= N]; and why the others were not, or None if all
@@ -329,20 +355,25 @@ class SessionTable:
         for session_id in session_ids:
             if session_id in self:
                 raise SessionExists(session_id)
-        key = _key(model, batch_size, options, replay)
-        group = self._groups.get(key) or Group(model, batch_size, options, replay, self._index + 1)
+        key = _key(model, batch_size, options, replay, rules)
+        group = self._groups.get(key) or Group(model, batch_size, options, replay, rules, self._index + 1)
         room = min(
             self._max_sessions - self._live,
             (self._max_state_bytes - self.state_bytes) // max(1, group.arena.session_bytes),
         )
+        full: Callable[[Group], SessionsFull] = self._full
+        if self.owners is not None:
+            left, exceeded = self.owners.room(scope, group.arena.session_bytes, stored, new=new)
+            if exceeded is not None and left < room:
+                room, full = left, lambda _: exceeded
         if room <= 0:
-            return group, np.zeros(0, np.int64), self._full(group)
+            return group, np.zeros(0, np.int64), full(group)
         if key not in self._groups:
             self._index = group.index
             self._groups[key] = self._by_index[group.index] = group
-        ids = session_ids[:room] or _new_ids(min(count, room))
+        ids = session_ids[:room] or [scope + each for each in _new_ids(min(count, room))]
         slots = self._make(group, ids, initial_states, idle_lifetime, lifetime)
-        return group, slots, self._full(group) if room < count else None
+        return group, slots, full(group) if room < count else None
 
     def at(self, group: Group, slot: int) -> Session:
         """The live session of a slot."""
@@ -371,6 +402,47 @@ class SessionTable:
     def was_taken(self, session_id: str) -> bool:
         """Whether another server has taken a session over, which was here."""
         return isinstance(self._gone(session_id), SessionTakenOver)
+
+    def why_ended(self, session_id: str) -> type[SessionError]:
+        """Why a session is not here that was: SessionUnknown or SessionAway for one that may live on in a store."""
+        return type(self._gone(session_id))
+
+    def unload(self, model: LoadedModel, seconds: float) -> int:
+        """Has the sessions of a model end in so many seconds at the latest: how many do."""
+        now, count = self._clock(), 0
+        for group in [group for group in self._groups.values() if group.model is model]:
+            slots = group.arena.all_used()
+            count += len(slots)
+            if seconds <= 0:
+                self._end(group, slots, SessionUnloaded)
+                continue
+            slots = slots[group.ends_at[slots] > now + seconds]
+            group.ends_at[slots] = now + seconds
+            group.unloaded[slots] = True
+            group.expiry.put(slots, group.ends_at[slots])
+        return count
+
+    def follow(self, session: Session, slots: Array) -> None:
+        """Has sessions in N slots end with their model when a session of the same group does."""
+        group = session.group
+        if group.unloaded[session.slot]:
+            group.unloaded[slots] = True
+            group.ends_at[slots] = group.ends_at[session.slot]
+            group.expiry.put(slots, group.ends_at[slots])
+
+    def evict(self, count: int, idle_seconds: float) -> int:
+        """Ends sessions to make room: as many as are asked for of those that were not used for so long and for which
+        nothing is queued, the ones first that were used least recently. Returns how many have ended.
+        """
+        groups = list(self._groups.values())
+        idle = [self._idle(group, idle_seconds) for group in groups]
+        which = np.repeat(np.arange(len(groups)), [len(slots) for slots in idle])  # [N], the group of each
+        slots = np.concatenate([*idle, np.zeros(0, np.int64)])  # [N]
+        used = [group.last_used[found] for group, found in zip(groups, idle, strict=True)]
+        oldest = np.argsort(np.concatenate([*used, np.zeros(0)]), kind="stable")[:count]
+        for number in np.unique(which[oldest]).tolist():
+            self._end(groups[number], slots[oldest[which[oldest] == number]], SessionEvicted)
+        return len(oldest)
 
     def delete(self, session_id: str) -> None:
         """Ends a session and forgets its state.
@@ -413,6 +485,16 @@ class SessionTable:
         for position in np.argsort(numbers, kind="stable"):
             yield self.at(groups[which[position]], int(together[position]))
 
+    def of(self, scope: str, number: int, model: str = "") -> Iterator[Session]:
+        """A principal's live sessions made after the ``number``-th, oldest first."""
+        found = [self.get(each) for each in self.owners.of(scope)] if self.owners is not None else []
+        return iter(
+            sorted(
+                (each for each in found if each.number > number and model in ("", each.group.model.name)),
+                key=lambda session: session.number,
+            )
+        )
+
     def uses(self, model: LoadedModel) -> bool:
         """Whether a live session has this very model."""
         return any(group.model is model for group in self._groups.values())
@@ -441,7 +523,12 @@ class SessionTable:
             ends_at = group.ends_at[slots]  # [N]
             due = np.minimum(idle_since + group.idle_lifetime[slots], ends_at)
             group.expiry.put(slots[due > now], due[due > now])
-            for over, why in ((ends_at <= now, SessionAged), ((due <= now) & (ends_at > now), SessionExpired)):
+            unloaded = group.unloaded[slots]  # [N]
+            for over, why in (
+                ((ends_at <= now) & ~unloaded, SessionAged),
+                ((ends_at <= now) & unloaded, SessionUnloaded),
+                ((due <= now) & (ends_at > now), SessionExpired),
+            ):
                 if over.any():
                     ended += [group.ids[slot] for slot in slots[over].tolist()]
                     self._end(group, slots[over], why)
@@ -515,12 +602,18 @@ class SessionTable:
         """The slots of a group's stored sessions that were not used for so long and for which nothing is queued:
         int64 [N].
         """
+        slots = self._idle(group, idle_seconds)
+        return slots[group.epoch[slots] > 0]
+
+    def _idle(self, group: Group, idle_seconds: float) -> Array:
+        """The slots of a group's sessions that were not used for so long and for which nothing is queued: int64 [N]."""
         slots = group.arena.all_used()
-        idle = (group.last_used[slots] <= self._clock() - idle_seconds) & (group.tail[slots] < 0)
-        return slots[idle & (group.epoch[slots] > 0)]
+        idle: Array = (group.last_used[slots] <= self._clock() - idle_seconds) & (group.tail[slots] < 0)
+        return slots[idle]
 
     def forget(self, group: Group, slots: Array) -> None:
         """Lets sessions in N slots leave memory, which live on in a store."""
+        self._disown(group, slots)
         for slot in slots.tolist():
             del self._part(group.ids[slot])[group.ids[slot]]
             group.ids[slot] = ""
@@ -533,8 +626,14 @@ class SessionTable:
         self._release(group, slots)
 
     def trim_replays(self, most: int) -> None:
-        """Has the replay windows hold so many bytes at most, all together: the largest group's oldest rounds go."""
+        """Has the replay windows hold so many bytes at most, all together: the states before the oldest rounds go, and
+        then the oldest rounds, those of the largest group first.
+        """
         windows = [group.window for group in self._groups.values()]
+        over = sum(window.nbytes for window in windows) - most
+        for window in sorted(windows, key=lambda window: window.nbytes, reverse=True):
+            if over > 0:
+                over -= window.drop_starts(over)
         while sum(window.nbytes for window in windows) > most:
             if not max(windows, key=lambda window: window.nbytes).drop_oldest():
                 return
@@ -577,6 +676,8 @@ class SessionTable:
         for slot, session_id in zip(slots.tolist(), ids, strict=True):
             group.ids[slot] = session_id
             self._part(session_id)[session_id] = group.index << 32 | slot
+        if self.owners is not None:
+            self.owners.add(ids, group.arena.session_bytes)
         self.entered[group.model.name, group.model.version] += count
         self._live += count
         self._number += count
@@ -592,6 +693,7 @@ class SessionTable:
 
     def _remember(self, group: Group, slots: Array, why: type[SessionError]) -> None:
         """Keeps in mind why the sessions in N slots ended."""
+        self._disown(group, slots)
         self.ends[group.model.name, group.model.version, why] += len(slots)
         for slot in slots.tolist():
             session_id = group.ids[slot]
@@ -605,6 +707,11 @@ class SessionTable:
             if -part.get(oldest, 0) // len(_WHYS) == number:  # and no later session had the id
                 del part[oldest]
 
+    def _disown(self, group: Group, slots: Array) -> None:
+        if self.owners is not None:
+            for slot in slots.tolist():
+                self.owners.remove(group.ids[slot], group.arena.session_bytes)
+
     def _release(self, group: Group, slots: Array) -> None:
         if not len(slots):
             return
@@ -612,7 +719,7 @@ class SessionTable:
         group.release(slots)
         self.state_bytes -= len(slots) * group.arena.session_bytes
         if not group.live:  # give its memory back; work that is still queued holds on to the group it was sent to
-            key = _key(group.model, group.batch_size, group.options, group.window.limits)
+            key = _key(group.model, group.batch_size, group.options, group.window.limits, group.rules or NO_RULES)
             del self._groups[key], self._by_index[group.index]
 
     def _full(self, group: Group) -> SessionsFull:
@@ -641,9 +748,9 @@ def _new_ids(count: int) -> list[str]:
     return [digits[start : start + 32] for start in range(0, len(digits), 32)]
 
 
-_Key = tuple[str, str, str, int, LayerOptions, Limits]
+_Key = tuple[str, str, str, int, LayerOptions, Limits, ResetRules]
 
 
-def _key(model: LoadedModel, batch_size: int, options: LayerOptions, replay: Limits) -> _Key:
+def _key(model: LoadedModel, batch_size: int, options: LayerOptions, replay: Limits, rules: ResetRules) -> _Key:
     """What the sessions of a group have in common."""
-    return model.name, model.version, model.digest, batch_size, options, replay
+    return model.name, model.version, model.digest, batch_size, options, replay, rules

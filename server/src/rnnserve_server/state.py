@@ -80,9 +80,9 @@ class Arena:
         return np.flatnonzero(self._used.array)
 
     def reset(self, slots: int | Array, states: Mapping[str, Array] | None = None) -> None:
-        """Sets slots to given states, each [batch_size, *shape], or to the model's default."""
+        """Sets slots to given states, each [batch_size, *shape]; those that are not given, to their default."""
         for spec in self._specs:
-            value = states[spec.name] if states else spec.initial(self.batch_size)
+            value = states[spec.name] if states and spec.name in states else spec.initial(self.batch_size)
             self._states[spec.name].array[slots] = value
 
     def gather(self, slots: Index) -> Arrays:

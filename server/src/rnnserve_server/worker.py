@@ -36,6 +36,7 @@ from rnnserve_server.layout import Signature, faults, same_lengths, to_wire
 from rnnserve_server.meter import Meter
 from rnnserve_server.observer import Observer, Ticked, some_sessions
 from rnnserve_server.replay import Run, digest
+from rnnserve_server.resets import resets
 from rnnserve_server.scheduler import Scheduler, Tick
 from rnnserve_server.sessions import Group, SessionTable
 from rnnserve_server.store.base import StoreError
@@ -90,6 +91,7 @@ class Worker:
         self._inline_seconds = inline_seconds
         self._keeper = keeper
         self._meter = meter
+        self._resetting = False  # there was a block with resets
         self._observer = observer
         self._watched: Ticked | None = None  # the tick that runs, if anybody watches
         self._expected: dict[tuple[int, int], float] = {}  # seconds of a run, by the magnitudes of its rows and steps
@@ -120,6 +122,8 @@ class Worker:
     def submit(self, work: Block | Barrier) -> None:
         """Queues work behind what was queued before. Called on the event loop's thread."""
         self.line_up()
+        if isinstance(work, Block) and work.resets is not None:
+            self._resetting = True
         if self._observer is not None and isinstance(work, Block):
             work.queued_at = self._clock()
         self._scheduler.submit(work)
@@ -227,6 +231,10 @@ class Worker:
             self._scheduler.absorb(tick.blocks[0], lambda block: not self._gone(block))
             if tick.blocks[0].rounds:
                 tick = Tick(tick.blocks, tick.blocks[0].steps)
+                if self._resetting:
+                    self._plan_resets(tick.blocks[0])
+        if self._resetting:
+            tick = self._cut(tick)
         watched = self._watched
         if tick.steps and tick.blocks:
             started = 0.0 if self._meter is None and watched is None else self._clock()
@@ -242,12 +250,18 @@ class Worker:
             if watched is not None:
                 watched.ran_at = self._clock()
             _advance(tick, outputs, states)
+            if self._resetting:
+                self._reset(tick.blocks)
         finished = []
         for block in tick.blocks:
             if block.done < block.steps:
                 self._scheduler.requeue(block)
             elif alive := self._alive(block):  # a session may have ended while its chunk was run
                 finished.append(alive)
+        if self._resetting:
+            for block in finished:
+                if block.resets is not None:
+                    block.states = block.states | block.resets.remembered
         stored = self._keeper is not None and self._keeper.durability == "step"
         if self._keeper is not None and stored:
             finished = await self._stored(finished, self._keeper)
@@ -324,7 +338,31 @@ class Worker:
         if checked is not None and checked.sessions is not None:
             checked.states = checked.initial = checked.sessions.group.arena.gather(checked.sessions.at)
             checked.begun = True
+            if checked.sessions.group.rules is not None:
+                self._plan_resets(checked)
         return checked
+
+    def _plan_resets(self, block: Block) -> None:
+        """Finds out where the rows of a block of sessions that has just begun are reset."""
+        sessions = block.sessions
+        if sessions is None or (rules := sessions.group.rules) is None:
+            return
+        assert sessions.first_steps is not None
+        self._resetting = True
+        block.resets = resets(rules, block.call, sessions.first_steps, block.initial)
+        block.states = {spec.name: block.initial[spec.name] for spec in self._engine.states}
+        self._reset([block])
+
+    def _cut(self, tick: Tick) -> Tick:
+        """A tick that ends where the first row of its blocks is reset."""
+        left = [block.resets.left(block.done) for block in tick.blocks if block.resets is not None]
+        return Tick(tick.blocks, min([tick.steps, *left]))
+
+    def _reset(self, blocks: list[Block]) -> None:
+        """Resets the rows of blocks that are reset where the blocks are."""
+        for block in blocks:
+            if block.resets is not None:
+                block.states = block.resets.apply(block.done, block.states, self._engine.states, block.batch_size)
 
     def _alive(self, block: Block) -> Block | None:
         """The part of a block that was begun whose sessions have not ended since; the others are told."""
@@ -376,7 +414,10 @@ class Worker:
             )
             for name, y in ys.items()
         }
-        return to_wire(outputs, whole.states, options, len(block.tags))
+        states = whole.states
+        if whole.resets is not None:
+            states = {spec.name: states[spec.name] for spec in self._engine.states}
+        return to_wire(outputs, states, options, len(block.tags))
 
     def _answer(self, block: Block, run: Run, start: int, outputs: Arrays, states: Arrays) -> None:
         """Remembers the answers of a block, which stands at a time step of what was run, and gives them."""

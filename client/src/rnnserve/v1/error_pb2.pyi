@@ -21,18 +21,25 @@ Every error has a google.rpc.ErrorInfo whose domain is "rnnserve" and whose reas
   SESSION_CLOSED         NOT_FOUND            the session was deleted
   SESSION_EXPIRED        NOT_FOUND            the session's idle lifetime ran out
   SESSION_AGED           NOT_FOUND            the session's lifetime ran out, though it may have been used
+  SESSION_EVICTED        NOT_FOUND            the session had to make room for others, after it was not used for long
+  SESSION_UNLOADED       NOT_FOUND            the session's model was unloaded, and its sessions ended with it
+  SESSION_TAKEN_OVER     ABORTED              another server has taken the session; opening it again takes it back
   SESSION_EXISTS         ALREADY_EXISTS       a live session has the id that the client chose
   BLOB_INVALID           INVALID_ARGUMENT     what was to be imported is damaged, of a newer version or no session
   SEQUENCE_NOT_LIVE      INVALID_ARGUMENT     a request of a sequence (of package inference) that was not started, or
                                               has ended: `why` among the metadata is the session's reason
   MODEL_CHANGED          FAILED_PRECONDITION  the model with which the session was stored or exported is not here
   SESSIONS_FULL          RESOURCE_EXHAUSTED   the server holds as many sessions as it may
+  QUOTA_EXCEEDED       RESOURCE_EXHAUSTED   the principal has as many sessions or state bytes, or runs as many rows, as it may
+  UNAUTHENTICATED      UNAUTHENTICATED      the call does not show who makes it, by a token or a certificate
+  PERMISSION_DENIED    PERMISSION_DENIED    whoever makes the call may not do that
   LANE_UNKNOWN           NOT_FOUND            the lane is not open on this stream
   LANE_OPEN              ALREADY_EXISTS       the lane is open on this stream already
   LANE_REPEATED          INVALID_ARGUMENT     a frame names a lane twice
   STEP_AHEAD             OUT_OF_RANGE         the chunk starts after the step that the session expects
   STEP_BEHIND            OUT_OF_RANGE         the chunk starts before it, and before the session's replay window
   STEP_CONFLICT          ABORTED              another chunk than this one was applied at its step
+  STORE_DOWN             UNAVAILABLE          the store of sessions does not answer; what is sent again is settled
   QUEUE_FULL             RESOURCE_EXHAUSTED   more work is waiting than the server accepts
   TOO_LARGE              RESOURCE_EXHAUSTED   the message, chunk or batch is larger than the server accepts
   DEADLINE_PASSED        DEADLINE_EXCEEDED    the deadline passed before the work was run; the state is untouched

@@ -22,51 +22,56 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 from rnnserve.v1 import error_pb2 as rnnserve_dot_v1_dot_error__pb2
 from rnnserve.v1 import options_pb2 as rnnserve_dot_v1_dot_options__pb2
 from rnnserve.v1 import session_pb2 as rnnserve_dot_v1_dot_session__pb2
 from rnnserve.v1 import tensor_pb2 as rnnserve_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1brnnserve/v1/inference.proto\x12\x0brnnserve.v1\x1a\x17rnnserve/v1/error.proto\x1a\x19rnnserve/v1/options.proto\x1a\x19rnnserve/v1/session.proto\x1a\x18rnnserve/v1/tensor.proto\"\x97\x02\n\x0ePredictRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x12\n\nsession_id\x18\x03 \x01(\t\x12*\n\x07options\x18\x04 \x01(\x0b\x32\x19.rnnserve.v1.LayerOptions\x12(\n\x06inputs\x18\x05 \x03(\x0b\x32\x18.rnnserve.v1.NamedTensor\x12!\n\x04mask\x18\x06 \x01(\x0b\x32\x13.rnnserve.v1.Tensor\x12\x30\n\x0einitial_states\x18\x07 \x03(\x0b\x32\x18.rnnserve.v1.NamedTensor\x12\x17\n\nfirst_step\x18\x08 \x01(\x04H\x00\x88\x01\x01\x42\r\n\x0b_first_step\"\x85\x01\n\x0fPredictResponse\x12)\n\x07outputs\x18\x01 \x03(\x0b\x32\x18.rnnserve.v1.NamedTensor\x12(\n\x06states\x18\x02 \x03(\x0b\x32\x18.rnnserve.v1.NamedTensor\x12\x0f\n\x07version\x18\x03 \x01(\t\x12\x0c\n\x04step\x18\x04 \x01(\x04\"\x85\x01\n\rStreamRequest\x12$\n\x05opens\x18\x01 \x03(\x0b\x32\x15.rnnserve.v1.LaneOpen\x12&\n\x06\x66rames\x18\x02 \x03(\x0b\x32\x16.rnnserve.v1.StepFrame\x12&\n\x06\x63loses\x18\x03 \x03(\x0b\x32\x16.rnnserve.v1.LaneClose\"f\n\x08LaneOpen\x12\x0c\n\x04lane\x18\x01 \x01(\r\x12,\n\x06\x63reate\x18\x02 \x01(\x0b\x32\x1a.rnnserve.v1.SessionConfigH\x00\x12\x14\n\nsession_id\x18\x03 \x01(\tH\x00\x42\x08\n\x06target\"1\n\tLaneClose\x12\x0c\n\x04lane\x18\x01 \x01(\r\x12\x16\n\x0e\x64\x65lete_session\x18\x02 \x01(\x08\"\x91\x01\n\tStepFrame\x12\r\n\x05lanes\x18\x01 \x03(\r\x12\x13\n\x0b\x66irst_steps\x18\x02 \x03(\x04\x12(\n\x06inputs\x18\x03 \x03(\x0b\x32\x18.rnnserve.v1.NamedTensor\x12!\n\x04mask\x18\x04 \x01(\x0b\x32\x13.rnnserve.v1.Tensor\x12\x13\n\x0btraceparent\x18\x05 \x01(\t\"\xb4\x01\n\x0eStreamResponse\x12\'\n\x06opened\x18\x01 \x03(\x0b\x32\x17.rnnserve.v1.LaneOpened\x12(\n\x06\x66rames\x18\x02 \x03(\x0b\x32\x18.rnnserve.v1.ResultFrame\x12&\n\x06\x65rrors\x18\x03 \x03(\x0b\x32\x16.rnnserve.v1.LaneError\x12\'\n\x06\x63losed\x18\x04 \x03(\x0b\x32\x17.rnnserve.v1.LaneClosed\"A\n\nLaneOpened\x12\x0c\n\x04lane\x18\x01 \x01(\r\x12%\n\x07session\x18\x02 \x01(\x0b\x32\x14.rnnserve.v1.Session\"\x1a\n\nLaneClosed\x12\x0c\n\x04lane\x18\x01 \x01(\r\"\x99\x01\n\x0bResultFrame\x12\r\n\x05lanes\x18\x01 \x03(\r\x12\x13\n\x0b\x66irst_steps\x18\x02 \x03(\x04\x12\x11\n\ttimesteps\x18\x03 \x01(\r\x12)\n\x07outputs\x18\x04 \x03(\x0b\x32\x18.rnnserve.v1.NamedTensor\x12(\n\x06states\x18\x05 \x03(\x0b\x32\x18.rnnserve.v1.NamedTensor\"\x95\x01\n\tLaneError\x12\x0c\n\x04lane\x18\x01 \x01(\r\x12-\n\toperation\x18\x02 \x01(\x0e\x32\x1a.rnnserve.v1.LaneOperation\x12\x17\n\nfirst_step\x18\x03 \x01(\x04H\x00\x88\x01\x01\x12#\n\x06status\x18\x04 \x01(\x0b\x32\x13.rnnserve.v1.StatusB\r\n\x0b_first_step\"\xa2\x01\n\x0eRolloutRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\r\n\x05steps\x18\x02 \x01(\r\x12(\n\x06inputs\x18\x03 \x03(\x0b\x32\x18.rnnserve.v1.NamedTensor\x12\'\n\x08\x66\x65\x65\x64\x62\x61\x63k\x18\x04 \x03(\x0b\x32\x15.rnnserve.v1.Feedback\x12\x11\n\x04seed\x18\x05 \x01(\x04H\x00\x88\x01\x01\x42\x07\n\x05_seed\"|\n\x08\x46\x65\x65\x64\x62\x61\x63k\x12\x0e\n\x06output\x18\x01 \x01(\t\x12\r\n\x05input\x18\x02 \x01(\t\x12\'\n\x04rule\x18\x03 \x01(\x0e\x32\x19.rnnserve.v1.FeedbackRule\x12\x18\n\x0btemperature\x18\x04 \x01(\x01H\x00\x88\x01\x01\x42\x0e\n\x0c_temperature\"f\n\x0fRolloutResponse\x12)\n\x07outputs\x18\x01 \x03(\x0b\x32\x18.rnnserve.v1.NamedTensor\x12(\n\x06inputs\x18\x02 \x03(\x0b\x32\x18.rnnserve.v1.NamedTensor*{\n\rLaneOperation\x12\x1e\n\x1aLANE_OPERATION_UNSPECIFIED\x10\x00\x12\x17\n\x13LANE_OPERATION_OPEN\x10\x01\x12\x17\n\x13LANE_OPERATION_STEP\x10\x02\x12\x18\n\x14LANE_OPERATION_CLOSE\x10\x03*\x9a\x01\n\x0c\x46\x65\x65\x64\x62\x61\x63kRule\x12\x1d\n\x19\x46\x45\x45\x44\x42\x41\x43K_RULE_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46\x45\x45\x44\x42\x41\x43K_RULE_COPY\x10\x01\x12\x18\n\x14\x46\x45\x45\x44\x42\x41\x43K_RULE_ARGMAX\x10\x02\x12\x18\n\x14\x46\x45\x45\x44\x42\x41\x43K_RULE_SAMPLE\x10\x03\x12\x1f\n\x1b\x46\x45\x45\x44\x42\x41\x43K_RULE_SAMPLE_LOGITS\x10\x04\x32\xe5\x01\n\x10InferenceService\x12\x44\n\x07Predict\x12\x1b.rnnserve.v1.PredictRequest\x1a\x1c.rnnserve.v1.PredictResponse\x12\x45\n\x06Stream\x12\x1a.rnnserve.v1.StreamRequest\x1a\x1b.rnnserve.v1.StreamResponse(\x01\x30\x01\x12\x44\n\x07Rollout\x12\x1b.rnnserve.v1.RolloutRequest\x1a\x1c.rnnserve.v1.RolloutResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1brnnserve/v1/inference.proto\x12\x0brnnserve.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x17rnnserve/v1/error.proto\x1a\x19rnnserve/v1/options.proto\x1a\x19rnnserve/v1/session.proto\x1a\x18rnnserve/v1/tensor.proto\"\x97\x02\n\x0ePredictRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x12\n\nsession_id\x18\x03 \x01(\t\x12*\n\x07options\x18\x04 \x01(\x0b\x32\x19.rnnserve.v1.LayerOptions\x12(\n\x06inputs\x18\x05 \x03(\x0b\x32\x18.rnnserve.v1.NamedTensor\x12!\n\x04mask\x18\x06 \x01(\x0b\x32\x13.rnnserve.v1.Tensor\x12\x30\n\x0einitial_states\x18\x07 \x03(\x0b\x32\x18.rnnserve.v1.NamedTensor\x12\x17\n\nfirst_step\x18\x08 \x01(\x04H\x00\x88\x01\x01\x42\r\n\x0b_first_step\"\x85\x01\n\x0fPredictResponse\x12)\n\x07outputs\x18\x01 \x03(\x0b\x32\x18.rnnserve.v1.NamedTensor\x12(\n\x06states\x18\x02 \x03(\x0b\x32\x18.rnnserve.v1.NamedTensor\x12\x0f\n\x07version\x18\x03 \x01(\t\x12\x0c\n\x04step\x18\x04 \x01(\x04\"\x85\x01\n\rStreamRequest\x12$\n\x05opens\x18\x01 \x03(\x0b\x32\x15.rnnserve.v1.LaneOpen\x12&\n\x06\x66rames\x18\x02 \x03(\x0b\x32\x16.rnnserve.v1.StepFrame\x12&\n\x06\x63loses\x18\x03 \x03(\x0b\x32\x16.rnnserve.v1.LaneClose\"f\n\x08LaneOpen\x12\x0c\n\x04lane\x18\x01 \x01(\r\x12,\n\x06\x63reate\x18\x02 \x01(\x0b\x32\x1a.rnnserve.v1.SessionConfigH\x00\x12\x14\n\nsession_id\x18\x03 \x01(\tH\x00\x42\x08\n\x06target\"1\n\tLaneClose\x12\x0c\n\x04lane\x18\x01 \x01(\r\x12\x16\n\x0e\x64\x65lete_session\x18\x02 \x01(\x08\"\x91\x01\n\tStepFrame\x12\r\n\x05lanes\x18\x01 \x03(\r\x12\x13\n\x0b\x66irst_steps\x18\x02 \x03(\x04\x12(\n\x06inputs\x18\x03 \x03(\x0b\x32\x18.rnnserve.v1.NamedTensor\x12!\n\x04mask\x18\x04 \x01(\x0b\x32\x13.rnnserve.v1.Tensor\x12\x13\n\x0btraceparent\x18\x05 \x01(\t\"\xde\x01\n\x0eStreamResponse\x12\'\n\x06opened\x18\x01 \x03(\x0b\x32\x17.rnnserve.v1.LaneOpened\x12(\n\x06\x66rames\x18\x02 \x03(\x0b\x32\x18.rnnserve.v1.ResultFrame\x12&\n\x06\x65rrors\x18\x03 \x03(\x0b\x32\x16.rnnserve.v1.LaneError\x12\'\n\x06\x63losed\x18\x04 \x03(\x0b\x32\x17.rnnserve.v1.LaneClosed\x12(\n\x07notices\x18\x05 \x03(\x0b\x32\x17.rnnserve.v1.LaneNotice\"A\n\nLaneOpened\x12\x0c\n\x04lane\x18\x01 \x01(\r\x12%\n\x07session\x18\x02 \x01(\x0b\x32\x14.rnnserve.v1.Session\"\x83\x01\n\nLaneNotice\x12\r\n\x05lanes\x18\x01 \x03(\r\x12)\n\x06reason\x18\x02 \x01(\x0e\x32\x19.rnnserve.v1.NoticeReason\x12\r\n\x05\x65nded\x18\x03 \x01(\x08\x12,\n\ttime_left\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\"\x1a\n\nLaneClosed\x12\x0c\n\x04lane\x18\x01 \x01(\r\"\x99\x01\n\x0bResultFrame\x12\r\n\x05lanes\x18\x01 \x03(\r\x12\x13\n\x0b\x66irst_steps\x18\x02 \x03(\x04\x12\x11\n\ttimesteps\x18\x03 \x01(\r\x12)\n\x07outputs\x18\x04 \x03(\x0b\x32\x18.rnnserve.v1.NamedTensor\x12(\n\x06states\x18\x05 \x03(\x0b\x32\x18.rnnserve.v1.NamedTensor\"\x95\x01\n\tLaneError\x12\x0c\n\x04lane\x18\x01 \x01(\r\x12-\n\toperation\x18\x02 \x01(\x0e\x32\x1a.rnnserve.v1.LaneOperation\x12\x17\n\nfirst_step\x18\x03 \x01(\x04H\x00\x88\x01\x01\x12#\n\x06status\x18\x04 \x01(\x0b\x32\x13.rnnserve.v1.StatusB\r\n\x0b_first_step\"\xa2\x01\n\x0eRolloutRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\r\n\x05steps\x18\x02 \x01(\r\x12(\n\x06inputs\x18\x03 \x03(\x0b\x32\x18.rnnserve.v1.NamedTensor\x12\'\n\x08\x66\x65\x65\x64\x62\x61\x63k\x18\x04 \x03(\x0b\x32\x15.rnnserve.v1.Feedback\x12\x11\n\x04seed\x18\x05 \x01(\x04H\x00\x88\x01\x01\x42\x07\n\x05_seed\"|\n\x08\x46\x65\x65\x64\x62\x61\x63k\x12\x0e\n\x06output\x18\x01 \x01(\t\x12\r\n\x05input\x18\x02 \x01(\t\x12\'\n\x04rule\x18\x03 \x01(\x0e\x32\x19.rnnserve.v1.FeedbackRule\x12\x18\n\x0btemperature\x18\x04 \x01(\x01H\x00\x88\x01\x01\x42\x0e\n\x0c_temperature\"f\n\x0fRolloutResponse\x12)\n\x07outputs\x18\x01 \x03(\x0b\x32\x18.rnnserve.v1.NamedTensor\x12(\n\x06inputs\x18\x02 \x03(\x0b\x32\x18.rnnserve.v1.NamedTensor*\xf1\x01\n\x0cNoticeReason\x12\x1d\n\x19NOTICE_REASON_UNSPECIFIED\x10\x00\x12\x19\n\x15NOTICE_REASON_EXPIRED\x10\x01\x12\x16\n\x12NOTICE_REASON_AGED\x10\x02\x12\x18\n\x14NOTICE_REASON_CLOSED\x10\x03\x12\x1c\n\x18NOTICE_REASON_TAKEN_OVER\x10\x04\x12\x19\n\x15NOTICE_REASON_EVICTED\x10\x05\x12 \n\x1cNOTICE_REASON_MODEL_UNLOADED\x10\x06\x12\x1a\n\x16NOTICE_REASON_DRAINING\x10\x07*{\n\rLaneOperation\x12\x1e\n\x1aLANE_OPERATION_UNSPECIFIED\x10\x00\x12\x17\n\x13LANE_OPERATION_OPEN\x10\x01\x12\x17\n\x13LANE_OPERATION_STEP\x10\x02\x12\x18\n\x14LANE_OPERATION_CLOSE\x10\x03*\x9a\x01\n\x0c\x46\x65\x65\x64\x62\x61\x63kRule\x12\x1d\n\x19\x46\x45\x45\x44\x42\x41\x43K_RULE_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46\x45\x45\x44\x42\x41\x43K_RULE_COPY\x10\x01\x12\x18\n\x14\x46\x45\x45\x44\x42\x41\x43K_RULE_ARGMAX\x10\x02\x12\x18\n\x14\x46\x45\x45\x44\x42\x41\x43K_RULE_SAMPLE\x10\x03\x12\x1f\n\x1b\x46\x45\x45\x44\x42\x41\x43K_RULE_SAMPLE_LOGITS\x10\x04\x32\xe5\x01\n\x10InferenceService\x12\x44\n\x07Predict\x12\x1b.rnnserve.v1.PredictRequest\x1a\x1c.rnnserve.v1.PredictResponse\x12\x45\n\x06Stream\x12\x1a.rnnserve.v1.StreamRequest\x1a\x1b.rnnserve.v1.StreamResponse(\x01\x30\x01\x12\x44\n\x07Rollout\x12\x1b.rnnserve.v1.RolloutRequest\x1a\x1c.rnnserve.v1.RolloutResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'rnnserve.v1.inference_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_LANEOPERATION']._serialized_start=1987
-  _globals['_LANEOPERATION']._serialized_end=2110
-  _globals['_FEEDBACKRULE']._serialized_start=2113
-  _globals['_FEEDBACKRULE']._serialized_end=2267
-  _globals['_PREDICTREQUEST']._serialized_start=150
-  _globals['_PREDICTREQUEST']._serialized_end=429
-  _globals['_PREDICTRESPONSE']._serialized_start=432
-  _globals['_PREDICTRESPONSE']._serialized_end=565
-  _globals['_STREAMREQUEST']._serialized_start=568
-  _globals['_STREAMREQUEST']._serialized_end=701
-  _globals['_LANEOPEN']._serialized_start=703
-  _globals['_LANEOPEN']._serialized_end=805
-  _globals['_LANECLOSE']._serialized_start=807
-  _globals['_LANECLOSE']._serialized_end=856
-  _globals['_STEPFRAME']._serialized_start=859
-  _globals['_STEPFRAME']._serialized_end=1004
-  _globals['_STREAMRESPONSE']._serialized_start=1007
-  _globals['_STREAMRESPONSE']._serialized_end=1187
-  _globals['_LANEOPENED']._serialized_start=1189
-  _globals['_LANEOPENED']._serialized_end=1254
-  _globals['_LANECLOSED']._serialized_start=1256
-  _globals['_LANECLOSED']._serialized_end=1282
-  _globals['_RESULTFRAME']._serialized_start=1285
-  _globals['_RESULTFRAME']._serialized_end=1438
-  _globals['_LANEERROR']._serialized_start=1441
-  _globals['_LANEERROR']._serialized_end=1590
-  _globals['_ROLLOUTREQUEST']._serialized_start=1593
-  _globals['_ROLLOUTREQUEST']._serialized_end=1755
-  _globals['_FEEDBACK']._serialized_start=1757
-  _globals['_FEEDBACK']._serialized_end=1881
-  _globals['_ROLLOUTRESPONSE']._serialized_start=1883
-  _globals['_ROLLOUTRESPONSE']._serialized_end=1985
-  _globals['_INFERENCESERVICE']._serialized_start=2270
-  _globals['_INFERENCESERVICE']._serialized_end=2499
+  _globals['_NOTICEREASON']._serialized_start=2196
+  _globals['_NOTICEREASON']._serialized_end=2437
+  _globals['_LANEOPERATION']._serialized_start=2439
+  _globals['_LANEOPERATION']._serialized_end=2562
+  _globals['_FEEDBACKRULE']._serialized_start=2565
+  _globals['_FEEDBACKRULE']._serialized_end=2719
+  _globals['_PREDICTREQUEST']._serialized_start=182
+  _globals['_PREDICTREQUEST']._serialized_end=461
+  _globals['_PREDICTRESPONSE']._serialized_start=464
+  _globals['_PREDICTRESPONSE']._serialized_end=597
+  _globals['_STREAMREQUEST']._serialized_start=600
+  _globals['_STREAMREQUEST']._serialized_end=733
+  _globals['_LANEOPEN']._serialized_start=735
+  _globals['_LANEOPEN']._serialized_end=837
+  _globals['_LANECLOSE']._serialized_start=839
+  _globals['_LANECLOSE']._serialized_end=888
+  _globals['_STEPFRAME']._serialized_start=891
+  _globals['_STEPFRAME']._serialized_end=1036
+  _globals['_STREAMRESPONSE']._serialized_start=1039
+  _globals['_STREAMRESPONSE']._serialized_end=1261
+  _globals['_LANEOPENED']._serialized_start=1263
+  _globals['_LANEOPENED']._serialized_end=1328
+  _globals['_LANENOTICE']._serialized_start=1331
+  _globals['_LANENOTICE']._serialized_end=1462
+  _globals['_LANECLOSED']._serialized_start=1464
+  _globals['_LANECLOSED']._serialized_end=1490
+  _globals['_RESULTFRAME']._serialized_start=1493
+  _globals['_RESULTFRAME']._serialized_end=1646
+  _globals['_LANEERROR']._serialized_start=1649
+  _globals['_LANEERROR']._serialized_end=1798
+  _globals['_ROLLOUTREQUEST']._serialized_start=1801
+  _globals['_ROLLOUTREQUEST']._serialized_end=1963
+  _globals['_FEEDBACK']._serialized_start=1965
+  _globals['_FEEDBACK']._serialized_end=2089
+  _globals['_ROLLOUTRESPONSE']._serialized_start=2091
+  _globals['_ROLLOUTRESPONSE']._serialized_end=2193
+  _globals['_INFERENCESERVICE']._serialized_start=2722
+  _globals['_INFERENCESERVICE']._serialized_end=2951
 # @@protoc_insertion_point(module_scope)

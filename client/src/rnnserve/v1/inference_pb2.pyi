@@ -5,6 +5,7 @@ Running models: one call at a time, or many sessions through one stream."""
 
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
+from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
@@ -22,6 +23,54 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class _NoticeReason:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _NoticeReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_NoticeReason.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    NOTICE_REASON_UNSPECIFIED: _NoticeReason.ValueType  # 0
+    """Not set. Never sent."""
+    NOTICE_REASON_EXPIRED: _NoticeReason.ValueType  # 1
+    """Its idle lifetime runs out: use it. Reason of the error afterwards: SESSION_EXPIRED."""
+    NOTICE_REASON_AGED: _NoticeReason.ValueType  # 2
+    """Its lifetime runs out: export it. SESSION_AGED."""
+    NOTICE_REASON_CLOSED: _NoticeReason.ValueType  # 3
+    """Somebody has deleted it. Never ahead. SESSION_CLOSED."""
+    NOTICE_REASON_TAKEN_OVER: _NoticeReason.ValueType  # 4
+    """Another server has taken it. Never ahead. SESSION_TAKEN_OVER."""
+    NOTICE_REASON_EVICTED: _NoticeReason.ValueType  # 5
+    """It was not used for so long that it may have to make room for others from then on: use it. SESSION_EVICTED."""
+    NOTICE_REASON_MODEL_UNLOADED: _NoticeReason.ValueType  # 6
+    """Its model was unloaded. Without `time_left` the session goes on as long as it stays in this server's memory.
+    SESSION_UNLOADED.
+    """
+    NOTICE_REASON_DRAINING: _NoticeReason.ValueType  # 7
+    """The server shuts down, and this stream ends within `time_left`. Sessions of a server with a store live on."""
+
+class NoticeReason(_NoticeReason, metaclass=_NoticeReasonEnumTypeWrapper):
+    """Why a session ends. What can be done is said for a notice ahead of the end."""
+
+NOTICE_REASON_UNSPECIFIED: NoticeReason.ValueType  # 0
+"""Not set. Never sent."""
+NOTICE_REASON_EXPIRED: NoticeReason.ValueType  # 1
+"""Its idle lifetime runs out: use it. Reason of the error afterwards: SESSION_EXPIRED."""
+NOTICE_REASON_AGED: NoticeReason.ValueType  # 2
+"""Its lifetime runs out: export it. SESSION_AGED."""
+NOTICE_REASON_CLOSED: NoticeReason.ValueType  # 3
+"""Somebody has deleted it. Never ahead. SESSION_CLOSED."""
+NOTICE_REASON_TAKEN_OVER: NoticeReason.ValueType  # 4
+"""Another server has taken it. Never ahead. SESSION_TAKEN_OVER."""
+NOTICE_REASON_EVICTED: NoticeReason.ValueType  # 5
+"""It was not used for so long that it may have to make room for others from then on: use it. SESSION_EVICTED."""
+NOTICE_REASON_MODEL_UNLOADED: NoticeReason.ValueType  # 6
+"""Its model was unloaded. Without `time_left` the session goes on as long as it stays in this server's memory.
+SESSION_UNLOADED.
+"""
+NOTICE_REASON_DRAINING: NoticeReason.ValueType  # 7
+"""The server shuts down, and this stream ends within `time_left`. Sessions of a server with a store live on."""
+Global___NoticeReason: _TypeAlias = NoticeReason  # noqa: Y015
 
 class _LaneOperation:
     ValueType = _typing.NewType("ValueType", _builtins.int)
@@ -358,6 +407,7 @@ class StreamResponse(_message.Message):
     FRAMES_FIELD_NUMBER: _builtins.int
     ERRORS_FIELD_NUMBER: _builtins.int
     CLOSED_FIELD_NUMBER: _builtins.int
+    NOTICES_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def opened(self) -> _containers.RepeatedCompositeFieldContainer[Global___LaneOpened]:
         """Lanes that are open now."""
@@ -374,6 +424,10 @@ class StreamResponse(_message.Message):
     def closed(self) -> _containers.RepeatedCompositeFieldContainer[Global___LaneClosed]:
         """Lanes that are closed now."""
 
+    @_builtins.property
+    def notices(self) -> _containers.RepeatedCompositeFieldContainer[Global___LaneNotice]:
+        """What the client should know of sessions on its lanes, though it did not ask. It answers nothing."""
+
     def __init__(
         self,
         *,
@@ -381,10 +435,11 @@ class StreamResponse(_message.Message):
         frames: _abc.Iterable[Global___ResultFrame] | None = ...,
         errors: _abc.Iterable[Global___LaneError] | None = ...,
         closed: _abc.Iterable[Global___LaneClosed] | None = ...,
+        notices: _abc.Iterable[Global___LaneNotice] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["closed", b"closed", "errors", b"errors", "frames", b"frames", "opened", b"opened"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["closed", b"closed", "errors", b"errors", "frames", b"frames", "notices", b"notices", "opened", b"opened"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -417,6 +472,51 @@ class LaneOpened(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___LaneOpened: _TypeAlias = LaneOpened  # noqa: Y015
+
+@_typing.final
+class LaneNotice(_message.Message):
+    """The sessions on some lanes are about to end, or have ended although nothing on this stream asked for it. Each lane is
+    told once of each, and again of a coming end if its session was used meanwhile. A lane stays open; chunks on it fail
+    when its session has ended, as they would without the notice.
+
+    An end that time brings is told ahead, to a second: when a tenth of the lifetime is left, but 2 s at least (or half of
+    the lifetime, if that is less) and 60 s at most. Other ends are told ahead where the server knows of them, and in any case within a second after the server has
+    learnt of them.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LANES_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    ENDED_FIELD_NUMBER: _builtins.int
+    TIME_LEFT_FIELD_NUMBER: _builtins.int
+    reason: Global___NoticeReason.ValueType
+    """Why."""
+    ended: _builtins.bool
+    """True: their sessions have ended here. False: they will, unless something is done."""
+    @_builtins.property
+    def lanes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The lanes. None: all lanes of the stream."""
+
+    @_builtins.property
+    def time_left(self) -> _duration_pb2.Duration:
+        """For sessions that have not ended: how long they still live, the shortest of them. Not set: it is not known."""
+
+    def __init__(
+        self,
+        *,
+        lanes: _abc.Iterable[_builtins.int] | None = ...,
+        reason: Global___NoticeReason.ValueType = ...,
+        ended: _builtins.bool = ...,
+        time_left: _duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["time_left", b"time_left"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ended", b"ended", "lanes", b"lanes", "reason", b"reason", "time_left", b"time_left"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LaneNotice: _TypeAlias = LaneNotice  # noqa: Y015
 
 @_typing.final
 class LaneClosed(_message.Message):

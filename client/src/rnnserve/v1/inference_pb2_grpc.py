@@ -88,7 +88,7 @@ class InferenceServiceServicer:
     def Rollout(self, request, context):
         """Lets a session's model go on by itself: from the session's states, each output becomes the next input. It takes
         its turn behind the chunks that the server has received for the session, runs on a copy of its states, and leaves
-        the session as it is.
+        the session as it is. What ResetRules.every_steps says holds for the steps of the copy too.
 
         Errors: NOT_FOUND; INVALID_ARGUMENT when an output cannot become an input, when an input would have no source, and
         when there is no output to begin with; RESOURCE_EXHAUSTED, reason TOO_LARGE, for more steps than the server allows,

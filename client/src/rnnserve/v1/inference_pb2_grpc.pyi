@@ -57,7 +57,7 @@ class InferenceServiceStub:
     Rollout: _grpc.UnaryUnaryMultiCallable[_inference_pb2.RolloutRequest, _inference_pb2.RolloutResponse]
     """Lets a session's model go on by itself: from the session's states, each output becomes the next input. It takes
     its turn behind the chunks that the server has received for the session, runs on a copy of its states, and leaves
-    the session as it is.
+    the session as it is. What ResetRules.every_steps says holds for the steps of the copy too.
 
     Errors: NOT_FOUND; INVALID_ARGUMENT when an output cannot become an input, when an input would have no source, and
     when there is no output to begin with; RESOURCE_EXHAUSTED, reason TOO_LARGE, for more steps than the server allows,
@@ -93,7 +93,7 @@ class InferenceServiceAsyncStub(InferenceServiceStub):
     Rollout: _aio.UnaryUnaryMultiCallable[_inference_pb2.RolloutRequest, _inference_pb2.RolloutResponse]  # type: ignore[assignment]
     """Lets a session's model go on by itself: from the session's states, each output becomes the next input. It takes
     its turn behind the chunks that the server has received for the session, runs on a copy of its states, and leaves
-    the session as it is.
+    the session as it is. What ResetRules.every_steps says holds for the steps of the copy too.
 
     Errors: NOT_FOUND; INVALID_ARGUMENT when an output cannot become an input, when an input would have no source, and
     when there is no output to begin with; RESOURCE_EXHAUSTED, reason TOO_LARGE, for more steps than the server allows,
@@ -144,7 +144,7 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_inference_pb2.RolloutResponse, _abc.Awaitable[_inference_pb2.RolloutResponse]]:
         """Lets a session's model go on by itself: from the session's states, each output becomes the next input. It takes
         its turn behind the chunks that the server has received for the session, runs on a copy of its states, and leaves
-        the session as it is.
+        the session as it is. What ResetRules.every_steps says holds for the steps of the copy too.
 
         Errors: NOT_FOUND; INVALID_ARGUMENT when an output cannot become an input, when an input would have no source, and
         when there is no output to begin with; RESOURCE_EXHAUSTED, reason TOO_LARGE, for more steps than the server allows,

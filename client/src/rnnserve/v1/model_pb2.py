@@ -22,47 +22,48 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 from rnnserve.v1 import options_pb2 as rnnserve_dot_v1_dot_options__pb2
 from rnnserve.v1 import tensor_pb2 as rnnserve_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17rnnserve/v1/model.proto\x12\x0brnnserve.v1\x1a\x19rnnserve/v1/options.proto\x1a\x18rnnserve/v1/tensor.proto\"\xcc\x02\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x04 \x01(\t\x12\x0e\n\x06\x65ngine\x18\x05 \x01(\t\x12\'\n\x06inputs\x18\x06 \x03(\x0b\x32\x17.rnnserve.v1.TensorSpec\x12(\n\x07outputs\x18\x07 \x03(\x0b\x32\x17.rnnserve.v1.TensorSpec\x12&\n\x06states\x18\x08 \x03(\x0b\x32\x16.rnnserve.v1.StateSpec\x12\x32\n\x0f\x64\x65\x66\x61ult_options\x18\t \x01(\x0b\x32\x19.rnnserve.v1.LayerOptions\x12\x18\n\x10settable_options\x18\n \x03(\t\x12\x15\n\rbit_identical\x18\x0b \x01(\x08\x12\x0f\n\x07masking\x18\x0c \x01(\x08\"c\n\nTensorSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12(\n\tdata_type\x18\x02 \x01(\x0e\x32\x15.rnnserve.v1.DataType\x12\r\n\x05shape\x18\x03 \x03(\x03\x12\x0e\n\x06\x66inite\x18\x04 \x01(\x08\"`\n\tStateSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12(\n\tdata_type\x18\x02 \x01(\x0e\x32\x15.rnnserve.v1.DataType\x12\r\n\x05shape\x18\x03 \x03(\x03\x12\x0c\n\x04path\x18\x04 \x03(\r\":\n\x11ListModelsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"Q\n\x12ListModelsResponse\x12\"\n\x06models\x18\x01 \x03(\x0b\x32\x12.rnnserve.v1.Model\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"0\n\x0fGetModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\"5\n\x10GetModelResponse\x12!\n\x05model\x18\x01 \x01(\x0b\x32\x12.rnnserve.v1.Model\"\x91\x01\n\x12\x44\x65ployModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12)\n\x05layer\x18\x03 \x01(\x0b\x32\x18.rnnserve.v1.LayerSourceH\x00\x12\'\n\x04\x66ile\x18\x04 \x01(\x0b\x32\x17.rnnserve.v1.FileSourceH\x00\x42\x08\n\x06source\"_\n\x0bLayerSource\x12\x13\n\x0b\x63onfig_json\x18\x01 \x01(\t\x12$\n\x07weights\x18\x02 \x03(\x0b\x32\x13.rnnserve.v1.Tensor\x12\x15\n\rkeras_version\x18\x03 \x01(\r\"/\n\nFileSource\x12\x10\n\x08\x66ilename\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\x0c\"J\n\x13\x44\x65ployModelResponse\x12!\n\x05model\x18\x01 \x01(\x0b\x32\x12.rnnserve.v1.Model\x12\x10\n\x08\x66indings\x18\x02 \x03(\t\"3\n\x12UnloadModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\"\'\n\x13UnloadModelResponse\x12\x10\n\x08versions\x18\x01 \x03(\t\"\"\n\x12ReloadModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"9\n\x13ReloadModelResponse\x12\"\n\x06models\x18\x01 \x03(\x0b\x32\x12.rnnserve.v1.Model2\x9c\x03\n\x0cModelService\x12M\n\nListModels\x12\x1e.rnnserve.v1.ListModelsRequest\x1a\x1f.rnnserve.v1.ListModelsResponse\x12G\n\x08GetModel\x12\x1c.rnnserve.v1.GetModelRequest\x1a\x1d.rnnserve.v1.GetModelResponse\x12P\n\x0b\x44\x65ployModel\x12\x1f.rnnserve.v1.DeployModelRequest\x1a .rnnserve.v1.DeployModelResponse\x12P\n\x0bUnloadModel\x12\x1f.rnnserve.v1.UnloadModelRequest\x1a .rnnserve.v1.UnloadModelResponse\x12P\n\x0bReloadModel\x12\x1f.rnnserve.v1.ReloadModelRequest\x1a .rnnserve.v1.ReloadModelResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17rnnserve/v1/model.proto\x12\x0brnnserve.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x19rnnserve/v1/options.proto\x1a\x18rnnserve/v1/tensor.proto\"\xcc\x02\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x04 \x01(\t\x12\x0e\n\x06\x65ngine\x18\x05 \x01(\t\x12\'\n\x06inputs\x18\x06 \x03(\x0b\x32\x17.rnnserve.v1.TensorSpec\x12(\n\x07outputs\x18\x07 \x03(\x0b\x32\x17.rnnserve.v1.TensorSpec\x12&\n\x06states\x18\x08 \x03(\x0b\x32\x16.rnnserve.v1.StateSpec\x12\x32\n\x0f\x64\x65\x66\x61ult_options\x18\t \x01(\x0b\x32\x19.rnnserve.v1.LayerOptions\x12\x18\n\x10settable_options\x18\n \x03(\t\x12\x15\n\rbit_identical\x18\x0b \x01(\x08\x12\x0f\n\x07masking\x18\x0c \x01(\x08\"c\n\nTensorSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12(\n\tdata_type\x18\x02 \x01(\x0e\x32\x15.rnnserve.v1.DataType\x12\r\n\x05shape\x18\x03 \x03(\x03\x12\x0e\n\x06\x66inite\x18\x04 \x01(\x08\"`\n\tStateSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12(\n\tdata_type\x18\x02 \x01(\x0e\x32\x15.rnnserve.v1.DataType\x12\r\n\x05shape\x18\x03 \x03(\x03\x12\x0c\n\x04path\x18\x04 \x03(\r\":\n\x11ListModelsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"Q\n\x12ListModelsResponse\x12\"\n\x06models\x18\x01 \x03(\x0b\x32\x12.rnnserve.v1.Model\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"0\n\x0fGetModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\"5\n\x10GetModelResponse\x12!\n\x05model\x18\x01 \x01(\x0b\x32\x12.rnnserve.v1.Model\"\x91\x01\n\x12\x44\x65ployModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12)\n\x05layer\x18\x03 \x01(\x0b\x32\x18.rnnserve.v1.LayerSourceH\x00\x12\'\n\x04\x66ile\x18\x04 \x01(\x0b\x32\x17.rnnserve.v1.FileSourceH\x00\x42\x08\n\x06source\"_\n\x0bLayerSource\x12\x13\n\x0b\x63onfig_json\x18\x01 \x01(\t\x12$\n\x07weights\x18\x02 \x03(\x0b\x32\x13.rnnserve.v1.Tensor\x12\x15\n\rkeras_version\x18\x03 \x01(\r\"/\n\nFileSource\x12\x10\n\x08\x66ilename\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\x0c\"J\n\x13\x44\x65ployModelResponse\x12!\n\x05model\x18\x01 \x01(\x0b\x32\x12.rnnserve.v1.Model\x12\x10\n\x08\x66indings\x18\x02 \x03(\t\"j\n\x12UnloadModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x35\n\x12\x65nd_sessions_after\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\"\'\n\x13UnloadModelResponse\x12\x10\n\x08versions\x18\x01 \x03(\t\"\"\n\x12ReloadModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"9\n\x13ReloadModelResponse\x12\"\n\x06models\x18\x01 \x03(\x0b\x32\x12.rnnserve.v1.Model2\x9c\x03\n\x0cModelService\x12M\n\nListModels\x12\x1e.rnnserve.v1.ListModelsRequest\x1a\x1f.rnnserve.v1.ListModelsResponse\x12G\n\x08GetModel\x12\x1c.rnnserve.v1.GetModelRequest\x1a\x1d.rnnserve.v1.GetModelResponse\x12P\n\x0b\x44\x65ployModel\x12\x1f.rnnserve.v1.DeployModelRequest\x1a .rnnserve.v1.DeployModelResponse\x12P\n\x0bUnloadModel\x12\x1f.rnnserve.v1.UnloadModelRequest\x1a .rnnserve.v1.UnloadModelResponse\x12P\n\x0bReloadModel\x12\x1f.rnnserve.v1.ReloadModelRequest\x1a .rnnserve.v1.ReloadModelResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'rnnserve.v1.model_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_MODEL']._serialized_start=94
-  _globals['_MODEL']._serialized_end=426
-  _globals['_TENSORSPEC']._serialized_start=428
-  _globals['_TENSORSPEC']._serialized_end=527
-  _globals['_STATESPEC']._serialized_start=529
-  _globals['_STATESPEC']._serialized_end=625
-  _globals['_LISTMODELSREQUEST']._serialized_start=627
-  _globals['_LISTMODELSREQUEST']._serialized_end=685
-  _globals['_LISTMODELSRESPONSE']._serialized_start=687
-  _globals['_LISTMODELSRESPONSE']._serialized_end=768
-  _globals['_GETMODELREQUEST']._serialized_start=770
-  _globals['_GETMODELREQUEST']._serialized_end=818
-  _globals['_GETMODELRESPONSE']._serialized_start=820
-  _globals['_GETMODELRESPONSE']._serialized_end=873
-  _globals['_DEPLOYMODELREQUEST']._serialized_start=876
-  _globals['_DEPLOYMODELREQUEST']._serialized_end=1021
-  _globals['_LAYERSOURCE']._serialized_start=1023
-  _globals['_LAYERSOURCE']._serialized_end=1118
-  _globals['_FILESOURCE']._serialized_start=1120
-  _globals['_FILESOURCE']._serialized_end=1167
-  _globals['_DEPLOYMODELRESPONSE']._serialized_start=1169
-  _globals['_DEPLOYMODELRESPONSE']._serialized_end=1243
-  _globals['_UNLOADMODELREQUEST']._serialized_start=1245
-  _globals['_UNLOADMODELREQUEST']._serialized_end=1296
-  _globals['_UNLOADMODELRESPONSE']._serialized_start=1298
-  _globals['_UNLOADMODELRESPONSE']._serialized_end=1337
-  _globals['_RELOADMODELREQUEST']._serialized_start=1339
-  _globals['_RELOADMODELREQUEST']._serialized_end=1373
-  _globals['_RELOADMODELRESPONSE']._serialized_start=1375
-  _globals['_RELOADMODELRESPONSE']._serialized_end=1432
-  _globals['_MODELSERVICE']._serialized_start=1435
-  _globals['_MODELSERVICE']._serialized_end=1847
+  _globals['_MODEL']._serialized_start=126
+  _globals['_MODEL']._serialized_end=458
+  _globals['_TENSORSPEC']._serialized_start=460
+  _globals['_TENSORSPEC']._serialized_end=559
+  _globals['_STATESPEC']._serialized_start=561
+  _globals['_STATESPEC']._serialized_end=657
+  _globals['_LISTMODELSREQUEST']._serialized_start=659
+  _globals['_LISTMODELSREQUEST']._serialized_end=717
+  _globals['_LISTMODELSRESPONSE']._serialized_start=719
+  _globals['_LISTMODELSRESPONSE']._serialized_end=800
+  _globals['_GETMODELREQUEST']._serialized_start=802
+  _globals['_GETMODELREQUEST']._serialized_end=850
+  _globals['_GETMODELRESPONSE']._serialized_start=852
+  _globals['_GETMODELRESPONSE']._serialized_end=905
+  _globals['_DEPLOYMODELREQUEST']._serialized_start=908
+  _globals['_DEPLOYMODELREQUEST']._serialized_end=1053
+  _globals['_LAYERSOURCE']._serialized_start=1055
+  _globals['_LAYERSOURCE']._serialized_end=1150
+  _globals['_FILESOURCE']._serialized_start=1152
+  _globals['_FILESOURCE']._serialized_end=1199
+  _globals['_DEPLOYMODELRESPONSE']._serialized_start=1201
+  _globals['_DEPLOYMODELRESPONSE']._serialized_end=1275
+  _globals['_UNLOADMODELREQUEST']._serialized_start=1277
+  _globals['_UNLOADMODELREQUEST']._serialized_end=1383
+  _globals['_UNLOADMODELRESPONSE']._serialized_start=1385
+  _globals['_UNLOADMODELRESPONSE']._serialized_end=1424
+  _globals['_RELOADMODELREQUEST']._serialized_start=1426
+  _globals['_RELOADMODELREQUEST']._serialized_end=1460
+  _globals['_RELOADMODELRESPONSE']._serialized_start=1462
+  _globals['_RELOADMODELRESPONSE']._serialized_end=1519
+  _globals['_MODELSERVICE']._serialized_start=1522
+  _globals['_MODELSERVICE']._serialized_end=1934
 # @@protoc_insertion_point(module_scope)

@@ -5,6 +5,7 @@ What the server hosts."""
 
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
+from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
 from rnnserve.v1 import options_pb2 as _options_pb2
@@ -420,19 +421,28 @@ class UnloadModelRequest(_message.Message):
 
     NAME_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
+    END_SESSIONS_AFTER_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """The model's name."""
     version: _builtins.str
     """The version; empty for all versions."""
+    @_builtins.property
+    def end_sessions_after(self) -> _duration_pb2.Duration:
+        """End the sessions that have it so long from now; 0 for at once. They are told by a LaneNotice, and afterwards by the
+        reason SESSION_UNLOADED. Not set: they go on. Must not be negative, and at most 10^10 s. Sessions that are at rest in
+        a store then are not ended, but refused with MODEL_CHANGED while the version is not served.
+        """
+
     def __init__(
         self,
         *,
         name: _builtins.str = ...,
         version: _builtins.str = ...,
+        end_sessions_after: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["end_sessions_after", b"end_sessions_after"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["end_sessions_after", b"end_sessions_after", "name", b"name", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

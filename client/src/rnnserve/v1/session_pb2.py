@@ -28,7 +28,7 @@ from rnnserve.v1 import options_pb2 as rnnserve_dot_v1_dot_options__pb2
 from rnnserve.v1 import tensor_pb2 as rnnserve_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19rnnserve/v1/session.proto\x12\x0brnnserve.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x19rnnserve/v1/options.proto\x1a\x18rnnserve/v1/tensor.proto\"\xdd\x02\n\x07Session\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\t\x12\x0e\n\x06\x64igest\x18\x04 \x01(\t\x12\x12\n\nbatch_size\x18\x05 \x01(\r\x12*\n\x07options\x18\x06 \x01(\x0b\x32\x19.rnnserve.v1.LayerOptions\x12\x0c\n\x04step\x18\x07 \x01(\x04\x12/\n\x0b\x63reate_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x30\n\ridle_lifetime\x18\t \x01(\x0b\x32\x19.google.protobuf.Duration\x12+\n\x08lifetime\x18\n \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x30\n\rreplay_window\x18\x0b \x01(\x0b\x32\x19.rnnserve.v1.ReplayWindow\"\\\n\x0cReplayWindow\x12\x17\n\nmax_chunks\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x16\n\tmax_bytes\x18\x02 \x01(\x04H\x01\x88\x01\x01\x42\r\n\x0b_max_chunksB\x0c\n\n_max_bytes\"\xc6\x02\n\rSessionConfig\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x12\n\nbatch_size\x18\x03 \x01(\r\x12*\n\x07options\x18\x04 \x01(\x0b\x32\x19.rnnserve.v1.LayerOptions\x12\x30\n\x0einitial_states\x18\x05 \x03(\x0b\x32\x18.rnnserve.v1.NamedTensor\x12\x30\n\ridle_lifetime\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x12\n\nsession_id\x18\x07 \x01(\t\x12+\n\x08lifetime\x18\x08 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x30\n\rreplay_window\x18\t \x01(\x0b\x32\x19.rnnserve.v1.ReplayWindow\"B\n\x14\x43reateSessionRequest\x12*\n\x06\x63onfig\x18\x01 \x01(\x0b\x32\x1a.rnnserve.v1.SessionConfig\">\n\x15\x43reateSessionResponse\x12%\n\x07session\x18\x01 \x01(\x0b\x32\x14.rnnserve.v1.Session\"\'\n\x11GetSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\";\n\x12GetSessionResponse\x12%\n\x07session\x18\x01 \x01(\x0b\x32\x14.rnnserve.v1.Session\"K\n\x13ListSessionsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\"W\n\x14ListSessionsResponse\x12&\n\x08sessions\x18\x01 \x03(\x0b\x32\x14.rnnserve.v1.Session\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"o\n\x13ResetSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12(\n\x06states\x18\x02 \x03(\x0b\x32\x18.rnnserve.v1.NamedTensor\x12\x11\n\x04step\x18\x03 \x01(\x04H\x00\x88\x01\x01\x42\x07\n\x05_step\"=\n\x14ResetSessionResponse\x12%\n\x07session\x18\x01 \x01(\x0b\x32\x14.rnnserve.v1.Session\"*\n\x14\x44\x65leteSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\"\x17\n\x15\x44\x65leteSessionResponse\"%\n\x0fGetStateRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\"c\n\x10GetStateResponse\x12%\n\x07session\x18\x01 \x01(\x0b\x32\x14.rnnserve.v1.Session\x12(\n\x06states\x18\x02 \x03(\x0b\x32\x18.rnnserve.v1.NamedTensor\"L\n\x12\x46orkSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\r\n\x05\x63ount\x18\x02 \x01(\r\x12\x13\n\x0bsession_ids\x18\x03 \x03(\t\"=\n\x13\x46orkSessionResponse\x12&\n\x08sessions\x18\x01 \x03(\x0b\x32\x14.rnnserve.v1.Session\"*\n\x14\x45xportSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\"%\n\x15\x45xportSessionResponse\x12\x0c\n\x04\x62lob\x18\x01 \x01(\x0c\"8\n\x14ImportSessionRequest\x12\x0c\n\x04\x62lob\x18\x01 \x01(\x0c\x12\x12\n\nsession_id\x18\x02 \x01(\t\">\n\x15ImportSessionResponse\x12%\n\x07session\x18\x01 \x01(\x0b\x32\x14.rnnserve.v1.Session\"8\n\x14RewindSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\x04\">\n\x15RewindSessionResponse\x12%\n\x07session\x18\x01 \x01(\x0b\x32\x14.rnnserve.v1.Session2\xdc\x06\n\x0eSessionService\x12V\n\rCreateSession\x12!.rnnserve.v1.CreateSessionRequest\x1a\".rnnserve.v1.CreateSessionResponse\x12M\n\nGetSession\x12\x1e.rnnserve.v1.GetSessionRequest\x1a\x1f.rnnserve.v1.GetSessionResponse\x12S\n\x0cListSessions\x12 .rnnserve.v1.ListSessionsRequest\x1a!.rnnserve.v1.ListSessionsResponse\x12S\n\x0cResetSession\x12 .rnnserve.v1.ResetSessionRequest\x1a!.rnnserve.v1.ResetSessionResponse\x12V\n\rDeleteSession\x12!.rnnserve.v1.DeleteSessionRequest\x1a\".rnnserve.v1.DeleteSessionResponse\x12G\n\x08GetState\x12\x1c.rnnserve.v1.GetStateRequest\x1a\x1d.rnnserve.v1.GetStateResponse\x12P\n\x0b\x46orkSession\x12\x1f.rnnserve.v1.ForkSessionRequest\x1a .rnnserve.v1.ForkSessionResponse\x12V\n\rExportSession\x12!.rnnserve.v1.ExportSessionRequest\x1a\".rnnserve.v1.ExportSessionResponse\x12V\n\rImportSession\x12!.rnnserve.v1.ImportSessionRequest\x1a\".rnnserve.v1.ImportSessionResponse\x12V\n\rRewindSession\x12!.rnnserve.v1.RewindSessionRequest\x1a\".rnnserve.v1.RewindSessionResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19rnnserve/v1/session.proto\x12\x0brnnserve.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x19rnnserve/v1/options.proto\x1a\x18rnnserve/v1/tensor.proto\"\x8b\x03\n\x07Session\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\t\x12\x0e\n\x06\x64igest\x18\x04 \x01(\t\x12\x12\n\nbatch_size\x18\x05 \x01(\r\x12*\n\x07options\x18\x06 \x01(\x0b\x32\x19.rnnserve.v1.LayerOptions\x12\x0c\n\x04step\x18\x07 \x01(\x04\x12/\n\x0b\x63reate_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x30\n\ridle_lifetime\x18\t \x01(\x0b\x32\x19.google.protobuf.Duration\x12+\n\x08lifetime\x18\n \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x30\n\rreplay_window\x18\x0b \x01(\x0b\x32\x19.rnnserve.v1.ReplayWindow\x12,\n\x0breset_rules\x18\x0c \x01(\x0b\x32\x17.rnnserve.v1.ResetRules\"\\\n\x0cReplayWindow\x12\x17\n\nmax_chunks\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x16\n\tmax_bytes\x18\x02 \x01(\x04H\x01\x88\x01\x01\x42\r\n\x0b_max_chunksB\x0c\n\n_max_bytes\"7\n\nResetRules\x12\x13\n\x0b\x65very_steps\x18\x01 \x01(\r\x12\x14\n\x0cmasked_steps\x18\x02 \x01(\r\"\xf4\x02\n\rSessionConfig\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x12\n\nbatch_size\x18\x03 \x01(\r\x12*\n\x07options\x18\x04 \x01(\x0b\x32\x19.rnnserve.v1.LayerOptions\x12\x30\n\x0einitial_states\x18\x05 \x03(\x0b\x32\x18.rnnserve.v1.NamedTensor\x12\x30\n\ridle_lifetime\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x12\n\nsession_id\x18\x07 \x01(\t\x12+\n\x08lifetime\x18\x08 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x30\n\rreplay_window\x18\t \x01(\x0b\x32\x19.rnnserve.v1.ReplayWindow\x12,\n\x0breset_rules\x18\n \x01(\x0b\x32\x17.rnnserve.v1.ResetRules\"B\n\x14\x43reateSessionRequest\x12*\n\x06\x63onfig\x18\x01 \x01(\x0b\x32\x1a.rnnserve.v1.SessionConfig\">\n\x15\x43reateSessionResponse\x12%\n\x07session\x18\x01 \x01(\x0b\x32\x14.rnnserve.v1.Session\"\'\n\x11GetSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\";\n\x12GetSessionResponse\x12%\n\x07session\x18\x01 \x01(\x0b\x32\x14.rnnserve.v1.Session\"K\n\x13ListSessionsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\"W\n\x14ListSessionsResponse\x12&\n\x08sessions\x18\x01 \x03(\x0b\x32\x14.rnnserve.v1.Session\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"o\n\x13ResetSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12(\n\x06states\x18\x02 \x03(\x0b\x32\x18.rnnserve.v1.NamedTensor\x12\x11\n\x04step\x18\x03 \x01(\x04H\x00\x88\x01\x01\x42\x07\n\x05_step\"=\n\x14ResetSessionResponse\x12%\n\x07session\x18\x01 \x01(\x0b\x32\x14.rnnserve.v1.Session\"*\n\x14\x44\x65leteSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\"\x17\n\x15\x44\x65leteSessionResponse\"%\n\x0fGetStateRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\"c\n\x10GetStateResponse\x12%\n\x07session\x18\x01 \x01(\x0b\x32\x14.rnnserve.v1.Session\x12(\n\x06states\x18\x02 \x03(\x0b\x32\x18.rnnserve.v1.NamedTensor\"L\n\x12\x46orkSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\r\n\x05\x63ount\x18\x02 \x01(\r\x12\x13\n\x0bsession_ids\x18\x03 \x03(\t\"=\n\x13\x46orkSessionResponse\x12&\n\x08sessions\x18\x01 \x03(\x0b\x32\x14.rnnserve.v1.Session\"*\n\x14\x45xportSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\"%\n\x15\x45xportSessionResponse\x12\x0c\n\x04\x62lob\x18\x01 \x01(\x0c\"8\n\x14ImportSessionRequest\x12\x0c\n\x04\x62lob\x18\x01 \x01(\x0c\x12\x12\n\nsession_id\x18\x02 \x01(\t\">\n\x15ImportSessionResponse\x12%\n\x07session\x18\x01 \x01(\x0b\x32\x14.rnnserve.v1.Session\"8\n\x14RewindSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\x04\">\n\x15RewindSessionResponse\x12%\n\x07session\x18\x01 \x01(\x0b\x32\x14.rnnserve.v1.Session2\xdc\x06\n\x0eSessionService\x12V\n\rCreateSession\x12!.rnnserve.v1.CreateSessionRequest\x1a\".rnnserve.v1.CreateSessionResponse\x12M\n\nGetSession\x12\x1e.rnnserve.v1.GetSessionRequest\x1a\x1f.rnnserve.v1.GetSessionResponse\x12S\n\x0cListSessions\x12 .rnnserve.v1.ListSessionsRequest\x1a!.rnnserve.v1.ListSessionsResponse\x12S\n\x0cResetSession\x12 .rnnserve.v1.ResetSessionRequest\x1a!.rnnserve.v1.ResetSessionResponse\x12V\n\rDeleteSession\x12!.rnnserve.v1.DeleteSessionRequest\x1a\".rnnserve.v1.DeleteSessionResponse\x12G\n\x08GetState\x12\x1c.rnnserve.v1.GetStateRequest\x1a\x1d.rnnserve.v1.GetStateResponse\x12P\n\x0b\x46orkSession\x12\x1f.rnnserve.v1.ForkSessionRequest\x1a .rnnserve.v1.ForkSessionResponse\x12V\n\rExportSession\x12!.rnnserve.v1.ExportSessionRequest\x1a\".rnnserve.v1.ExportSessionResponse\x12V\n\rImportSession\x12!.rnnserve.v1.ImportSessionRequest\x1a\".rnnserve.v1.ImportSessionResponse\x12V\n\rRewindSession\x12!.rnnserve.v1.RewindSessionRequest\x1a\".rnnserve.v1.RewindSessionResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,51 +36,53 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'rnnserve.v1.session_pb2', _
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_SESSION']._serialized_start=161
-  _globals['_SESSION']._serialized_end=510
-  _globals['_REPLAYWINDOW']._serialized_start=512
-  _globals['_REPLAYWINDOW']._serialized_end=604
-  _globals['_SESSIONCONFIG']._serialized_start=607
-  _globals['_SESSIONCONFIG']._serialized_end=933
-  _globals['_CREATESESSIONREQUEST']._serialized_start=935
-  _globals['_CREATESESSIONREQUEST']._serialized_end=1001
-  _globals['_CREATESESSIONRESPONSE']._serialized_start=1003
-  _globals['_CREATESESSIONRESPONSE']._serialized_end=1065
-  _globals['_GETSESSIONREQUEST']._serialized_start=1067
-  _globals['_GETSESSIONREQUEST']._serialized_end=1106
-  _globals['_GETSESSIONRESPONSE']._serialized_start=1108
-  _globals['_GETSESSIONRESPONSE']._serialized_end=1167
-  _globals['_LISTSESSIONSREQUEST']._serialized_start=1169
-  _globals['_LISTSESSIONSREQUEST']._serialized_end=1244
-  _globals['_LISTSESSIONSRESPONSE']._serialized_start=1246
-  _globals['_LISTSESSIONSRESPONSE']._serialized_end=1333
-  _globals['_RESETSESSIONREQUEST']._serialized_start=1335
-  _globals['_RESETSESSIONREQUEST']._serialized_end=1446
-  _globals['_RESETSESSIONRESPONSE']._serialized_start=1448
-  _globals['_RESETSESSIONRESPONSE']._serialized_end=1509
-  _globals['_DELETESESSIONREQUEST']._serialized_start=1511
-  _globals['_DELETESESSIONREQUEST']._serialized_end=1553
-  _globals['_DELETESESSIONRESPONSE']._serialized_start=1555
-  _globals['_DELETESESSIONRESPONSE']._serialized_end=1578
-  _globals['_GETSTATEREQUEST']._serialized_start=1580
-  _globals['_GETSTATEREQUEST']._serialized_end=1617
-  _globals['_GETSTATERESPONSE']._serialized_start=1619
-  _globals['_GETSTATERESPONSE']._serialized_end=1718
-  _globals['_FORKSESSIONREQUEST']._serialized_start=1720
-  _globals['_FORKSESSIONREQUEST']._serialized_end=1796
-  _globals['_FORKSESSIONRESPONSE']._serialized_start=1798
-  _globals['_FORKSESSIONRESPONSE']._serialized_end=1859
-  _globals['_EXPORTSESSIONREQUEST']._serialized_start=1861
-  _globals['_EXPORTSESSIONREQUEST']._serialized_end=1903
-  _globals['_EXPORTSESSIONRESPONSE']._serialized_start=1905
-  _globals['_EXPORTSESSIONRESPONSE']._serialized_end=1942
-  _globals['_IMPORTSESSIONREQUEST']._serialized_start=1944
-  _globals['_IMPORTSESSIONREQUEST']._serialized_end=2000
-  _globals['_IMPORTSESSIONRESPONSE']._serialized_start=2002
-  _globals['_IMPORTSESSIONRESPONSE']._serialized_end=2064
-  _globals['_REWINDSESSIONREQUEST']._serialized_start=2066
-  _globals['_REWINDSESSIONREQUEST']._serialized_end=2122
-  _globals['_REWINDSESSIONRESPONSE']._serialized_start=2124
-  _globals['_REWINDSESSIONRESPONSE']._serialized_end=2186
-  _globals['_SESSIONSERVICE']._serialized_start=2189
-  _globals['_SESSIONSERVICE']._serialized_end=3049
+  _globals['_SESSION']._serialized_end=556
+  _globals['_REPLAYWINDOW']._serialized_start=558
+  _globals['_REPLAYWINDOW']._serialized_end=650
+  _globals['_RESETRULES']._serialized_start=652
+  _globals['_RESETRULES']._serialized_end=707
+  _globals['_SESSIONCONFIG']._serialized_start=710
+  _globals['_SESSIONCONFIG']._serialized_end=1082
+  _globals['_CREATESESSIONREQUEST']._serialized_start=1084
+  _globals['_CREATESESSIONREQUEST']._serialized_end=1150
+  _globals['_CREATESESSIONRESPONSE']._serialized_start=1152
+  _globals['_CREATESESSIONRESPONSE']._serialized_end=1214
+  _globals['_GETSESSIONREQUEST']._serialized_start=1216
+  _globals['_GETSESSIONREQUEST']._serialized_end=1255
+  _globals['_GETSESSIONRESPONSE']._serialized_start=1257
+  _globals['_GETSESSIONRESPONSE']._serialized_end=1316
+  _globals['_LISTSESSIONSREQUEST']._serialized_start=1318
+  _globals['_LISTSESSIONSREQUEST']._serialized_end=1393
+  _globals['_LISTSESSIONSRESPONSE']._serialized_start=1395
+  _globals['_LISTSESSIONSRESPONSE']._serialized_end=1482
+  _globals['_RESETSESSIONREQUEST']._serialized_start=1484
+  _globals['_RESETSESSIONREQUEST']._serialized_end=1595
+  _globals['_RESETSESSIONRESPONSE']._serialized_start=1597
+  _globals['_RESETSESSIONRESPONSE']._serialized_end=1658
+  _globals['_DELETESESSIONREQUEST']._serialized_start=1660
+  _globals['_DELETESESSIONREQUEST']._serialized_end=1702
+  _globals['_DELETESESSIONRESPONSE']._serialized_start=1704
+  _globals['_DELETESESSIONRESPONSE']._serialized_end=1727
+  _globals['_GETSTATEREQUEST']._serialized_start=1729
+  _globals['_GETSTATEREQUEST']._serialized_end=1766
+  _globals['_GETSTATERESPONSE']._serialized_start=1768
+  _globals['_GETSTATERESPONSE']._serialized_end=1867
+  _globals['_FORKSESSIONREQUEST']._serialized_start=1869
+  _globals['_FORKSESSIONREQUEST']._serialized_end=1945
+  _globals['_FORKSESSIONRESPONSE']._serialized_start=1947
+  _globals['_FORKSESSIONRESPONSE']._serialized_end=2008
+  _globals['_EXPORTSESSIONREQUEST']._serialized_start=2010
+  _globals['_EXPORTSESSIONREQUEST']._serialized_end=2052
+  _globals['_EXPORTSESSIONRESPONSE']._serialized_start=2054
+  _globals['_EXPORTSESSIONRESPONSE']._serialized_end=2091
+  _globals['_IMPORTSESSIONREQUEST']._serialized_start=2093
+  _globals['_IMPORTSESSIONREQUEST']._serialized_end=2149
+  _globals['_IMPORTSESSIONRESPONSE']._serialized_start=2151
+  _globals['_IMPORTSESSIONRESPONSE']._serialized_end=2213
+  _globals['_REWINDSESSIONREQUEST']._serialized_start=2215
+  _globals['_REWINDSESSIONREQUEST']._serialized_end=2271
+  _globals['_REWINDSESSIONRESPONSE']._serialized_start=2273
+  _globals['_REWINDSESSIONRESPONSE']._serialized_end=2335
+  _globals['_SESSIONSERVICE']._serialized_start=2338
+  _globals['_SESSIONSERVICE']._serialized_end=3198
 # @@protoc_insertion_point(module_scope)

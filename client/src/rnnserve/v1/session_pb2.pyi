@@ -39,8 +39,9 @@ class Session(_message.Message):
     IDLE_LIFETIME_FIELD_NUMBER: _builtins.int
     LIFETIME_FIELD_NUMBER: _builtins.int
     REPLAY_WINDOW_FIELD_NUMBER: _builtins.int
+    RESET_RULES_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
-    """Its id, unique on the server."""
+    """Its id, unique on the server, or among the sessions of its principal where the server knows principals."""
     model: _builtins.str
     """The name of its model."""
     version: _builtins.str
@@ -71,6 +72,10 @@ class Session(_message.Message):
     def replay_window(self) -> Global___ReplayWindow:
         """How much its replay window holds, both fields set."""
 
+    @_builtins.property
+    def reset_rules(self) -> Global___ResetRules:
+        """When its states are reset by themselves. Not set: never."""
+
     def __init__(
         self,
         *,
@@ -85,10 +90,11 @@ class Session(_message.Message):
         idle_lifetime: _duration_pb2.Duration | None = ...,
         lifetime: _duration_pb2.Duration | None = ...,
         replay_window: Global___ReplayWindow | None = ...,
+        reset_rules: Global___ResetRules | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "idle_lifetime", b"idle_lifetime", "lifetime", b"lifetime", "options", b"options", "replay_window", b"replay_window"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "idle_lifetime", b"idle_lifetime", "lifetime", b"lifetime", "options", b"options", "replay_window", b"replay_window", "reset_rules", b"reset_rules"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_size", b"batch_size", "create_time", b"create_time", "digest", b"digest", "idle_lifetime", b"idle_lifetime", "lifetime", b"lifetime", "model", b"model", "options", b"options", "replay_window", b"replay_window", "session_id", b"session_id", "step", b"step", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_size", b"batch_size", "create_time", b"create_time", "digest", b"digest", "idle_lifetime", b"idle_lifetime", "lifetime", b"lifetime", "model", b"model", "options", b"options", "replay_window", b"replay_window", "reset_rules", b"reset_rules", "session_id", b"session_id", "step", b"step", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -130,6 +136,55 @@ class ReplayWindow(_message.Message):
 Global___ReplayWindow: _TypeAlias = ReplayWindow  # noqa: Y015
 
 @_typing.final
+class ResetRules(_message.Message):
+    """When the server resets a session's states by itself, to the model's default (zeros, unless the model says otherwise),
+    as ResetSession without states does.
+
+    A rule strikes right behind the step that fulfils it, before anything else is done: the next step that counts starts
+    from the fresh states, GetState and `return_state` show them, and ResetSession, ForkSession, ExportSession and
+    RewindSession find them. It changes no step number and no output of a step that was taken.
+
+    Rules look at the number of a step and at the masked steps right before it, wherever chunks begin and end: however
+    steps are cut into chunks, the outputs of those that count and the states are the same, bit for bit if the model is so
+    otherwise. A chunk in which a rule strikes is run in pieces and answered, remembered and stored as one. With
+    go_backwards, steps are numbered in the order in which the layer takes them.
+
+    A masked step puts out what the layer's options say, as if there were no rules: the output of the step before it in
+    its chunk, or zeros.
+
+    Not for a model that computes each chunk whole (a network of several layers): UNIMPLEMENTED, reason
+    OPTION_UNSUPPORTED.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EVERY_STEPS_FIELD_NUMBER: _builtins.int
+    MASKED_STEPS_FIELD_NUMBER: _builtins.int
+    every_steps: _builtins.int
+    """Whenever the session's step (Session.step) has become a multiple of this number, all rows are reset: steps
+    every_steps, 2 * every_steps, ... are the first that see fresh states. Steps are counted from the session's first,
+    whatever else has reset it since, masked ones included. A fork or a restored session goes on counting at its step.
+    0: not.
+    """
+    masked_steps: _builtins.int
+    """When a row has taken so many masked steps, one right after the other, that row is reset, with the last of them; once
+    in such a run, however long it grows. ResetSession starts a new run. 0: not.
+    """
+    def __init__(
+        self,
+        *,
+        every_steps: _builtins.int = ...,
+        masked_steps: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["every_steps", b"every_steps", "masked_steps", b"masked_steps"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ResetRules: _TypeAlias = ResetRules  # noqa: Y015
+
+@_typing.final
 class SessionConfig(_message.Message):
     """What a new session is to be."""
 
@@ -144,6 +199,7 @@ class SessionConfig(_message.Message):
     SESSION_ID_FIELD_NUMBER: _builtins.int
     LIFETIME_FIELD_NUMBER: _builtins.int
     REPLAY_WINDOW_FIELD_NUMBER: _builtins.int
+    RESET_RULES_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """The name of the model."""
     version: _builtins.str
@@ -178,6 +234,10 @@ class SessionConfig(_message.Message):
     def replay_window(self) -> Global___ReplayWindow:
         """How much its replay window is to hold."""
 
+    @_builtins.property
+    def reset_rules(self) -> Global___ResetRules:
+        """When its states are reset by themselves. Not set: never."""
+
     def __init__(
         self,
         *,
@@ -190,10 +250,11 @@ class SessionConfig(_message.Message):
         session_id: _builtins.str = ...,
         lifetime: _duration_pb2.Duration | None = ...,
         replay_window: Global___ReplayWindow | None = ...,
+        reset_rules: Global___ResetRules | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["idle_lifetime", b"idle_lifetime", "lifetime", b"lifetime", "options", b"options", "replay_window", b"replay_window"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["idle_lifetime", b"idle_lifetime", "lifetime", b"lifetime", "options", b"options", "replay_window", b"replay_window", "reset_rules", b"reset_rules"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_size", b"batch_size", "idle_lifetime", b"idle_lifetime", "initial_states", b"initial_states", "lifetime", b"lifetime", "model", b"model", "options", b"options", "replay_window", b"replay_window", "session_id", b"session_id", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_size", b"batch_size", "idle_lifetime", b"idle_lifetime", "initial_states", b"initial_states", "lifetime", b"lifetime", "model", b"model", "options", b"options", "replay_window", b"replay_window", "reset_rules", b"reset_rules", "session_id", b"session_id", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -587,9 +648,11 @@ class ExportSessionResponse(_message.Message):
     BLOB_FIELD_NUMBER: _builtins.int
     blob: _builtins.bytes
     """A safetensors file: every state under its name, [batch_size, ...]. Its metadata, strings all: `format`
-    ("rnnserve-session"), `version` ("1"), `model`, `model_version`, `digest`, `batch_size`, `step`, `options` (JSON),
+    ("rnnserve-session"), `version` ("1", or "2" with reset rules), `model`, `model_version`, `digest`, `batch_size`, `step`, `options` (JSON),
     `idle_lifetime` and, if it has one, `lifetime` (seconds), `replay_chunks`, `replay_bytes`, `created` (ISO 8601) and
-    `checksum`: the SHA-256 of the whole blob, in hexadecimal, taken with 64 times "0" in its own place.
+    `checksum`: the SHA-256 of the whole blob, in hexadecimal, taken with 64 times "0" in its own place. A session with
+    reset rules has `reset_every_steps` and `reset_masked_steps` too, and for the latter, if it is not 0, a tensor
+    `rnnserve.masked_run`, int64 [batch_size]: the masked steps that each row took in a row up to its step.
     """
     def __init__(
         self,

@@ -27,6 +27,11 @@ if _version_not_supported:
 
 class SessionServiceStub:
     """Makes, shows and ends sessions. Steps are taken through InferenceService.
+
+    On a server that knows principals, every call of every service may fail with UNAUTHENTICATED, PERMISSION_DENIED and
+    RESOURCE_EXHAUSTED (reason QUOTA_EXCEEDED). A session belongs to the principal who made it; to everybody else its id is
+    one that was never seen, in every call, and may be chosen for a session of one's own. A principal of the role admin
+    sees everybody's sessions, and names those of others in full: `alice/x` is alice's session x, `/x` is nobody's.
     """
 
     def __init__(self, channel):
@@ -89,6 +94,11 @@ class SessionServiceStub:
 
 class SessionServiceServicer:
     """Makes, shows and ends sessions. Steps are taken through InferenceService.
+
+    On a server that knows principals, every call of every service may fail with UNAUTHENTICATED, PERMISSION_DENIED and
+    RESOURCE_EXHAUSTED (reason QUOTA_EXCEEDED). A session belongs to the principal who made it; to everybody else its id is
+    one that was never seen, in every call, and may be chosen for a session of one's own. A principal of the role admin
+    sees everybody's sessions, and names those of others in full: `alice/x` is alice's session x, `/x` is nobody's.
     """
 
     def CreateSession(self, request, context):
@@ -152,8 +162,8 @@ class SessionServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ForkSession(self, request, context):
-        """Makes sessions that go on where this one is: with its model, options, batch size, lifetimes, states and step, and
-        an empty replay window. All of them are made at one moment, behind the chunks that the server has received for the
+        """Makes sessions that go on where this one is: with its model, options, batch size, lifetimes, reset rules, states and
+        step, and an empty replay window. All of them are made at one moment, behind the chunks that the server has received for the
         session, or none is. The session itself stays as it is.
 
         Errors: NOT_FOUND; ALREADY_EXISTS for an id in use; RESOURCE_EXHAUSTED when there is no room for all of them.
@@ -190,7 +200,8 @@ class SessionServiceServicer:
         takes its turn behind the chunks that the server has received for the session.
 
         What a session remembers of a chunk outlives the server, but for the states before it. So a session that comes
-        from the store, after a restart or when it had rested, can be taken back to the chunks it has had since.
+        from the store, after a restart or when it had rested, can be taken back to the chunks it has had since. And when a
+        server's windows take more memory than they may, the states before the oldest chunks are the first to go.
 
         Errors: NOT_FOUND; OUT_OF_RANGE, reason STEP_AHEAD or STEP_BEHIND, for a step at which no remembered chunk began;
         the latter names the oldest that can be gone back to. On any error nothing changes.
@@ -262,6 +273,11 @@ def add_SessionServiceServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class SessionService:
     """Makes, shows and ends sessions. Steps are taken through InferenceService.
+
+    On a server that knows principals, every call of every service may fail with UNAUTHENTICATED, PERMISSION_DENIED and
+    RESOURCE_EXHAUSTED (reason QUOTA_EXCEEDED). A session belongs to the principal who made it; to everybody else its id is
+    one that was never seen, in every call, and may be chosen for a session of one's own. A principal of the role admin
+    sees everybody's sessions, and names those of others in full: `alice/x` is alice's session x, `/x` is nobody's.
     """
 
     @staticmethod

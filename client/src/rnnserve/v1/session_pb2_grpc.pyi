@@ -27,7 +27,13 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class SessionServiceStub:
-    """Makes, shows and ends sessions. Steps are taken through InferenceService."""
+    """Makes, shows and ends sessions. Steps are taken through InferenceService.
+
+    On a server that knows principals, every call of every service may fail with UNAUTHENTICATED, PERMISSION_DENIED and
+    RESOURCE_EXHAUSTED (reason QUOTA_EXCEEDED). A session belongs to the principal who made it; to everybody else its id is
+    one that was never seen, in every call, and may be chosen for a session of one's own. A principal of the role admin
+    sees everybody's sessions, and names those of others in full: `alice/x` is alice's session x, `/x` is nobody's.
+    """
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
@@ -70,8 +76,8 @@ class SessionServiceStub:
     Errors: NOT_FOUND.
     """
     ForkSession: _grpc.UnaryUnaryMultiCallable[_session_pb2.ForkSessionRequest, _session_pb2.ForkSessionResponse]
-    """Makes sessions that go on where this one is: with its model, options, batch size, lifetimes, states and step, and
-    an empty replay window. All of them are made at one moment, behind the chunks that the server has received for the
+    """Makes sessions that go on where this one is: with its model, options, batch size, lifetimes, reset rules, states and
+    step, and an empty replay window. All of them are made at one moment, behind the chunks that the server has received for the
     session, or none is. The session itself stays as it is.
 
     Errors: NOT_FOUND; ALREADY_EXISTS for an id in use; RESOURCE_EXHAUSTED when there is no room for all of them.
@@ -96,7 +102,8 @@ class SessionServiceStub:
     takes its turn behind the chunks that the server has received for the session.
 
     What a session remembers of a chunk outlives the server, but for the states before it. So a session that comes
-    from the store, after a restart or when it had rested, can be taken back to the chunks it has had since.
+    from the store, after a restart or when it had rested, can be taken back to the chunks it has had since. And when a
+    server's windows take more memory than they may, the states before the oldest chunks are the first to go.
 
     Errors: NOT_FOUND; OUT_OF_RANGE, reason STEP_AHEAD or STEP_BEHIND, for a step at which no remembered chunk began;
     the latter names the oldest that can be gone back to. On any error nothing changes.
@@ -104,7 +111,13 @@ class SessionServiceStub:
 
 @_typing.type_check_only
 class SessionServiceAsyncStub(SessionServiceStub):
-    """Makes, shows and ends sessions. Steps are taken through InferenceService."""
+    """Makes, shows and ends sessions. Steps are taken through InferenceService.
+
+    On a server that knows principals, every call of every service may fail with UNAUTHENTICATED, PERMISSION_DENIED and
+    RESOURCE_EXHAUSTED (reason QUOTA_EXCEEDED). A session belongs to the principal who made it; to everybody else its id is
+    one that was never seen, in every call, and may be chosen for a session of one's own. A principal of the role admin
+    sees everybody's sessions, and names those of others in full: `alice/x` is alice's session x, `/x` is nobody's.
+    """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     CreateSession: _aio.UnaryUnaryMultiCallable[_session_pb2.CreateSessionRequest, _session_pb2.CreateSessionResponse]  # type: ignore[assignment]
@@ -144,8 +157,8 @@ class SessionServiceAsyncStub(SessionServiceStub):
     Errors: NOT_FOUND.
     """
     ForkSession: _aio.UnaryUnaryMultiCallable[_session_pb2.ForkSessionRequest, _session_pb2.ForkSessionResponse]  # type: ignore[assignment]
-    """Makes sessions that go on where this one is: with its model, options, batch size, lifetimes, states and step, and
-    an empty replay window. All of them are made at one moment, behind the chunks that the server has received for the
+    """Makes sessions that go on where this one is: with its model, options, batch size, lifetimes, reset rules, states and
+    step, and an empty replay window. All of them are made at one moment, behind the chunks that the server has received for the
     session, or none is. The session itself stays as it is.
 
     Errors: NOT_FOUND; ALREADY_EXISTS for an id in use; RESOURCE_EXHAUSTED when there is no room for all of them.
@@ -170,14 +183,21 @@ class SessionServiceAsyncStub(SessionServiceStub):
     takes its turn behind the chunks that the server has received for the session.
 
     What a session remembers of a chunk outlives the server, but for the states before it. So a session that comes
-    from the store, after a restart or when it had rested, can be taken back to the chunks it has had since.
+    from the store, after a restart or when it had rested, can be taken back to the chunks it has had since. And when a
+    server's windows take more memory than they may, the states before the oldest chunks are the first to go.
 
     Errors: NOT_FOUND; OUT_OF_RANGE, reason STEP_AHEAD or STEP_BEHIND, for a step at which no remembered chunk began;
     the latter names the oldest that can be gone back to. On any error nothing changes.
     """
 
 class SessionServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Makes, shows and ends sessions. Steps are taken through InferenceService."""
+    """Makes, shows and ends sessions. Steps are taken through InferenceService.
+
+    On a server that knows principals, every call of every service may fail with UNAUTHENTICATED, PERMISSION_DENIED and
+    RESOURCE_EXHAUSTED (reason QUOTA_EXCEEDED). A session belongs to the principal who made it; to everybody else its id is
+    one that was never seen, in every call, and may be chosen for a session of one's own. A principal of the role admin
+    sees everybody's sessions, and names those of others in full: `alice/x` is alice's session x, `/x` is nobody's.
+    """
 
     @_abc_1.abstractmethod
     def CreateSession(
@@ -257,8 +277,8 @@ class SessionServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _session_pb2.ForkSessionRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_session_pb2.ForkSessionResponse, _abc.Awaitable[_session_pb2.ForkSessionResponse]]:
-        """Makes sessions that go on where this one is: with its model, options, batch size, lifetimes, states and step, and
-        an empty replay window. All of them are made at one moment, behind the chunks that the server has received for the
+        """Makes sessions that go on where this one is: with its model, options, batch size, lifetimes, reset rules, states and
+        step, and an empty replay window. All of them are made at one moment, behind the chunks that the server has received for the
         session, or none is. The session itself stays as it is.
 
         Errors: NOT_FOUND; ALREADY_EXISTS for an id in use; RESOURCE_EXHAUSTED when there is no room for all of them.
@@ -301,7 +321,8 @@ class SessionServiceServicer(metaclass=_abc_1.ABCMeta):
         takes its turn behind the chunks that the server has received for the session.
 
         What a session remembers of a chunk outlives the server, but for the states before it. So a session that comes
-        from the store, after a restart or when it had rested, can be taken back to the chunks it has had since.
+        from the store, after a restart or when it had rested, can be taken back to the chunks it has had since. And when a
+        server's windows take more memory than they may, the states before the oldest chunks are the first to go.
 
         Errors: NOT_FOUND; OUT_OF_RANGE, reason STEP_AHEAD or STEP_BEHIND, for a step at which no remembered chunk began;
         the latter names the oldest that can be gone back to. On any error nothing changes.

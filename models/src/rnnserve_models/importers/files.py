@@ -109,6 +109,11 @@ def place_model(
             loaded = (load or load_model)(draft)
         except ModelError as error:  # the scratch directory is nobody's business
             raise ModelError(str(error).replace(f"{draft}{os.sep}", "")) from error
+        except OSError:
+            raise
+        except Exception as error:  # of the libraries that read it, which a damaged file makes fail in any way
+            what = f"{type(error).__name__}: {error}".replace(f"{draft}{os.sep}", "")
+            raise ModelError(f"it is damaged, or of a kind that is not known: {what:.500}") from error
         try:
             os.rename(draft, target)
         except OSError as error:

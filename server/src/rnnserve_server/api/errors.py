@@ -11,11 +11,13 @@ import grpc
 import structlog
 from google.protobuf import any_pb2
 from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2
 
 from rnnserve.codec import TensorError
 from rnnserve.v1 import error_pb2
 from rnnserve_server import errors
+from rnnserve_server.access.caller import ANYBODY, Caller, caller
 from rnnserve_server.errors import ServiceError
 
 log = structlog.get_logger(__name__)
@@ -46,6 +48,9 @@ _STATUS: dict[type[ServiceError], grpc.StatusCode] = {
     errors.StoreDown: grpc.StatusCode.UNAVAILABLE,
     errors.SessionExists: grpc.StatusCode.ALREADY_EXISTS,
     errors.SessionsFull: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    errors.QuotaExceeded: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    errors.Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,
+    errors.PermissionDenied: grpc.StatusCode.PERMISSION_DENIED,
     errors.LaneUnknown: grpc.StatusCode.NOT_FOUND,
     errors.LaneOpen: grpc.StatusCode.ALREADY_EXISTS,
     errors.LaneRepeated: grpc.StatusCode.INVALID_ARGUMENT,
@@ -66,8 +71,11 @@ def status_code(error: ServiceError) -> grpc.StatusCode:
     return next(_STATUS[kind] for kind in type(error).__mro__ if kind in _STATUS)
 
 
-def status(error: ServiceError) -> error_pb2.Status:
-    """An error as google.rpc.Status has it, with ErrorInfo and, where they apply, BadRequest and RetryInfo."""
+def status(error: ServiceError, who: Caller = ANYBODY) -> error_pb2.Status:
+    """An error as google.rpc.Status has it, with ErrorInfo and, where they apply, BadRequest and RetryInfo. It names
+    sessions as whoever is told of it does.
+    """
+    error = who.told(error)
     code = status_code(error)
     rejections[error.reason] += 1
     details: list[Any] = [
@@ -103,6 +111,8 @@ def service_error(error: Exception, **facts: object) -> ServiceError:
         return error
     if isinstance(error, TensorError):
         return errors.InvalidInput(error.field, error.expected, error.got)
+    if isinstance(error, DecodeError):
+        return errors.InvalidRequest("message", "one of the contract", "bytes that are none")
     log.exception("request failed", exc_info=error, **facts)
     return errors.InternalError("the server failed; its log has the cause")
 
@@ -116,7 +126,7 @@ async def abort(context: grpc.aio.ServicerContext[Any, Any], error: Exception, *
     """Ends a call with an error. The facts are for the log."""
     told = service_error(error, **facts)
     log.debug("call refused", reason=told.reason, error=str(told), **facts)
-    message = status(told)
+    message = status(told, caller())
     await context.abort(status_code(told), message.message, (("grpc-status-details-bin", message.SerializeToString()),))
 
 

@@ -12,8 +12,9 @@ from structlog.contextvars import bound_contextvars
 from rnnserve.codec import decode, decode_named, encode_named
 from rnnserve.v1 import inference_pb2 as pb
 from rnnserve.v1 import inference_pb2_grpc
+from rnnserve_server.access.caller import caller
 from rnnserve_server.api.errors import abort, told
-from rnnserve_server.api.messages import asked_options
+from rnnserve_server.api.messages import asked_options, rows_of
 from rnnserve_server.api.stream import LaneStream
 from rnnserve_server.blocks import Sessions
 from rnnserve_server.calls import Call
@@ -48,15 +49,19 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         core = self._core
         core.check_room()
         left = context.time_remaining()
-        call = Call(None if left is None else core.clock() + left, request.session_id)
+        who = caller()
+        session_id = who.scoped(request.session_id) if request.session_id else ""
+        call = Call(None if left is None else core.clock() + left, session_id)
         inputs = decode_named(request.inputs, "inputs")
         mask = decode(request.mask, "mask") if request.HasField("mask") else None
+        if who.meter is not None:
+            who.meter.take(rows_of(inputs, 2))
         trace = None if core.tracing is None else core.tracing.received()
         if request.session_id:
             for field in ("model", "version", "options", "initial_states"):
                 if getattr(request, field) and (field != "options" or request.HasField("options")):
                     raise InvalidRequest(field, "nothing", "a value", "a session has its own")
-            session = await core.session(request.session_id)
+            session = await core.session(session_id)
             version = session.group.model.version
             core.submit_frame(
                 Frame(
@@ -96,14 +101,16 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         """See InferenceService.Rollout."""
         self._core.check_room()
         left = context.time_remaining()
+        who = caller()
         outputs, inputs = await rollout(
             self._core,
-            request.session_id,
+            who.scoped(request.session_id),
             request.steps,
             decode_named(request.inputs, "inputs"),
             [_feedback(each) for each in request.feedback],
             request.seed if request.HasField("seed") else None,
             None if left is None else self._core.clock() + left,
+            None if who.meter is None else who.meter.take,
         )
         return pb.RolloutResponse(outputs=encode_named(outputs), inputs=encode_named(inputs))
 

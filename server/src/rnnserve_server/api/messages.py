@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
 from google.protobuf.duration_pb2 import Duration
@@ -14,10 +14,12 @@ from rnnserve.v1 import model_pb2, options_pb2, session_pb2
 from rnnserve_models.engine.base import Array
 from rnnserve_models.load import LoadedModel
 from rnnserve_models.spec import TensorSpec
+from rnnserve_server.access.caller import caller
 from rnnserve_server.core import Core
 from rnnserve_server.errors import InvalidRequest, SessionExists, SessionsFull
-from rnnserve_server.records import limits_of
+from rnnserve_server.records import limits_of, rules_of
 from rnnserve_server.replay import Limits
+from rnnserve_server.resets import NO_RULES, ResetRules
 from rnnserve_server.sessions import Group, Session
 from rnnserve_server.store.base import Head
 
@@ -73,6 +75,7 @@ def session_message(session: Session | Head) -> session_pb2.Session:
         session.idle_lifetime,
         session.lifetime if session.lifetime < math.inf else None,
         group.window.limits,
+        group.rules or NO_RULES,
     )
 
 
@@ -90,6 +93,7 @@ def _head_message(head: Head) -> session_pb2.Session:
         meta.idle_lifetime,
         meta.lifetime,
         limits_of(meta),
+        rules_of(meta),
     )
 
 
@@ -105,11 +109,12 @@ def _session_message(
     idle_lifetime: float,
     lifetime: float | None,
     replay: Limits,
+    rules: ResetRules,
 ) -> session_pb2.Session:
     created = Timestamp()
     created.FromNanoseconds(int(create_time * 1e9))
     return session_pb2.Session(
-        session_id=session_id,
+        session_id=caller().shown(session_id),
         model=model,
         version=version,
         digest=digest,
@@ -117,16 +122,20 @@ def _session_message(
         options=options,
         step=step,
         create_time=created,
-        idle_lifetime=_duration(idle_lifetime),
-        lifetime=None if lifetime is None else _duration(lifetime),
+        idle_lifetime=duration(idle_lifetime),
+        lifetime=None if lifetime is None else duration(lifetime),
         replay_window=session_pb2.ReplayWindow(max_chunks=replay.replies, max_bytes=replay.bytes),
+        reset_rules=None
+        if rules == NO_RULES
+        else session_pb2.ResetRules(every_steps=rules.every_steps, masked_steps=rules.masked_steps),
     )
 
 
-def _duration(seconds: float) -> Duration:
-    duration = Duration()
-    duration.FromNanoseconds(int(seconds * 1e9))
-    return duration
+def duration(seconds: float) -> Duration:
+    """Seconds as the contract has them."""
+    made = Duration()
+    made.FromNanoseconds(int(seconds * 1e9))
+    return made
 
 
 def _seconds(config: session_pb2.SessionConfig, field: str) -> float | None:
@@ -145,7 +154,7 @@ async def create_sessions(
     Args:
         core: where.
         config: what they are; its id does not count.
-        session_ids: the id of each, either all of them empty or none.
+        session_ids: the id of each, scope and all, either all of them empty or none.
 
     Raises:
         ServiceError, TensorError: as CreateSession says.
@@ -165,7 +174,9 @@ async def create_sessions(
         idle_lifetime=_seconds(config, "idle_lifetime"),
         lifetime=_seconds(config, "lifetime"),
         replay=asked,
+        rules=ResetRules(config.reset_rules.every_steps, config.reset_rules.masked_steps),
         session_ids=session_ids if session_ids[0] else (),
+        scope=caller().scope,
     )
 
 
@@ -175,11 +186,12 @@ async def create_session(core: Core, config: session_pb2.SessionConfig) -> Sessi
     Raises:
         ServiceError, TensorError: as CreateSession says.
     """
-    group, slots, full = await create_sessions(core, config, [config.session_id])
+    session_id = caller().scope + config.session_id if config.session_id else ""
+    group, slots, full = await create_sessions(core, config, [session_id])
     if full is not None:
         raise full
     if not (await core.keep(group, slots)).all():
-        raise SessionExists(config.session_id)
+        raise SessionExists(session_id)
     return core.sessions.at(group, int(slots[0]))
 
 
@@ -209,6 +221,12 @@ def page_number(token: str) -> int:
     if token and not (token.isascii() and token.isdecimal() and len(token) < 19):
         raise InvalidRequest("page_token", "a next_page_token of this method", repr(token[:80]))
     return int(token or 0)
+
+
+def rows_of(inputs: Mapping[str, Array], axes: int) -> int:
+    """Rows of time steps in inputs whose first axes are batch and time, and N in front of a frame's."""
+    x = next(iter(inputs.values()), None)
+    return 0 if x is None else math.prod(x.shape[:axes])
 
 
 def _tensor_message(tensor: TensorSpec) -> model_pb2.TensorSpec:

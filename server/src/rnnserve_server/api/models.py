@@ -6,6 +6,7 @@ import asyncio
 import functools
 import json
 import tempfile
+from contextlib import suppress
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -19,7 +20,7 @@ from rnnserve_models.errors import ModelError
 from rnnserve_server.api.errors import told
 from rnnserve_server.api.messages import model_message, page, page_number
 from rnnserve_server.core import Core
-from rnnserve_server.errors import InvalidRequest, ModelInvalid
+from rnnserve_server.errors import InvalidRequest, ModelInvalid, StoreDown
 
 _PAGE = 100
 
@@ -76,7 +77,13 @@ class ModelServicer(model_pb2_grpc.ModelServiceServicer):
         self, request: pb.UnloadModelRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> pb.UnloadModelResponse:
         """See ModelService.UnloadModel."""
-        return pb.UnloadModelResponse(versions=self._core.deployer.unload(request.name, request.version))
+        after = None
+        if request.HasField("end_sessions_after"):
+            after = request.end_sessions_after.ToNanoseconds() / 1e9
+        gone = self._core.unload(request.name, request.version, after)
+        with suppress(StoreDown):  # it is told later
+            await self._core.settle()
+        return pb.UnloadModelResponse(versions=gone)
 
     @told
     async def ReloadModel(

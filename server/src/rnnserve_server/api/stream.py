@@ -16,8 +16,10 @@ from rnnserve.codec import TensorError, decode, decode_named, encode_into
 from rnnserve.v1 import inference_pb2 as pb
 from rnnserve.v1 import session_pb2
 from rnnserve_models.engine.base import Array
+from rnnserve_server.access.caller import caller
 from rnnserve_server.api.errors import rejections, service_error, status
-from rnnserve_server.api.messages import create_sessions, session_message
+from rnnserve_server.api.messages import create_sessions, duration, rows_of, session_message
+from rnnserve_server.api.watch import Lanes, LaneWatch, Reason
 from rnnserve_server.blocks import Answers, Failure, Sessions
 from rnnserve_server.column import span
 from rnnserve_server.core import Core
@@ -46,6 +48,15 @@ _NONE = np.zeros(0, np.int64)
 _QUIET_SECONDS = 0.1  # a stream that says nothing for so long while the server drains has said all
 
 
+_NOTICES = {
+    Reason.EXPIRED: pb.NOTICE_REASON_EXPIRED,
+    Reason.AGED: pb.NOTICE_REASON_AGED,
+    Reason.CLOSED: pb.NOTICE_REASON_CLOSED,
+    Reason.TAKEN_OVER: pb.NOTICE_REASON_TAKEN_OVER,
+    Reason.EVICTED: pb.NOTICE_REASON_EVICTED,
+    Reason.MODEL_UNLOADED: pb.NOTICE_REASON_MODEL_UNLOADED,
+}
+
 Item = TypeVar("Item")
 
 
@@ -59,6 +70,8 @@ class LaneStream:
         self.cancelled = False
         self.deadline: float | None = None
         self._core = core
+        self._caller = caller()
+        self._meter = self._caller.meter
         self._context = context
         self._loop = asyncio.get_running_loop()
         self._groups: dict[int, Group] = {}
@@ -69,8 +82,11 @@ class LaneStream:
         self._ids = [""] * 64  # [capacity]
         self._found: dict[tuple[int, ...], list[_Part]] = {}  # what `_find` found, by a frame's lanes
         self._found_lanes = 0
+        self._watch = LaneWatch(core)
         self._responses: list[pb.StreamResponse] = []
         self._response_bytes = 0
+        self._unsent_bytes = 0  # of answers that wait to be sent
+        self._owed_bytes = 0  # of those that will, if what is unanswered succeeds
         self._unsent = 0  # answers that wait to be sent: of chunks, opens and closes
         self._unanswered = 0  # chunks and closes that were accepted and not answered
         self._received = 0
@@ -89,6 +105,7 @@ class LaneStream:
         self._core.streamed += 1
         reader = self._reader = asyncio.create_task(self._read())
         drainer = asyncio.create_task(self._drain(reader))
+        self._core.watches.add(self._look)
         try:
             await asyncio.wait([reader])
             while (self._unanswered or self._responses or self._writing) and self._lost is None:
@@ -102,6 +119,7 @@ class LaneStream:
                 raise Draining("the server is shutting down; go on elsewhere", retry_after=1.0)
         finally:
             self.cancelled = True
+            self._core.watches.discard(self._look)
             reader.cancel()
             drainer.cancel()
             self._core.streams -= 1
@@ -114,13 +132,25 @@ class LaneStream:
             await self._receive(request)
             if not self._core.has_room:
                 await self._core.wait_for_room()
-            while self._unanswered + self._unsent > self._core.settings.stream_queue_chunks:
+            while self._is_behind():
                 self._sent.clear()
                 await self._sent.wait()
+
+    def _is_behind(self) -> bool:
+        """Whether the client has asked for more than it has read, by more than it may."""
+        if not self._unanswered:
+            self._owed_bytes = 0  # some chunks may have failed
+        settings = self._core.settings
+        return (
+            self._unanswered + self._unsent > settings.stream_queue_chunks
+            or self._owed_bytes + self._unsent_bytes > settings.stream_queue_bytes
+        )
 
     async def _drain(self, reader: asyncio.Task[None]) -> None:
         """Once the server drains: lets the client say what it was saying, then stops listening."""
         await self._core.draining.wait()
+        left = duration(self._core.settings.drain_seconds)
+        self._response(0).notices.add(reason=pb.NOTICE_REASON_DRAINING, time_left=left)
         heard = -1
         while heard != self._received or self._partway:
             heard = self._received
@@ -129,6 +159,8 @@ class LaneStream:
 
     async def _receive(self, request: pb.StreamRequest) -> None:
         if request.opens:
+            if self._caller.scope:
+                self._name_in_full(request.opens)
             async for openings in self._turns(request.opens):
                 ids = [each.session_id for each in openings if each.HasField("session_id")]
                 errors = await self._attach(ids, sure=True)
@@ -147,6 +179,14 @@ class LaneStream:
                 self._close(closings)
             with suppress(StoreDown):  # it is told later
                 await self._core.settle()
+
+    def _name_in_full(self, openings: Iterable[pb.LaneOpen]) -> None:
+        """Puts the ids that the server keeps in place of those that the caller says."""
+        for opening in openings:
+            if opening.HasField("session_id"):
+                opening.session_id = self._caller.scoped(opening.session_id)
+            elif opening.create.session_id:
+                opening.create.session_id = self._caller.scope + opening.create.session_id
 
     async def _attach(self, ids: Sequence[str], *, sure: bool = False) -> Mapping[str, ServiceError]:
         """Brings sessions into memory: why it could not, by id. Arguments as `Core.attach`."""
@@ -246,7 +286,7 @@ class LaneStream:
         session, response = opened.session, self._response(len(lanes), len(lanes) * opened.ByteSize())
         for lane in lanes:
             opened.lane = lane
-            session.session_id = self._ids[lane]
+            session.session_id = self._caller.shown(self._ids[lane])
             response.opened.append(opened)  # a copy
 
     def _put(self, lanes: Sequence[int], group: Group, slots: Array) -> None:
@@ -258,6 +298,7 @@ class LaneStream:
         self._group_lanes[number] += len(lanes)
         self._forget()
         self._make_room(max(lanes))
+        self._watch.opened(lanes)
         self._group[lanes] = number
         self._slot[lanes] = slots
         self._generation[lanes] = group.generation[slots]
@@ -359,6 +400,8 @@ class LaneStream:
                 _check_first_axis(f"inputs.{field}", array, chunks)
             if mask is not None:
                 _check_first_axis("mask", mask, chunks)
+            if self._meter is not None:
+                self._meter.take(rows_of(inputs, 3))
             trace = None if self._core.tracing is None else self._core.tracing.received(frame.traceparent)
         except (ServiceError, TensorError) as error:
             self._fail_chunks(lanes, range(chunks), first_steps, service_error(error))
@@ -373,7 +416,7 @@ class LaneStream:
             steps = first_steps if first_steps is None or index is None else first_steps[index]
             self._unanswered += len(part.tags)
             try:
-                self._core.submit_frame(
+                owed = self._core.submit_frame(
                     Frame(
                         self,
                         part.tags,
@@ -383,6 +426,7 @@ class LaneStream:
                         trace,
                     )
                 )
+                self._owed_bytes += owed  # not at once: some may have been answered meanwhile
             except Exception as error:  # the frame's lanes are to blame, or a bug: the stream goes on
                 self._unanswered -= len(part.tags)
                 told = service_error(
@@ -439,6 +483,7 @@ class LaneStream:
         if self.cancelled:
             return
         nbytes = sum([y.nbytes for y in (*answers.outputs.values(), *answers.states.values())])
+        self._owed_bytes -= nbytes
         assert answers.first_steps is not None
         # Filled in place: a large frame that is made elsewhere and appended is copied twice more.
         frame = self._response(chunks, nbytes).frames.add(
@@ -467,12 +512,24 @@ class LaneStream:
     def _fail(
         self, lane: int, operation: pb.LaneOperation.ValueType, error: ServiceError, first_step: int | None = None
     ) -> None:
-        failure = pb.LaneError(lane=lane, operation=operation, first_step=first_step, status=status(error))
+        told = status(error, self._caller)
+        failure = pb.LaneError(lane=lane, operation=operation, first_step=first_step, status=told)
         self._response(1, failure.ByteSize()).errors.append(failure)
+
+    async def _look(self) -> None:
+        """Tells the client what it should know of its sessions."""
+        columns = Lanes(self._groups, self._group, self._slot, self._generation, self._ids)
+        for notice in await self._watch.look(columns):
+            self._response(0, 5 * len(notice.lanes)).notices.add(
+                lanes=notice.lanes,
+                reason=_NOTICES[notice.reason],
+                ended=notice.ended,
+                time_left=None if notice.left is None else duration(notice.left),
+            )
 
     def _fail_opens(self, lanes: Sequence[int], error: ServiceError) -> None:
         """The same error for N lanes."""
-        failure = pb.LaneError(operation=pb.LANE_OPERATION_OPEN, status=status(error))
+        failure = pb.LaneError(operation=pb.LANE_OPERATION_OPEN, status=status(error, self._caller))
         rejections[error.reason] += len(lanes) - 1  # `status` has counted one
         response = self._response(len(lanes), len(lanes) * failure.ByteSize())
         for lane in lanes:
@@ -486,6 +543,7 @@ class LaneStream:
             self._loop.call_soon(self.flush)  # at the latest; a worker flushes at the end of its tick
             self._response_bytes = 0
         self._response_bytes += nbytes
+        self._unsent_bytes += nbytes
         self._unsent += answers
         return self._responses[-1]
 
@@ -498,10 +556,11 @@ class LaneStream:
     async def _write(self) -> None:
         while self._responses:
             responses, self._responses = self._responses, []
-            answers = self._unsent
+            answers, nbytes = self._unsent, self._unsent_bytes
             for response in responses:
                 await self._context.write(response)
             self._unsent -= answers
+            self._unsent_bytes -= nbytes
             self._sent.set()
 
     def _written(self, error: Exception | None) -> None:

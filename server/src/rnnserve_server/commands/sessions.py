@@ -9,6 +9,7 @@ import asyncio
 import json
 import os
 from collections.abc import Awaitable, Callable
+from contextvars import ContextVar
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -23,12 +24,30 @@ T = TypeVar("T")
 
 _WIDTH = 200  # columns, where there is no terminal
 
+_HOW: ContextVar[dict[str, Any]] = ContextVar("how to connect")
+
 app = typer.Typer(help="Look at the sessions of a server, save them and end them.", no_args_is_help=True)
 
 Address = Annotated[str, typer.Option(help="the server's address [127.0.0.1 and RNNSERVE_PORT]")]
 Timeout = Annotated[float, typer.Option(help="seconds to wait for an answer")]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON, a session a line")]
 Id = Annotated[str, typer.Argument(metavar="ID", help="the session's id")]
+
+
+@app.callback()
+def connect(
+    token: Annotated[str, typer.Option(help="the token to show", envvar="RNNSERVE_TOKEN")] = "",
+    tls_ca: Annotated[
+        Path | None, typer.Option(help="the root of the server's certificate, in PEM, if it has TLS", exists=True)
+    ] = None,
+    tls_cert: Annotated[Path | None, typer.Option(help="a certificate to show, in PEM", exists=True)] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="its private key, in PEM", exists=True)] = None,
+) -> None:
+    """Keeps how to connect for the commands."""
+    from rnnserve.tls import TLS
+
+    tls = None if tls_ca is None else TLS(tls_ca, tls_cert, tls_key)
+    _HOW.set({"token": token or None, "tls": tls})
 
 
 @app.command("ls")
@@ -145,7 +164,7 @@ def _ask(address: str, timeout: float, question: Callable[[Connection], Awaitabl
     address = address or f"127.0.0.1:{os.environ.get('RNNSERVE_PORT', 50051)}"
 
     async def ask() -> T:
-        connection = Connection(address, timeout, None, (), retry_for=0.0)
+        connection = Connection(address, timeout, None, (), retry_for=0.0, **_HOW.get())
         try:
             return await question(connection)
         finally:
@@ -153,7 +172,7 @@ def _ask(address: str, timeout: float, question: Callable[[Connection], Awaitabl
 
     try:
         return asyncio.run(ask())
-    except (RnnserveError, OSError) as error:
+    except (RnnserveError, OSError, ValueError) as error:
         typer.echo(f"{address}: {error}", err=True)
         raise typer.Exit(1) from error
 

@@ -53,7 +53,7 @@ async def open_store(
 
     Args:
         url: ``memory``; ``sqlite:///absolute/path``, ``sqlite:relative/path`` or a path with a slash or a dot in it;
-            ``redis://host:port/database``, ``rediss://...`` or ``unix://path``.
+            ``redis://host:port/database``, ``rediss://...`` (TLS) or ``unix://path``, as `RedisStore.open` has them.
         synchronous: of SQLite: what a commit waits for, "full" for the disk, "normal" for the operating system.
         prefix: of Redis: what all keys begin with.
         remember: seconds for which it is remembered why a session ended.
@@ -69,7 +69,7 @@ async def open_store(
         from rnnserve_server.store.memory import MemoryStore
 
         return MemoryStore(remember=remember)
-    if scheme in ("redis", "rediss", "unix"):
+    if scheme in ("redis", "rediss", "valkey", "valkeys", "unix"):
         from rnnserve_server.store.redis import RedisStore
 
         return await RedisStore.open(url, prefix=prefix, remember=remember, patience=patience)

@@ -102,6 +102,8 @@ class Meta:
         lifetime: seconds after which it ends in any case, or None.
         window_replies: replies that its replay window holds at most.
         window_bytes: bytes of payload that its replay window holds at most.
+        reset_every_steps: its states go back to their default after so many steps, again and again; 0: they do not.
+        reset_masked_steps: a row's states do so after so many masked steps in a row; 0: they do not.
     """
 
     model: str
@@ -114,6 +116,8 @@ class Meta:
     lifetime: float | None = None
     window_replies: int = 0
     window_bytes: int = 0
+    reset_every_steps: int = 0
+    reset_masked_steps: int = 0
 
     def to_json(self) -> str:
         """One JSON document."""
@@ -355,13 +359,20 @@ class Store(ABC):
         """
 
     @abstractmethod
-    async def page(self, after: str, limit: int, model: str = "") -> list[Head]:
+    async def page(self, after: str, limit: int, model: str = "", scope: str = "") -> list[Head]:
         """Sessions in the order of their cursors: oldest first.
 
         Args:
             after: the cursor of the last one seen, or empty.
             limit: so many at most; fewer: there are no more.
             model: only those of this model, unless it is empty.
+            scope: only those whose ids begin so, unless it is empty: a principal's name and a slash.
+        """
+
+    @abstractmethod
+    async def count_of(self, scope: str) -> int:
+        """How many sessions have ids that begin so: a principal's name and a slash. Those that have come to their end
+        without being ended yet are counted too.
         """
 
     @abstractmethod

@@ -87,10 +87,15 @@ class MemoryStore(Store):
                 heapq.heappush(self._due, (record.expires_at, session_id))
         return expired
 
-    async def page(self, after: str, limit: int, model: str = "") -> list[Head]:
+    async def page(self, after: str, limit: int, model: str = "", scope: str = "") -> list[Head]:
         """See `Store`."""
         records = sorted(self._live.values(), key=lambda record: record.cursor)
-        return [_head(r) for r in records if r.cursor > after and model in ("", r.meta.model)][:limit]
+        wanted = [r for r in records if r.id.startswith(scope) and model in ("", r.meta.model)]
+        return [_head(r) for r in wanted if r.cursor > after][:limit]
+
+    async def count_of(self, scope: str) -> int:
+        """See `Store`."""
+        return sum(session_id.startswith(scope) for session_id in self._live)
 
     async def count(self, models: Sequence[str]) -> list[int]:
         """See `Store`."""

@@ -73,9 +73,13 @@ class ObservedStore(Store):
         """See `Store`."""
         return await self._timed("expire", self._store.expire(now, limit))
 
-    async def page(self, after: str, limit: int, model: str = "") -> list[Head]:
+    async def page(self, after: str, limit: int, model: str = "", scope: str = "") -> list[Head]:
         """See `Store`."""
-        return await self._timed("page", self._store.page(after, limit, model))
+        return await self._timed("page", self._store.page(after, limit, model, scope))
+
+    async def count_of(self, scope: str) -> int:
+        """See `Store`."""
+        return await self._timed("count", self._store.count_of(scope))
 
     async def count(self, models: Sequence[str]) -> list[int]:
         """See `Store`."""

@@ -30,6 +30,7 @@ from redis.exceptions import (
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
+from rnnserve_server.owners import scope_of
 from rnnserve_server.store import scripts
 from rnnserve_server.store.base import (
     REMEMBERED,
@@ -54,6 +55,7 @@ _FOREVER = 1e300  # what ends at infinity ends here: not every Lua reads "inf"
 _EXACT = 2**53  # of Lua's numbers
 _PER_CALL = 64  # sessions of one call of a script: no other client waits for longer than that takes
 _BATCH = 1000
+_SCHEMES = {"valkey": "redis", "valkeys": "rediss"}
 
 
 class RedisStore(Store):
@@ -87,7 +89,10 @@ class RedisStore(Store):
         """Connects.
 
         Args:
-            url: ``redis://[user:password@]host[:port][/database]``, ``rediss://`` for TLS, or ``unix://path``.
+            url: ``redis://[user:password@]host[:port][/database]``, or ``unix://[user:password@]path[?db=database]``.
+                ``rediss://`` is the same over TLS: the certificate must be of the host and of an authority that this
+                machine trusts, or of the one in ``?ssl_ca_certs=/path/ca.pem``; ``&ssl_certfile=...&ssl_keyfile=...``
+                is for a server that wants to know its clients. ``valkey://`` and ``valkeys://`` mean the same.
             prefix: what all keys begin with.
             remember: seconds for which it is remembered why a session ended.
             patience: seconds to wait for a connection, and for an answer.
@@ -97,9 +102,10 @@ class RedisStore(Store):
             StoreMisconfigured: the URL is wrong, or the server lets nobody in with it.
             StoreUnavailable: there is no server, or it does not answer.
         """
+        scheme, separator, rest = url.partition("://")
         try:
             client = Redis.from_url(
-                url,
+                _SCHEMES.get(scheme, scheme) + separator + rest,
                 socket_timeout=patience,
                 socket_connect_timeout=patience,
                 retry=Retry(NoBackoff(), retries),
@@ -265,9 +271,11 @@ class RedisStore(Store):
             await self._pipeline(later)
         return expired
 
-    async def page(self, after: str, limit: int, model: str = "") -> list[Head]:
+    async def page(self, after: str, limit: int, model: str = "", scope: str = "") -> list[Head]:
         """See `Store`."""
         index = f"{self._prefix}all:{model}" if model else f"{self._prefix}all"
+        if scope:
+            index = f"{self._prefix}of:{scope}"
         heads: list[Head] = []
         while len(heads) < limit:
             count = limit - len(heads)
@@ -275,11 +283,17 @@ class RedisStore(Store):
             (cursors,) = await self._pipeline([("ZRANGEBYLEX", index, lowest, "+", "LIMIT", 0, count)])
             ids = [_session_of(cursor) for cursor in cursors]
             found = zip(cursors, await self.peek(ids), strict=True)
-            heads += [head for cursor, head in found if head is not None and head.cursor == cursor.decode()]
+            live = [head for cursor, head in found if head is not None and head.cursor == cursor.decode()]
+            heads += [head for head in live if model in ("", head.meta.model)]
             if len(cursors) < count:
                 break
             after = cursors[-1].decode()
         return heads
+
+    async def count_of(self, scope: str) -> int:
+        """See `Store`."""
+        (count,) = await self._pipeline([("ZCARD", f"{self._prefix}of:{scope}")])
+        return int(count)
 
     async def count(self, models: Sequence[str]) -> list[int]:
         """See `Store`."""
@@ -301,6 +315,8 @@ class RedisStore(Store):
         yield "ZADD", f"{self._prefix}due", "LT", repr(min(record.expires_at, _FOREVER)), _index_entry(record)
         yield "ZADD", f"{self._prefix}all", 0, record.cursor
         yield "ZADD", f"{self._prefix}all:{record.meta.model}", 0, record.cursor
+        if scope := scope_of(record.id):
+            yield "ZADD", f"{self._prefix}of:{scope}", 0, record.cursor
 
     async def _forget(self, entries: Sequence[bytes]) -> None:
         """Takes ended sessions out of the indexes."""
@@ -310,6 +326,8 @@ class RedisStore(Store):
             commands.append(("ZREM", f"{self._prefix}due", entry))
             commands.append(("ZREM", f"{self._prefix}all", cursor))
             commands.append(("ZREM", f"{self._prefix}all:{model}", cursor))
+            if scope := scope_of(_session_of(entry)):
+                commands.append(("ZREM", f"{self._prefix}of:{scope}", cursor))
         await self._pipeline(commands)
 
     # Calls
@@ -369,6 +387,8 @@ class RedisStore(Store):
         what = f"{self._place}: {error}"
         if isinstance(error.__cause__ or error, AuthenticationError | NoPermissionError):
             return StoreMisconfigured(f"{what}: give a user and a password that may use all keys of {self._prefix!r}")
+        if "CERTIFICATE_VERIFY_FAILED" in what:
+            return StoreMisconfigured(f"{what}: name its authority with ?ssl_ca_certs=/path/ca.pem, and the right host")
         if isinstance(error, RedisConnectionError | RedisTimeoutError | OSError):
             return StoreUnavailable(f"{what}: is the server there, and does it answer in time?")
         if isinstance(error, ResponseError) and "WRONGTYPE" in str(error):

@@ -95,6 +95,7 @@ _COUNTERS = """
 SELECT json_group_array(json_array(id, n, epoch, revision, step))
 FROM sessions WHERE id IN (SELECT value FROM json_each(?))
 """
+_IN_SCOPE = "id >= ? AND id < ?"
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -193,9 +194,13 @@ class SqliteStore(Store):
         """See `Store`."""
         return await self._run(self._expire, now, limit)
 
-    async def page(self, after: str, limit: int, model: str = "") -> list[Head]:
+    async def page(self, after: str, limit: int, model: str = "", scope: str = "") -> list[Head]:
         """See `Store`."""
-        return await self._run(self._page, after, limit, model)
+        return await self._run(self._page, after, limit, model, scope)
+
+    async def count_of(self, scope: str) -> int:
+        """See `Store`."""
+        return await self._run(self._count_of, scope)
 
     async def count(self, models: Sequence[str]) -> list[int]:
         """See `Store`."""
@@ -559,13 +564,24 @@ class SqliteStore(Store):
         query = "SELECT count(*) FROM sessions WHERE model = ?"
         return [self._db.execute(query, (model,)).fetchone()[0] for model in models]
 
-    def _page(self, after: str, limit: int, model: str) -> list[Head]:
+    def _page(self, after: str, limit: int, model: str, scope: str) -> list[Head]:
         self._settle()
-        where, values = ("model = ? AND ", (model, after, limit)) if model else ("", (after, limit))
+        conditions: list[tuple[str, tuple[Any, ...]]] = [("cursor > ?", (after,))]
+        if model:
+            conditions.append(("model = ?", (model,)))
+        if scope:
+            conditions.append((_IN_SCOPE, _scope(scope)))
+        where = " AND ".join(condition for condition, _ in conditions)
+        values = [value for _, part in conditions for value in part]
         rows = self._db.execute(
-            f"SELECT {_HEAD} FROM sessions WHERE {where}cursor > ? ORDER BY cursor LIMIT ?", values
+            f"SELECT {_HEAD} FROM sessions WHERE {where} ORDER BY cursor LIMIT ?", (*values, limit)
         ).fetchall()
         return [_head(row) for row in rows]
+
+    def _count_of(self, scope: str) -> int:
+        self._settle()
+        (count,) = self._db.execute(f"SELECT count(*) FROM sessions WHERE {_IN_SCOPE}", _scope(scope)).fetchone()
+        return int(count)
 
     # Within a transaction
 
@@ -601,6 +617,11 @@ class SqliteStore(Store):
             "INSERT INTO replies VALUES (?, ?, ?, ?, ?)",
             [(n, reply.first_step, reply.timesteps, reply.request_digest, reply.payload) for n, reply in replies],
         )
+
+
+def _scope(scope: str) -> tuple[str, str]:
+    """The bounds of ids that begin so."""
+    return scope, scope[:-1] + chr(ord(scope[-1]) + 1)
 
 
 def _head(row: tuple[Any, ...]) -> Head:

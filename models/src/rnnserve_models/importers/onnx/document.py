@@ -11,6 +11,7 @@ import onnxruntime as ort
 from onnx import inliner
 
 from rnnserve_models.errors import ModelError
+from rnnserve_models.graph import external_tensors
 
 RECURRENT = {"LSTM": ("h", "c"), "GRU": ("h",), "RNN": ("h",)}
 """ONNX's recurrent operators, and what their states are called."""
@@ -65,12 +66,10 @@ class Document:
             raise ModelError(f"{origin}: is not an ONNX model: {error}") from error
         if not model.graph.node:
             raise ModelError(f"{origin}: is not an ONNX model: it has no nodes")
-        for tensor in _tensors(model.graph):
-            if tensor.data_location == onnx.TensorProto.EXTERNAL:
-                raise ModelError(
-                    f"{origin}: keeps {tensor.name!r} and maybe more in other files (external data); "
-                    "save it as one file"
-                )
+        for tensor in external_tensors(model):
+            raise ModelError(
+                f"{origin}: keeps {tensor.name!r} and maybe more in other files (external data); save it as one file"
+            )
         if model.functions:
             model = inliner.inline_local_functions(model)
         document = cls(model)
@@ -202,13 +201,3 @@ def session(model: Any, origin: str, *, outputs: list[str] | None = None) -> ort
 def first_line(error: Exception) -> str:
     """The first line of an error's text, not too long."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
-
-
-def _tensors(graph: Any) -> Iterator[Any]:
-    yield from graph.initializer
-    for node in graph.node:
-        for each in node.attribute:
-            if each.type == onnx.AttributeProto.TENSOR:
-                yield each.t
-        for subgraph in subgraphs(node):
-            yield from _tensors(subgraph)

@@ -13,6 +13,7 @@ import numpy as np
 from rnnserve_models.engine.base import Array, Arrays
 from rnnserve_models.load import LoadedModel
 from rnnserve_models.options import LayerOptions
+from rnnserve_server.access.caller import caller
 from rnnserve_server.api.oip import service_pb2 as pb
 from rnnserve_server.api.oip.asked import Asked
 from rnnserve_server.api.oip.face import Face
@@ -291,6 +292,8 @@ class Inference:
         if first is None or first.ndim < 2:
             first = np.zeros((0, 0))  # the core says what is missing
         pending.rows = first.shape[1 if time_major else 0]
+        if (meter := caller().meter) is not None:
+            meter.take(first.shape[0] * first.shape[1])
         if face.controls.end:
             spec = next(spec for spec in model.engine.inputs if spec.name == face.controls.end)
             end = np.full((*first.shape[:2], *spec.shape), face.controls.values[0], spec.dtype)
@@ -360,7 +363,7 @@ class Inference:
         if session is not None:
             assert answers.first_steps is not None
             said["sequence_id"].CopyFrom(request.parameters["sequence_id"])
-            said["rnnserve_session_id"].string_param = session.id
+            said["rnnserve_session_id"].string_param = caller().shown(session.id)
             said["rnnserve_replayed"].bool_param = replayed
             said["rnnserve_step"].uint64_param = int(answers.first_steps[0]) + answers.timesteps
         if pending.began is not None:

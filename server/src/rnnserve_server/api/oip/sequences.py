@@ -9,6 +9,7 @@ from functools import lru_cache
 
 from rnnserve_models.engine.base import Array
 from rnnserve_models.load import LoadedModel
+from rnnserve_server.access.caller import caller
 from rnnserve_server.api.oip.asked import Asked
 from rnnserve_server.core import Core
 from rnnserve_server.errors import (
@@ -58,8 +59,8 @@ class Sequences:
         self._since = core.clock()
 
     def named(self, model: str, sequence: int | str) -> str:
-        """The id of the session of a caller's sequence: the one place where whose it is could come into it."""
-        return session_id(model, sequence)
+        """The id of the session of the caller's own sequence: nobody else's has it."""
+        return caller().scope + session_id(model, sequence)
 
     async def find(self, model: str, asked: Asked, version: str) -> Session:
         """The session of a sequence that must be live.
@@ -128,6 +129,7 @@ class Sequences:
                     idle_lifetime=own if asked.idle_lifetime is None else asked.idle_lifetime,
                     lifetime=asked.lifetime,
                     session_ids=[named],
+                    scope=caller().scope,
                 )
                 if full is not None:
                     raise full
@@ -162,4 +164,6 @@ class Sequences:
             ended = f"{up} and has no such sequence in its store"
             if core.keeper is None:
                 ended = f"{up} and keeps no sequences from before: it was not started, or the server was restarted"
-        return SequenceNotLive(model, asked.sequence, error, ended)
+        shown = caller().told(error)
+        assert isinstance(shown, SessionError)
+        return SequenceNotLive(model, asked.sequence, shown, ended)

@@ -11,6 +11,7 @@ import grpc
 
 from rnnserve_models.errors import ModelError
 from rnnserve_models.load import LoadedModel
+from rnnserve_server.access.caller import caller
 from rnnserve_server.api.errors import service_error, status, status_code
 from rnnserve_server.api.oip import service_pb2 as pb
 from rnnserve_server.api.oip import service_pb2_grpc
@@ -157,8 +158,9 @@ class OpenInferenceServicer(service_pb2_grpc.GRPCInferenceServiceServicer):
 async def _abort(context: Context, error: Exception) -> None:
     """Ends a call with an error. Triton's clients show a person the message and nothing else, so it says all."""
     told = service_error(error)
-    message = status(told)
-    message.message = said(told)[:1000] if told.retry_after is not None else message.message
+    message = status(told, caller())
+    if told.retry_after is not None:
+        message.message = said(caller().told(told))[:1000]
     trailers: list[tuple[str, str | bytes]] = [("grpc-status-details-bin", message.SerializeToString())]
     if told.retry_after is not None:
         trailers.append(("grpc-retry-pushback-ms", str(round(told.retry_after * 1000))))

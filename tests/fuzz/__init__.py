@@ -1,0 +1,1 @@
+"""Frames that nobody should send, by the million, while others work: `make fuzz`."""

@@ -1,0 +1,233 @@
+"""Model files made to do harm: they are refused with the reason, take neither long nor much, and leave no trace."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import struct
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import helper, numpy_helper
+from safetensors.numpy import save
+
+import rnnserve
+from rnnserve_models.errors import ModelError
+from rnnserve_models.graph import external_tensors
+from rnnserve_models.importers.files import import_file
+from serving import running_server
+
+VECTORS = Path(__file__).parent / "vectors"
+FILES = {
+    ".onnx": VECTORS / "onnx" / "script_lstm.onnx",
+    ".safetensors": None,
+    ".keras": next((VECTORS / "keras" / "files").glob("*.keras")),
+}
+
+
+def torch_state() -> bytes:
+    rng = np.random.default_rng(0)
+    return save(
+        {
+            "weight_ih_l0": rng.standard_normal((16, 3)).astype(np.float32),
+            "weight_hh_l0": rng.standard_normal((16, 4)).astype(np.float32),
+            "bias_ih_l0": np.zeros(16, np.float32),
+            "bias_hh_l0": np.zeros(16, np.float32),
+        }
+    )
+
+
+def refused(content: bytes, suffix: str, folder: Path) -> str:
+    """Why a file of that content is no model. The folder of models stays empty."""
+    path = folder / f"hostile{suffix}"
+    path.write_bytes(content)
+    models = folder / "none"
+    models.mkdir(exist_ok=True)
+    with pytest.raises(ModelError) as caught:
+        import_file(path, models, "hostile")
+    assert list(models.rglob("*")) == []
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("suffix", [".onnx", ".safetensors"])
+def test_bytes_turned_over_never_end_otherwise_than_in_a_reason(suffix: str, tmp_path: Path):
+    """A damaged file is a model nonetheless, or is refused; nothing else happens. (.keras: see test_keras_file.)"""
+    content = torch_state() if suffix == ".safetensors" else FILES[suffix].read_bytes()
+    rng = np.random.default_rng(7)
+    for number in range(60):
+        damaged = bytearray(content)
+        places = rng.integers(0, len(content) if number % 2 else min(400, len(content)), 1 + number % 7)
+        for place in places:
+            damaged[place] ^= int(rng.integers(1, 256))
+        path = tmp_path / f"damaged{suffix}"
+        path.write_bytes(damaged[: len(damaged) - (number % 5 == 0) * int(rng.integers(1, len(damaged)))])
+        try:
+            import_file(path, tmp_path / "models", f"model-{number}")
+        except ModelError as error:
+            assert str(error)  # noqa: PT017
+    assert not list((tmp_path / "models").glob(".import-*"))
+
+
+@pytest.mark.parametrize(
+    ("header", "body"),
+    [
+        (struct.pack("<Q", 2**63) + b"{}", b""),
+        (struct.pack("<Q", 100_000_001) + b"{", b" " * 100),
+        (None, {"weight_ih_l0": {"dtype": "F32", "shape": [2**40, 2**20], "data_offsets": [0, 4]}}),
+        (None, {"weight_ih_l0": {"dtype": "F32", "shape": [1], "data_offsets": [0, 2**40]}}),
+        (None, {"weight_ih_l0": {"dtype": "F32", "shape": [1], "data_offsets": [2, 6]}}),
+        (None, {"weight_ih_l0": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}),
+        (None, {"weight_ih_l0": {"dtype": "F8_E4M3", "shape": [4], "data_offsets": [0, 4]}}),
+        (None, {f"t{i}": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]} for i in range(2)}),
+    ],
+)
+def test_a_safetensors_file_that_claims_what_it_has_not(header: bytes | None, body: Any, tmp_path: Path):
+    """Headers, shapes and offsets beyond the file, tensors on top of one another, dtypes that NumPy has not."""
+    if header is None:
+        text = json.dumps(body).encode()
+        header, body = struct.pack("<Q", len(text)) + text, b"\0" * 4
+    assert "hostile.safetensors" in refused(header + body, ".safetensors", tmp_path)
+
+
+def hidden_tensor(where: str) -> onnx.ModelProto:
+    """A model of an LSTM with a tensor that is kept in another file."""
+    model = onnx.load_model(FILES[".onnx"])
+    outside = numpy_helper.from_array(np.zeros(4, np.float32), "outside")
+    outside.ClearField("raw_data")
+    outside.data_location = onnx.TensorProto.EXTERNAL
+    outside.external_data.add(key="location", value="/etc/passwd")
+    constant = helper.make_node("Constant", [], ["unused"], value=outside)
+    if where == "initializer":
+        model.graph.initializer.append(outside)
+    elif where == "constant":
+        model.graph.node.insert(0, constant)
+    elif where == "sparse":
+        sparse = model.graph.sparse_initializer.add(dims=[4])
+        sparse.values.CopyFrom(outside)
+        sparse.indices.CopyFrom(numpy_helper.from_array(np.arange(4), "i"))
+    elif where == "function":
+        model.functions.append(
+            helper.make_function("local", "f", [], ["unused"], [constant], [helper.make_opsetid("", 18)])
+        )
+    elif where == "list":
+        node = helper.make_node("Constant", [], ["unused"])
+        node.attribute.add(name="tensors", type=onnx.AttributeProto.TENSORS).tensors.append(outside)
+        model.graph.node.insert(0, node)
+    else:
+        model.training_info.add().initialization.initializer.append(outside)
+    return model
+
+
+@pytest.mark.parametrize("where", ["initializer", "constant", "sparse", "function", "list", "training"])
+def test_a_graph_has_no_file_but_its_own_read(where: str, tmp_path: Path):
+    """Wherever in the graph it refers to one."""
+    model = hidden_tensor(where)
+    assert [each.name for each in external_tensors(model)] == ["outside"]
+    assert "in other files" in refused(model.SerializeToString(), ".onnx", tmp_path)
+
+
+def test_a_zip_is_read_by_name_and_never_unpacked(tmp_path: Path):
+    """Members that lead elsewhere, links, and ones with the name of what is read, twice."""
+    path = tmp_path / "evil.keras"
+    path.write_bytes(FILES[".keras"].read_bytes())
+    with zipfile.ZipFile(path, "a") as archive:
+        for name in ("../../escaped", "/tmp/escaped-rnnserve", "..\\escaped"):
+            archive.writestr(name, b"x")
+        link = zipfile.ZipInfo("link")
+        link.external_attr = 0o120777 << 16
+        archive.writestr(link, "/etc/passwd")
+    import_file(path, tmp_path / "models", "fine")
+    assert sorted(each.name for each in (tmp_path / "models" / "fine" / "1").iterdir()) == [
+        "model.yaml",
+        "network.json",
+        "weights.safetensors",
+    ]
+    assert not list(tmp_path.parent.glob("escaped*"))
+    assert not Path("/tmp/escaped-rnnserve").exists()
+    with zipfile.ZipFile(path, "a") as archive, pytest.warns(UserWarning, match="Duplicate"):
+        archive.writestr("config.json", b"{}")
+    assert "expected one member config.json, got 2" in refused(path.read_bytes(), ".keras", tmp_path)
+
+
+def test_a_zip_bomb_is_refused_by_its_size(tmp_path: Path):
+    """64 megabytes of zeros in 64 kilobytes, and a directory that lies about its size: soon, and in little memory."""
+    path = tmp_path / "bomb.keras"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("config.json", json.dumps({"class_name": "Sequential", "config": {"layers": []}}))
+        with archive.open("model.weights.h5", "w", force_zip64=True) as member:
+            for _ in range(64):
+                member.write(bytes(1 << 20))
+    content = path.read_bytes()
+    assert len(content) < 1 << 17
+    began, before = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert "holds 67108864 bytes" in refused(content, ".keras", tmp_path)
+    lied = content.replace(struct.pack("<Q", 64 << 20), struct.pack("<Q", 1000)).replace(
+        struct.pack("<I", 64 << 20), struct.pack("<I", 1000)
+    )
+    assert refused(lied, ".keras", tmp_path)
+    assert time.monotonic() - began < 10
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50 << 10
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"class_name": "system", "module": "os", "config": {"command": "touch {}"}, "registered_name": "system"},
+        {"class_name": "__import__('os').system('touch {}')", "config": {}},
+        {"class_name": "Lambda", "config": {"name": "f", "function": {"class_name": "__lambda__", "config": {}}}},
+        {"class_name": "LSTM", "config": {"units": 4, "activation": "__import__('os').system('touch {}')"}},
+        {"class_name": "LSTM", "config": {"units": 4, "activation": {"module": "os", "class_name": "system"}}},
+    ],
+)
+def test_a_client_has_no_code_run(config: Any, tmp_path: Path):
+    """A config names layers; it imports, evaluates and calls nothing. Code of one's own is read from the server's disk
+    only, where a model.yaml names it, and clients write none.
+    """
+    trace = tmp_path / "trace"
+    config = json.loads(json.dumps(config).replace("{}", str(trace)).replace(f'"config": {trace}', '"config": {}'))
+    folder = tmp_path / "models"
+    folder.mkdir()
+    weights = [np.zeros((3, 16), np.float32), np.zeros((4, 16), np.float32), np.zeros(16, np.float32)]
+    os.symlink(Path(__file__).parent.parent / "models" / "zoo" / "lstm-4", folder / "lstm-4")
+    with (
+        running_server(models=folder, allow_deploy=True) as server,
+        rnnserve.Client(server.address) as client,
+        pytest.raises((rnnserve.ModelInvalid, rnnserve.InvalidRequest)),
+    ):
+        client.models.deploy("evil", config, weights)
+    assert not trace.exists()
+
+
+def test_a_graph_nested_beyond_reason_is_refused(tmp_path: Path):
+    """And does not run the stack over, which would end the process: so in a process of its own."""
+    code = f"""
+import onnx
+from onnx import helper
+from pathlib import Path
+from rnnserve_models.errors import ModelError
+from rnnserve_models.importers.files import import_file
+raw = b""
+for _ in range(2000):  # a graph in an attribute in a node in a graph
+    for field in (0x32, 0x2A, 0x0A):
+        size, head = len(raw), bytearray()
+        while size >= 128:
+            head.append(size % 128 + 128)
+            size //= 128
+        raw = bytes([field]) + bytes(head) + bytes([size]) + raw
+path = Path({str(tmp_path)!r}) / "deep.onnx"
+path.write_bytes(b"\\x3a" + raw[1:])
+try:
+    import_file(path, path.parent / "models", "deep")
+except ModelError as error:
+    print("refused:", str(error)[:200])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout.startswith("refused:"), done.stderr

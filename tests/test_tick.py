@@ -1,0 +1,104 @@
+"""Ticks as stores keep them: in columns."""
+
+from __future__ import annotations
+
+import sqlite3
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from compliance.store_suite import NOW, created, record, tick
+from rnnserve_models.masking import Compacted, compact
+from rnnserve_server.replay import digest, digests
+from rnnserve_server.store import StoreCorrupt, Write
+from rnnserve_server.store.sqlite import SqliteStore
+from rnnserve_server.store.tick import Tick
+
+
+@pytest.mark.parametrize("name", ["one step", "steps", "masked", "inputs"])
+def test_digests_are_the_digest_of_each(name: str) -> None:
+    """All at once they are what a chunk that is sent again is compared with."""
+    rng = np.random.default_rng(3)
+    x = rng.normal(size=(1 if name == "one step" else 5, 6, 3)).astype(np.float32)  # [T, N * batch, features]
+    inputs = {"input": x, "more": x[..., 0] * 2} if name == "inputs" else {"input": x}
+    mask = rng.random((5, 6)) < 0.5 if name == "masked" else None
+    call: Compacted = compact(inputs, mask, go_backwards=False)
+    found = digests(call, 3)
+    assert [each.tobytes() for each in found] == [digest(call, position, 3) for position in range(3)]
+    assert len({each.tobytes() for each in found}) == 3
+
+
+def test_a_packed_tick_is_the_tick() -> None:
+    """What it stands for is the same; what was cut off is told."""
+    made = tick([record(name) for name in "abc"], [2, 1, 3])
+    packed = made.pack()
+    assert Tick.unpack(packed).writes() == made.writes()
+    assert Tick.unpack(made.part(1, 2).pack()).writes() == made.writes()[1:2]
+    floors = replace(made, forget_before=[0, 1, 2])
+    assert [write.forget_before for write in Tick.unpack(floors.pack()).writes()] == [0, 1, 2]
+    for cut in (0, 3, 20, len(packed) - 1):
+        with pytest.raises(StoreCorrupt):
+            Tick.unpack(packed[:cut])
+
+
+def test_a_window_smaller_than_what_is_new() -> None:
+    """A write cannot keep less than it brings."""
+    (write,) = tick([record()], [1, 1, 1]).writes()
+    with pytest.raises(ValueError, match="3 new replies in a window of 2"):
+        replace(write, keep=2)
+    assert isinstance(replace(write, keep=3), Write)
+
+
+async def test_a_journal_that_has_grown_is_brought_to_the_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its bytes, its ticks or its sessions, whatever limit comes first."""
+    from rnnserve_server.store import sqlite
+
+    store = await SqliteStore.open(tmp_path / "s.db")
+    other = sqlite3.connect(tmp_path / "s.db")
+    sessions = [await created(store, name, states=b"\0" * 8) for name in "ab"]
+    for limit, value in (("_JOURNAL_BYTES", 500), ("_JOURNAL_TICKS", 2), ("_JOURNAL_SESSIONS", 1)):
+        with monkeypatch.context() as patched:
+            patched.setattr(sqlite, limit, value)
+            for _ in range(4):
+                assert await store.commit_ticks([tick(sessions, [1])]) == [[True, True]]
+                sessions = [replace(each, step=each.step + 1, revision=each.revision + 1) for each in sessions]
+        ((ticks,),) = other.execute("SELECT count(*) FROM journal")
+        ((step,),) = other.execute("SELECT step FROM sessions WHERE id = 'a'")
+        assert ticks < 4
+        assert step + ticks == sessions[0].step
+    other.close()
+    await store.close()
+
+
+async def test_a_journal_that_a_dead_process_left_behind(tmp_path: Path) -> None:
+    """It is brought to the rows by whoever opens the file next."""
+    store = await SqliteStore.open(tmp_path / "s.db")
+    sessions = [await created(store, name, states=b"\0" * 8) for name in "ab"]
+    assert await store.commit_ticks([tick(sessions, [1, 2])]) == [[True, True]]
+    await store._run(store._db.close)  # without another word
+    again = await SqliteStore.open(tmp_path / "s.db")
+    heads = await again.peek(["a", "b"])
+    assert [head and head.step for head in heads] == [3, 3]
+    (found,) = await again.take(["b"], NOW)
+    assert found is not None
+    assert [reply.first_step for reply in found.replies] == [0, 1]
+    await again.close()
+
+
+async def test_a_file_of_the_first_format_goes_on(tmp_path: Path) -> None:
+    """It lacks the journal only, and is given one."""
+    store = await SqliteStore.open(tmp_path / "s.db")
+    session = await created(store, states=b"\0" * 8)
+    await store.close()
+    with sqlite3.connect(tmp_path / "s.db") as db:
+        db.execute("DROP TABLE journal")
+        db.execute("PRAGMA user_version = 1")
+    db.close()
+    store = await SqliteStore.open(tmp_path / "s.db")
+    assert await store.commit_ticks([tick([session], [2])]) == [[True]]
+    (head,) = await store.peek(["a"])
+    assert head is not None
+    assert head.step == 2
+    await store.close()
