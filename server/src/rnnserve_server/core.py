@@ -105,8 +105,8 @@ class Core:
         self.keeper: Keeper | None = None
         self.draining = asyncio.Event()
         self.deployer = Deployer(settings, repository)
-        self.meter = Meter() if settings.oip else None
         self.watches: set[Watch] = set()
+        self.meter = Meter() if settings.oip else None
         self._workers: dict[tuple[str, str, str], Worker] = {}
         self._room = asyncio.Event()
 

@@ -90,8 +90,8 @@ class Worker:
         self._on_progress = on_progress
         self._inline_seconds = inline_seconds
         self._keeper = keeper
-        self._meter = meter
         self._resetting = False  # there was a block with resets
+        self._meter = meter
         self._observer = observer
         self._watched: Ticked | None = None  # the tick that runs, if anybody watches
         self._expected: dict[tuple[int, int], float] = {}  # seconds of a run, by the magnitudes of its rows and steps
