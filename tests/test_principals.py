@@ -24,6 +24,8 @@ from typer.testing import CliRunner
 import rnnserve
 from certificates import Authority
 from house import FEATURES, AddingEngine, Clock, loaded
+from oip import Oip, arrays, request
+from oip import said as parameters
 from rnnserve.codec import decode_named, encode_named
 from rnnserve.v1 import (
     inference_pb2,
@@ -39,6 +41,7 @@ from rnnserve_server.access.edit import with_token, without
 from rnnserve_server.access.meter import Meter
 from rnnserve_server.access.principals import PrincipalsError, read_principals
 from rnnserve_server.api import errors as api_errors
+from rnnserve_server.api.oip import service_pb2
 from rnnserve_server.cli import app
 from rnnserve_server.errors import PermissionDenied, QuotaExceeded, Unauthenticated
 from rnnserve_server.repository import Repository
@@ -734,3 +737,25 @@ def test_a_token_is_not_sent_in_clear_to_another_machine():
         rnnserve.Client(target, token="t", tls=False).close()
     for target in ("localhost:50051", "127.0.0.1:50051", "unix:/tmp/x", "dns:///localhost:50051"):
         rnnserve.Client(target, token="t").close()
+
+
+def test_a_sequence_of_the_open_inference_protocol_is_its_principals_own(house: World) -> None:
+    """Two may have the same id, calls and streams alike, and neither reaches what the other has."""
+    x = np.ones((1, 1, FEATURES), np.float32)
+    for name in ("alice", "bob"):
+        stub, who = Oip(house[name].channel).stub, {"metadata": house[name].metadata, "timeout": 20}
+        first = stub.ModelInfer(request("adder", x, 5, start=True), **who)
+        assert arrays(first)["output"].tolist() == [[1, 1]]
+        assert parameters(first)["rnnserve_session_id"] == "seq:adder:i:5"
+        (second,) = stub.ModelStreamInfer(iter([request("adder", x, 5)]), **who)
+        assert arrays(second.infer_response)["output"].tolist() == [[2, 2]]
+        with pytest.raises(grpc.RpcError) as error:
+            stub.ModelInfer(request("adder", x, 6), **who)
+        assert name not in str(rpc_status.from_call(error.value))
+        with pytest.raises(grpc.RpcError) as error:
+            stub.RepositoryModelUnload(service_pb2.RepositoryModelUnloadRequest(model_name="adder"), **who)
+        assert error.value.code() == grpc.StatusCode.PERMISSION_DENIED
+        assert "seq:adder:i:5" in house[name].list()
+    with pytest.raises(grpc.RpcError) as error:
+        Oip(house["nobody"].channel).stub.ModelInfer(request("adder", x, 5), timeout=20)
+    assert error.value.code() == grpc.StatusCode.UNAUTHENTICATED

@@ -14,7 +14,6 @@ from rnnserve_models.engine.base import Array, Arrays
 from rnnserve_models.load import LoadedModel
 from rnnserve_models.options import LayerOptions
 from rnnserve_server.access.caller import caller
-from rnnserve_server.api.messages import rows_of
 from rnnserve_server.api.oip import service_pb2 as pb
 from rnnserve_server.api.oip.asked import Asked
 from rnnserve_server.api.oip.face import Face
@@ -165,7 +164,6 @@ class Inference:
         options = resolve_options(model, self._options(model, request, asked), stateful=False)
         given = self._given(model, options, request, arrays, pending)
         states = self._initial(model, given, pending, None)
-        _take_rows(given)
         trace = None if core.tracing is None else core.tracing.received()
         core.submit_call(model, options, given.inputs, given.mask, states, pending, trace)
 
@@ -216,7 +214,6 @@ class Inference:
 
     def _submit(self, pending: Pending, session: Session, given: _Given, step: int | None) -> None:
         core, group = self._core, session.group
-        _take_rows(given)
         pending.session = session
         inputs, mask = given.columns()
         if session.number in self._under_way:
@@ -295,6 +292,8 @@ class Inference:
         if first is None or first.ndim < 2:
             first = np.zeros((0, 0))  # the core says what is missing
         pending.rows = first.shape[1 if time_major else 0]
+        if (meter := caller().meter) is not None:
+            meter.take(first.shape[0] * first.shape[1])
         if face.controls.end:
             spec = next(spec for spec in model.engine.inputs if spec.name == face.controls.end)
             end = np.full((*first.shape[:2], *spec.shape), face.controls.values[0], spec.dtype)
@@ -364,7 +363,7 @@ class Inference:
         if session is not None:
             assert answers.first_steps is not None
             said["sequence_id"].CopyFrom(request.parameters["sequence_id"])
-            said["rnnserve_session_id"].string_param = session.id
+            said["rnnserve_session_id"].string_param = caller().shown(session.id)
             said["rnnserve_replayed"].bool_param = replayed
             said["rnnserve_step"].uint64_param = int(answers.first_steps[0]) + answers.timesteps
         if pending.began is not None:
@@ -483,16 +482,6 @@ def _check(model: LoadedModel, options: LayerOptions, given: _Given, rows: int) 
     check_call(model.engine, options, inputs, mask, batch_size=None)
     for fault in faults(model.engine.inputs, to_call(model.engine, options, inputs, mask), rows).values():
         raise fault
-
-
-def _take_rows(given: _Given) -> None:
-    """Takes a request's rows from what its caller may have a second.
-
-    Raises:
-        QuotaExceeded: they are too many.
-    """
-    if (meter := caller().meter) is not None:
-        meter.take(rows_of(given.inputs, 2))
 
 
 def _unknown(error: ModelUnknown) -> ModelUnknown:

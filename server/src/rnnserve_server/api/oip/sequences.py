@@ -59,7 +59,7 @@ class Sequences:
         self._since = core.clock()
 
     def named(self, model: str, sequence: int | str) -> str:
-        """The id of the session of a caller's sequence: two principals may have sequences of one id."""
+        """The id of the session of the caller's own sequence: nobody else's has it."""
         return caller().scope + session_id(model, sequence)
 
     async def find(self, model: str, asked: Asked, version: str) -> Session:
@@ -164,4 +164,6 @@ class Sequences:
             ended = f"{up} and has no such sequence in its store"
             if core.keeper is None:
                 ended = f"{up} and keeps no sequences from before: it was not started, or the server was restarted"
-        return SequenceNotLive(model, asked.sequence, error, ended)
+        shown = caller().told(error)
+        assert isinstance(shown, SessionError)
+        return SequenceNotLive(model, asked.sequence, shown, ended)

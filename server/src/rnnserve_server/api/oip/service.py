@@ -159,7 +159,8 @@ async def _abort(context: Context, error: Exception) -> None:
     """Ends a call with an error. Triton's clients show a person the message and nothing else, so it says all."""
     told = service_error(error)
     message = status(told, caller())
-    message.message = said(told)[:1000] if told.retry_after is not None else message.message
+    if told.retry_after is not None:
+        message.message = said(caller().told(told))[:1000]
     trailers: list[tuple[str, str | bytes]] = [("grpc-status-details-bin", message.SerializeToString())]
     if told.retry_after is not None:
         trailers.append(("grpc-retry-pushback-ms", str(round(told.retry_after * 1000))))

@@ -8,6 +8,7 @@ from typing import Any
 
 import grpc
 
+from rnnserve_server.access.caller import caller
 from rnnserve_server.api.errors import rejections, service_error, status_code
 from rnnserve_server.api.oip import service_pb2 as pb
 from rnnserve_server.api.oip.infer import Inference
@@ -115,7 +116,7 @@ class InferStream:
             elif error is not None and self._strict:
                 raise error
             elif error is not None:
-                await self._context.write(_failed(request, error))
+                await self._context.write(_failed(request, caller().told(error)))
 
     async def _drain(self, reader: asyncio.Task[None]) -> None:
         """Once the server drains: lets the client say what it was saying, then stops listening."""
