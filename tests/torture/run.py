@@ -224,7 +224,12 @@ async def _adversary(
     for number, moment in enumerate(moments):
         while trial.steps < moment:
             trial.moved.clear()
-            await trial.moved.wait()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(trial.moved.wait(), 1.0)
+            for server in servers:
+                if not server.alive:  # nobody has ended it
+                    trial.faults.append(Fault("dead server", server.address, server.log()[-300:]))
+                    await asyncio.to_thread(server.start)
         await asyncio.sleep(chance.expovariate(200))  # somewhere within what is under way
         at = chance.randrange(len(servers))
         server, proxy = servers[at], proxies[at]
