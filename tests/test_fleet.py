@@ -100,6 +100,7 @@ async def harm(fleet: Fleet, client: aio.Client, changed: Callable[[], None] | N
     assert ends == 3, f"{ends} of 3 replicas drained to the end"
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 async def test_behind_envoy(tmp_path: Path) -> None:
     """Sessions on several streams through Envoy: every output is the oracle's and none is lost or doubled."""
