@@ -56,6 +56,7 @@ def _writes_to_the_neighbour() -> None:
     scatter, chance = Arena.scatter, random.Random(5)
 
     def confused(self: Any, slots: Any, states: Any) -> None:
+        slots = np.arange(slots.start, slots.stop) if isinstance(slots, slice) else slots
         others = np.setdiff1d(self.all_used(), slots)
         if len(others) and chance.random() < 0.5:
             slots = np.concatenate([others[:1], slots[1:]])
