@@ -18,7 +18,7 @@ run: $(VENV)/.serve
 
 test: $(VENV)/.dev $(TRITONCLIENT)/.ready
 	-$(BIN)/rnnserve fetch models/zoo
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile $(ARGS)
 
 # How far the engines are from what real Keras 2 and 3 computed, family by family.
 vectors: $(VENV)/.dev
