@@ -37,8 +37,8 @@ from rnnserve.v1 import (
 )
 from rnnserve_server.access.access import Access, Defaults
 from rnnserve_server.access.authenticators import BearerTokens, ClientCertificates, Shown
+from rnnserve_server.access.bucket import Bucket
 from rnnserve_server.access.edit import with_token, without
-from rnnserve_server.access.meter import Meter
 from rnnserve_server.access.principals import PrincipalsError, read_principals
 from rnnserve_server.api import errors as api_errors
 from rnnserve_server.api.oip import service_pb2
@@ -512,22 +512,22 @@ def test_rows_have_a_quota_a_second(tmp_path: Path):
 def test_the_bucket_keeps_the_rate_over_time():
     """Frames of any size, at the pace that the bucket tells: never more than the rate and one frame."""
     clock = Clock()
-    meter = Meter("alice", 100.0, clock)
+    bucket = Bucket("alice", 100.0, clock)
     began, done, frame = clock.now, 0, 250
     for _ in range(200):
         try:
-            meter.take(frame)
+            bucket.take(frame)
             done += frame
         except QuotaExceeded as error:
             clock.now += (error.retry_after or 0.0) + 1e-6
     assert (clock.now - began) * 100 <= done <= 100 + (clock.now - began) * 100 + frame
-    meter.set_rate(0)
+    bucket.set_rate(0)
     for _ in range(100):
-        meter.take(10**9)
-    meter.set_rate(1)
-    meter.take(1)
+        bucket.take(10**9)
+    bucket.set_rate(1)
+    bucket.take(1)
     with pytest.raises(QuotaExceeded):
-        meter.take(1)
+        bucket.take(1)
 
 
 # The file

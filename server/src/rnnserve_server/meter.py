@@ -34,7 +34,7 @@ class Took:
 
 
 @dataclass(slots=True)
-class Tally:
+class ModelTally:
     """What one version of a model has done.
 
     Attributes:
@@ -76,14 +76,14 @@ class Meter:
 
     def __init__(self) -> None:
         self.waiting: set[object] = set()
-        self._tallies: dict[Key, Tally] = {}
+        self._tallies: dict[Key, ModelTally] = {}
 
-    def of(self, model: LoadedModel) -> Tally:
+    def of(self, model: LoadedModel) -> ModelTally:
         """The tally of a version."""
         key = (model.name, model.version, model.digest)
         tally = self._tallies.get(key)
         if tally is None:
-            tally = self._tallies[key] = Tally()
+            tally = self._tallies[key] = ModelTally()
         return tally
 
     def ran(self, model: LoadedModel, blocks: Sequence[Block], started: float, ended: float) -> None:

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rnnserve_server.access.authenticators import Authenticator, BearerTokens, ClientCertificates, Shown
+from rnnserve_server.access.bucket import Bucket
 from rnnserve_server.access.caller import Caller
-from rnnserve_server.access.meter import Meter
 from rnnserve_server.access.principals import Principals, Role, read_principals
 from rnnserve_server.access.watched import Watched
 from rnnserve_server.errors import PermissionDenied, Unauthenticated
@@ -70,7 +70,7 @@ class Access:
         self._authenticators = authenticators or (BearerTokens(), ClientCertificates())
         self._clock = clock
         self._wall_clock = wall_clock
-        self._meters: dict[str, Meter] = {}
+        self._buckets: dict[str, Bucket] = {}
         self._file = Watched([path], lambda: read_principals(path), clock=clock)
 
     def enter(self, method: str, shown: Shown) -> Caller:
@@ -100,7 +100,7 @@ class Access:
                 f"{method}: expected a principal of the role {wanted}, got {name!r} with {', '.join(sorted(roles))}",
                 metadata={"expected": wanted, "got": ",".join(sorted(roles))},
             )
-        return Caller(name, roles, self._meter(name))
+        return Caller(name, roles, self._bucket(name))
 
     def still(self, who: Caller, shown: Shown) -> bool:
         """Whether who was let in with that would be let in with it now, with the same roles."""
@@ -111,7 +111,7 @@ class Access:
         except Unauthenticated:
             return False
         entry = known.principals.get(name or "")
-        self._meter(who.name)  # with the rate that the file has now
+        self._bucket(who.name)  # with the rate that the file has now
         return name == who.name and entry is not None and entry.roles == who.roles
 
     def shown(self, metadata: Sequence[tuple[str, str | bytes]], certificate: Mapping[str, Iterable[bytes]]) -> Shown:
@@ -137,14 +137,14 @@ class Access:
                 return name
         return None
 
-    def _meter(self, name: str) -> Meter:
+    def _bucket(self, name: str) -> Bucket:
         """The bucket of a principal, which all its calls share."""
         rate = self.limits(name).rows_per_second
-        meter = self._meters.get(name)
-        if meter is None:
-            meter = self._meters[name] = Meter(name, rate, self._clock)
-        meter.set_rate(rate)
-        return meter
+        bucket = self._buckets.get(name)
+        if bucket is None:
+            bucket = self._buckets[name] = Bucket(name, rate, self._clock)
+        bucket.set_rate(rate)
+        return bucket
 
 
 def open_to_all(method: str) -> bool:

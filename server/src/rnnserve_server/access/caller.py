@@ -10,7 +10,7 @@ from __future__ import annotations
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
-from rnnserve_server.access.meter import Meter
+from rnnserve_server.access.bucket import Bucket
 from rnnserve_server.access.principals import Role
 from rnnserve_server.errors import ServiceError, SessionError
 
@@ -24,13 +24,13 @@ class Caller:
     Attributes:
         name: the principal's; empty where there are none and everybody may do everything.
         roles: what it may do.
-        meter: lets its rows in; None: all of them.
+        bucket: lets its rows in; None: all of them.
         scope: what the ids of its sessions begin with.
     """
 
     name: str = ""
     roles: frozenset[Role] = EVERYTHING
-    meter: Meter | None = None
+    bucket: Bucket | None = None
     scope: str = field(init=False)
 
     def __post_init__(self) -> None:

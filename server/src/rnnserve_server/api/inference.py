@@ -54,8 +54,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         call = Call(None if left is None else core.clock() + left, session_id)
         inputs = decode_named(request.inputs, "inputs")
         mask = decode(request.mask, "mask") if request.HasField("mask") else None
-        if who.meter is not None:
-            who.meter.take(rows_of(inputs, 2))
+        if who.bucket is not None:
+            who.bucket.take(rows_of(inputs, 2))
         trace = None if core.tracing is None else core.tracing.received()
         if request.session_id:
             for field in ("model", "version", "options", "initial_states"):
@@ -110,7 +110,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             [_feedback(each) for each in request.feedback],
             request.seed if request.HasField("seed") else None,
             None if left is None else self._core.clock() + left,
-            None if who.meter is None else who.meter.take,
+            None if who.bucket is None else who.bucket.take,
         )
         return pb.RolloutResponse(outputs=encode_named(outputs), inputs=encode_named(inputs))
 

@@ -72,7 +72,7 @@ class LaneStream:
         self.deadline: float | None = None
         self._core = core
         self._caller = caller()
-        self._meter = self._caller.meter
+        self._bucket = self._caller.bucket
         self._context = context
         self._loop = asyncio.get_running_loop()
         self._groups: dict[int, Group] = {}
@@ -407,8 +407,8 @@ class LaneStream:
                 _check_first_axis(f"inputs.{field}", array, chunks)
             if mask is not None:
                 _check_first_axis("mask", mask, chunks)
-            if self._meter is not None:
-                self._meter.take(rows_of(inputs, 3))
+            if self._bucket is not None:
+                self._bucket.take(rows_of(inputs, 3))
             trace = None if self._core.tracing is None else self._core.tracing.received(frame.traceparent)
         except (ServiceError, TensorError) as error:
             self._fail_chunks(lanes, range(chunks), first_steps, service_error(error))

@@ -292,8 +292,8 @@ class Inference:
         if first is None or first.ndim < 2:
             first = np.zeros((0, 0))  # the core says what is missing
         pending.rows = first.shape[1 if time_major else 0]
-        if (meter := caller().meter) is not None:
-            meter.take(first.shape[0] * first.shape[1])
+        if (bucket := caller().bucket) is not None:
+            bucket.take(first.shape[0] * first.shape[1])
         if face.controls.end:
             spec = next(spec for spec in model.engine.inputs if spec.name == face.controls.end)
             end = np.full((*first.shape[:2], *spec.shape), face.controls.values[0], spec.dtype)

@@ -10,7 +10,7 @@ from rnnserve_server.api.oip.asked import Asked
 from rnnserve_server.api.oip.face import Face
 from rnnserve_server.blocks import Answers, Failure
 from rnnserve_server.calls import Call
-from rnnserve_server.meter import Meter, Tally
+from rnnserve_server.meter import Meter, ModelTally
 from rnnserve_server.sessions import Session
 
 _NOTHING = Asked()
@@ -48,7 +48,7 @@ class Pending(Call):
         self.received = received
         self.asked = _NOTHING
         self.model: LoadedModel | None = None
-        self.tally: Tally | None = None
+        self.tally: ModelTally | None = None
         self.session: Session | None = None
         self.face: Face | None = None
         self.states_asked = False

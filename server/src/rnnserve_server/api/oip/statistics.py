@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from rnnserve_models.load import LoadedModel
 from rnnserve_server.api.oip import service_pb2 as pb
-from rnnserve_server.meter import Tally, Took
+from rnnserve_server.meter import ModelTally, Took
 
 
-def statistics(model: LoadedModel, tally: Tally) -> pb.ModelStatistics:
+def statistics(model: LoadedModel, tally: ModelTally) -> pb.ModelStatistics:
     """A version's tally."""
     return pb.ModelStatistics(
         name=model.name,

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from rnnserve_server.errors import QuotaExceeded
 
 
-class Meter:
+class Bucket:
     """A bucket that holds what one second fills in.
 
     Work is let in while there is anything in it, and may take it below empty: so a frame that is larger than the bucket
