@@ -6,6 +6,7 @@ A row is opened once and measured again and again: round trips, one after the ot
 from __future__ import annotations
 
 import asyncio
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
@@ -38,7 +39,7 @@ Measure = Callable[[float], Awaitable[Sample]]
 
 
 @dataclass(frozen=True)
-class Row:
+class Row(ABC):
     """A line of the table.
 
     Attributes:
@@ -61,9 +62,9 @@ class Row:
         return ""
 
     @property
+    @abstractmethod
     def name(self) -> str:
         """What it shows."""
-        raise NotImplementedError
 
     @property
     def sessions(self) -> int:
@@ -85,9 +86,9 @@ class Row:
         """The row of the least server doing the same work."""
         return BareRow(self.streams, self.lanes, self.steps, self.depth)
 
+    @abstractmethod
     async def open(self, address: str, stack: AsyncExitStack) -> Measure:
         """Readies all that is not to be measured, until the stack is closed."""
-        raise NotImplementedError
 
 
 class EngineRow(Row):
@@ -179,8 +180,9 @@ class StreamRow(Row):
         read: pb.StreamResponse = response
         return read
 
+    @abstractmethod
     async def _greet(self, call: Any) -> None:
-        raise NotImplementedError
+        """Says what comes before the first frame, and hears the answer."""
 
 
 class EchoRow(StreamRow):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 from rnnserve._layer import Layer
@@ -56,12 +57,12 @@ class LayerFace:
         return self._layer.compute_output_shape(shape)
 
 
-class LiveFace:
+class LiveFace(ABC):
     """The description of what is live."""
 
     @property
-    def _live(self) -> Live:
-        raise NotImplementedError
+    @abstractmethod
+    def _live(self) -> Live: ...
 
     @property
     def model(self) -> Model:
