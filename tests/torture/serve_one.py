@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
 import os
 import signal
@@ -13,14 +14,13 @@ from rnnserve_server.process import tune
 
 tune()  # before gRPC is loaded, as the command does
 
-import uvloop  # noqa: E402
-
 import rnnserve_models.engine.onnx  # noqa: E402
 import rnnserve_models.export  # noqa: E402, F401
 import rnnserve_server.store.redis  # noqa: E402
 import rnnserve_server.store.sqlite  # noqa: E402, F401
 from rnnserve_server.config import Settings  # noqa: E402
 from rnnserve_server.server import Server, serve  # noqa: E402
+from rnnserve_server.wire.loop import new_event_loop  # noqa: E402
 from torture.faults import plant  # noqa: E402
 
 _PR_SET_PDEATHSIG = 1
@@ -42,4 +42,5 @@ def run(settings: dict[str, Any], log: Path, ready: Connection, fault: str) -> N
         ready.send(self.port)
 
     Server.start = started  # type: ignore[method-assign]
-    uvloop.run(serve(Settings(**settings)))
+    with asyncio.Runner(loop_factory=lambda: new_event_loop("completion")) as runner:
+        runner.run(serve(Settings(**settings)))

@@ -41,6 +41,10 @@ class Settings(BaseSettings):
     )
     engine_threads: Positive = Field(1, description="onnxruntime's threads for one operator")
 
+    event_loop: Literal["completion", "uvloop"] = Field(
+        "completion", description="what waits for gRPC: the event loop itself, or grpc.aio on uvloop"
+    )
+
     tls_cert: Path | None = Field(None, description="the server's certificate and its chain, in PEM; with tls_key")
     tls_key: Path | None = Field(None, description="its private key, in PEM")
     tls_client_ca: Path | None = Field(
