@@ -115,6 +115,8 @@ class OnnxEngine(Engine):
 
     def run(self, inputs: Mapping[str, Array], lengths: Array, states: Mapping[str, Array]) -> tuple[Arrays, Arrays]:
         """See `Engine.run`."""
+        if not len(lengths):  # at no row at all, onnxruntime's LSTM and GRU end the process
+            raise EngineError("there is no row to compute")
         inputs, contexts = self._with_contexts(inputs, lengths, states)
         steps = len(next(iter(inputs.values())))
         whole = self._spec.lengths is not None or bool((lengths == steps).all())
