@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
-
-os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # what a server computes is nobody else's business
 import onnxruntime as ort
 
 from rnnserve_models.engine.axes import Axes
