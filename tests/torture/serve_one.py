@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import faulthandler
 import os
 import signal
 from multiprocessing.connection import Connection
@@ -33,6 +34,7 @@ def run(settings: dict[str, Any], log: Path, ready: Connection, fault: str) -> N
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     os.dup2(file, 1)
     os.dup2(file, 2)
+    faulthandler.enable()
     if fault:
         plant(fault)
     start = Server.start

@@ -6,7 +6,6 @@ import asyncio
 import inspect
 import logging
 import os
-import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -27,9 +26,6 @@ def _serve(config: Path | None, **flags: Any) -> None:
 
     Each setting is a flag, a variable RNNSERVE_<NAME>, or a key of the --config file; the first that is set wins.
     """
-    # The signal that stops a container may come while the models load; as process 1 nobody else would heed it.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-
     try:
         settings = load_settings(config, **flags)
     except ValidationError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import signal
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -17,6 +18,21 @@ def tune() -> None:
     keep_freed_memory()
     open_as_many_as_allowed()
     poll_on_one_thread()
+
+
+def end_when_told() -> None:
+    """Has SIGTERM and SIGINT end the process at once, with status 0 and a word, until a server heeds them.
+
+    They may come while modules or models load. As process 1 of a container nobody else would heed them, and an
+    exception in the middle of whatever is loading might be taken for a fault of it.
+    """
+
+    def end(number: int, _: object) -> None:
+        os.write(2, f"{signal.Signals(number).name} before anything was served: ended\n".encode())
+        os._exit(0)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, end)
 
 
 def keep_freed_memory() -> None:

@@ -241,7 +241,11 @@ class Worker:
             if watched is not None:
                 watched.runs(tick.blocks, tick.steps, started)
             try:
-                outputs, states = await self._run(_assemble(tick), tick.steps)
+                batch = _assemble(tick)
+                if len(batch[1]):
+                    outputs, states = await self._run(batch, tick.steps)
+                else:  # the rows that had steps left were dropped, and no engine need compute nothing
+                    outputs, states = _nothing(self._engine, tick.steps), batch[2]
             except EngineError as error:
                 self._engine_failed(tick.blocks, error)
                 return
@@ -529,6 +533,11 @@ def _assemble(tick: Tick) -> Batch:
         np.concatenate(lengths),
         {name: np.concatenate([part[name] for part in states]) for name in states[0]},
     )
+
+
+def _nothing(engine: Engine, steps: int) -> Arrays:
+    """The outputs of no rows: [T, 0, *shape]."""
+    return {spec.name: np.zeros((steps, 0, *spec.shape), spec.dtype) for spec in engine.outputs}
 
 
 def _advance(tick: Tick, outputs: Arrays, states: Arrays) -> None:
