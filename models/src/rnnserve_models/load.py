@@ -55,7 +55,11 @@ def load_model(directory: Path, *, engine: EngineChoice | None = None, threads: 
     for name in spec.files():
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise ModelError(f"{directory / 'model.yaml'}: {name!r} must be a file beside model.yaml")
-        if not (directory / name).is_file():
+        try:
+            there = (directory / name).is_file()
+        except OSError as error:  # such as a name that is too long
+            raise ModelError(f"{directory / 'model.yaml'}: {name!r:.300} cannot be read: {error.strerror}") from error
+        if not there:
             raise ModelError(f"{directory / name}: the file is missing{_recipe(spec, directory)}")
     loaded = _engine(directory, spec, engine or spec.engine, threads)
     if spec.network is not None:

@@ -1,0 +1,72 @@
+"""YAML files that people write, read as plain data within bounds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+MAX_BYTES = 1 << 20
+"""Of a file."""
+
+MAX_SIZE = 2 * MAX_BYTES
+"""Of what it unfolds to: its parts, and the characters in them. Without aliases a file cannot have as many."""
+
+MAX_DEPTH = 32
+"""Of lists and mappings inside one another."""
+
+_MAX_BITS = 64
+# What PyYAML raises of its own for a number, date or truth value that is none, such as ``!!bool x``.
+_ODD = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+
+
+class DocumentError(ValueError):
+    """A file is no such document: the message says why, and not of which file."""
+
+
+def read_yaml(path: Path) -> Any:
+    """What a YAML file says: mappings, lists, texts, numbers, dates, truth values and None.
+
+    Raises:
+        DocumentError: it cannot be read, is not YAML, is too large or too deep, unfolds by its aliases to too much, or
+            has a whole number of more than 64 bits.
+    """
+    try:
+        with path.open("rb") as file:
+            content = file.read(MAX_BYTES + 1)
+        text = content.decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DocumentError(f"cannot be read: {error}") from error
+    if len(content) > MAX_BYTES:
+        raise DocumentError(f"is larger than {MAX_BYTES} bytes, which is the most that is read")
+    try:
+        document = yaml.safe_load(text)
+    except RecursionError as error:
+        raise _too_deep() from error
+    except (yaml.YAMLError, *_ODD) as error:
+        raise DocumentError(f"is not YAML: {error}") from error
+    _check(document)
+    return document
+
+
+def _check(document: Any) -> None:
+    """Refuses what cannot be shown or walked over within bounds."""
+    left = MAX_SIZE
+    waiting = [(document, 1)]
+    while waiting:
+        value, depth = waiting.pop()
+        left -= 1 + (len(value) if isinstance(value, str | bytes) else 0)
+        if left < 0:
+            raise DocumentError(f"unfolds by its aliases to more than {MAX_SIZE} characters and parts")
+        if isinstance(value, dict | list | tuple | set):
+            if depth > MAX_DEPTH:
+                raise _too_deep()
+            parts = [part for pair in value.items() for part in pair] if isinstance(value, dict) else value
+            waiting += [(part, depth + 1) for part in parts]
+        elif isinstance(value, int) and value.bit_length() > _MAX_BITS:
+            raise DocumentError(f"has a whole number of {value.bit_length()} bits; expected at most {_MAX_BITS}")
+
+
+def _too_deep() -> DocumentError:
+    return DocumentError(f"has more than {MAX_DEPTH} lists and mappings inside one another")

@@ -1,0 +1,1 @@
+"""Files made to do harm: model files, manifests, blobs of sessions and files of principals, and what becomes of them."""

@@ -1,0 +1,31 @@
+"""`python -m fuzz.files`: run it with PYTHONPATH=tests."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from fuzz.files.run import Report, fuzz_files
+from fuzz.files.targets import TARGETS
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="fuzz.files", description=__doc__)
+    parser.add_argument("--seconds", type=float, default=60.0, help="of each target")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", nargs="*", choices=sorted(TARGETS), default=list(TARGETS))
+    parser.add_argument("--report", type=Path, help="write the figures here, as JSON")
+    options = parser.parse_args()
+    reports: dict[str, Report] = {}
+    for name in options.only:
+        reports[name] = fuzz_files(name, options.seconds, options.seed)
+        print(f"{name}: {reports[name]}", flush=True)
+    if options.report is not None:
+        options.report.write_text(json.dumps({name: vars(report) for name, report in reports.items()}, indent=2))
+    return 1 if any(report.faults for report in reports.values()) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
