@@ -8,10 +8,7 @@ from typing import Any
 import yaml
 
 MAX_BYTES = 1 << 20
-"""Of a file."""
-
-MAX_SIZE = 2 * MAX_BYTES
-"""Of what it unfolds to: its parts, and the characters in them. Without aliases a file cannot have as many."""
+"""Of a file, unless told."""
 
 MAX_DEPTH = 32
 """Of lists and mappings inside one another."""
@@ -25,40 +22,44 @@ class DocumentError(ValueError):
     """A file is no such document: the message says why, and not of which file."""
 
 
-def read_yaml(path: Path) -> Any:
+def read_yaml(path: Path, *, most: int = MAX_BYTES) -> Any:
     """What a YAML file says: mappings, lists, texts, numbers, dates, truth values and None.
 
+    Args:
+        path: the file.
+        most: bytes that it may have. What its aliases unfold to may have twice as many parts and characters.
+
     Raises:
-        DocumentError: it cannot be read, is not YAML, is too large or too deep, unfolds by its aliases to too much, or
-            has a whole number of more than 64 bits.
+        DocumentError: it cannot be read, is not YAML, is too large or too deep, unfolds to too much, or has a whole
+            number of more than 64 bits.
     """
     try:
         with path.open("rb") as file:
-            content = file.read(MAX_BYTES + 1)
+            content = file.read(most + 1)
         text = content.decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise DocumentError(f"cannot be read: {error}") from error
-    if len(content) > MAX_BYTES:
-        raise DocumentError(f"is larger than {MAX_BYTES} bytes, which is the most that is read")
+    if len(content) > most:
+        raise DocumentError(f"is larger than {most} bytes, which is the most that is read")
     try:
         document = yaml.safe_load(text)
     except RecursionError as error:
         raise _too_deep() from error
     except (yaml.YAMLError, *_ODD) as error:
         raise DocumentError(f"is not YAML: {error}") from error
-    _check(document)
+    _check(document, 2 * most)
     return document
 
 
-def _check(document: Any) -> None:
+def _check(document: Any, most: int) -> None:
     """Refuses what cannot be shown or walked over within bounds."""
-    left = MAX_SIZE
+    left = most
     waiting = [(document, 1)]
     while waiting:
         value, depth = waiting.pop()
         left -= 1 + (len(value) if isinstance(value, str | bytes) else 0)
         if left < 0:
-            raise DocumentError(f"unfolds by its aliases to more than {MAX_SIZE} characters and parts")
+            raise DocumentError(f"unfolds by its aliases to more than {most} characters and parts")
         if isinstance(value, dict | list | tuple | set):
             if depth > MAX_DEPTH:
                 raise _too_deep()

@@ -14,7 +14,7 @@ from rnnserve_models.cell import Cell
 from rnnserve_models.cells import cells_from_specs
 from rnnserve_models.engine.base import Engine
 from rnnserve_models.engine.numpy import NumpyEngine
-from rnnserve_models.errors import ModelError
+from rnnserve_models.errors import ModelError, reading
 from rnnserve_models.spec import CellSpec, GraphSpec, ModelSpec, read_spec
 from rnnserve_models.weights import load_tensors, load_weights
 
@@ -51,6 +51,11 @@ def load_model(directory: Path, *, engine: EngineChoice | None = None, threads: 
     Raises:
         ModelError: the directory does not hold a model; the message names the file and what is wrong with it.
     """
+    with reading(str(directory)):
+        return _load(directory, engine, threads)
+
+
+def _load(directory: Path, engine: EngineChoice | None, threads: int) -> LoadedModel:
     spec = read_spec(directory / "model.yaml")
     for name in spec.files():
         if Path(name).is_absolute() or ".." in Path(name).parts:

@@ -17,6 +17,7 @@ from random import Random
 from typing import Any, NamedTuple
 
 from fuzz.files.targets import TESTS, Files, Target
+from rnnserve_models.errors import UNKNOWN
 
 SECONDS = 20.0
 MEGABYTES = 400
@@ -25,7 +26,16 @@ MEGABYTES = 400
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_TRUNC
 _PROGRAM = tuple(
     os.path.realpath(path)
-    for path in (sys.prefix, sys.base_prefix, sysconfig.get_path("stdlib"), TESTS.parent, "/usr", "/lib", "/proc", "/sys")
+    for path in (
+        sys.prefix,
+        sys.base_prefix,
+        sysconfig.get_path("stdlib"),
+        TESTS.parent,
+        "/usr",
+        "/lib",
+        "/proc",
+        "/sys",
+    )
 )
 _FORBIDDEN = ("socket.connect", "socket.bind", "os.system", "os.exec", "os.posix_spawn", "os.fork", "ctypes.dlopen")
 
@@ -38,12 +48,14 @@ class Outcome(NamedTuple):
         fault: whether it is one.
         seconds: that it took.
         reason: why it was refused; the traceback of a fault.
+        costly: whether the fault is that it took long or much.
     """
 
     what: str
     fault: bool
     seconds: float
     reason: str
+    costly: bool = False
 
 
 _touched: list[str] | None = None
@@ -71,8 +83,11 @@ _listening = False
 
 
 @contextmanager
-def _watched() -> Iterator[list[str]]:
+def _watched(watch: bool) -> Iterator[list[str]]:
     global _touched, _listening
+    if not watch:
+        yield []
+        return
     if not _listening:
         sys.addaudithook(_audit)
         _listening = True
@@ -89,8 +104,15 @@ def write(files: Files, folder: Path) -> None:
         (folder / name).write_bytes(content)
 
 
-def attempt(target: Target, chance: Random) -> Outcome:
-    """Makes files, has them read, and says what came of it."""
+def attempt(target: Target, chance: Random, *, watch: bool = True) -> Outcome:
+    """Makes files, has them read, and says what came of it.
+
+    Args:
+        target: who reads them.
+        chance: what to make them from.
+        watch: whether to look at what is opened meanwhile. From then on the process takes a little longer for all that
+            it opens, to its end.
+    """
     files = target.make(chance)
     scratch = Path(tempfile.mkdtemp(prefix="fuzz-files-"))
     own = os.path.realpath(tempfile.gettempdir())
@@ -100,12 +122,14 @@ def attempt(target: Target, chance: Random) -> Outcome:
         write(files, folder)
         began, before = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         reason, fault = "", ""
-        with _watched() as touched:
+        with _watched(watch) as touched:
             try:
                 target.read(folder)
                 what = "loaded"
             except target.refuses as error:
                 what, reason = "refused", str(error)
+                if UNKNOWN in reason:
+                    what = f"refused unforeseen: {reason.partition(UNKNOWN)[2][2:80]}"
                 if not reason or len(reason) > 20_000:
                     fault = f"a reason of {len(reason)} characters"
             except Exception as error:
@@ -122,6 +146,7 @@ def attempt(target: Target, chance: Random) -> Outcome:
             fault = f"took {seconds:.1f} s"
         elif grown > MEGABYTES:
             fault = f"took {grown} MB"
-        return Outcome(fault or what, bool(fault), seconds, reason)
+        costly = seconds > SECONDS or grown > MEGABYTES or fault.startswith("MemoryError")
+        return Outcome(fault or what, bool(fault), seconds, reason, costly)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

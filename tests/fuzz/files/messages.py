@@ -11,12 +11,44 @@ from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 from onnx import TensorProto, helper
 
-_NUMBERS = (0, 1, -1, 2, 3, 5, 7, 11, 16, 64, 1000, 2**20, 2**31 - 1, 2**31, 2**40, 2**62, 2**63 - 1, -(2**31), -(2**63))
+_NUMBERS = (
+    0,
+    1,
+    -1,
+    2,
+    3,
+    5,
+    7,
+    11,
+    16,
+    64,
+    1000,
+    2**20,
+    2**31 - 1,
+    2**31,
+    2**40,
+    2**62,
+    2**63 - 1,
+    -(2**31),
+    -(2**63),
+)
 _FLOATS = (0.0, -0.0, 1.0, -1.0, 1e-45, 3e38, float("inf"), float("-inf"), float("nan"))
 _TEXTS = (b"", b"\0", b"x" * 300, b"../../etc/passwd", b"\xff\xfe", "é".encode(), b"%n%s")
 _OPERATORS = (
     *("LSTM", "GRU", "RNN", "Loop", "Scan", "If", "Constant", "ConstantOfShape", "Expand", "Tile", "Range", "Shape"),
-    *("Gather", "GatherND", "Slice", "Pad", "Resize", "Reshape", "Squeeze", "Unsqueeze", "Transpose", "Concat", "Split"),
+    *(
+        "Gather",
+        "GatherND",
+        "Slice",
+        "Pad",
+        "Resize",
+        "Reshape",
+        "Squeeze",
+        "Unsqueeze",
+        "Transpose",
+        "Concat",
+        "Split",
+    ),
     *("Cast", "MatMul", "Gemm", "Conv", "Einsum", "TopK", "OneHot", "NonZero", "Where", "Identity", "SequenceEmpty"),
     *("Add", "Tanh", "Softmax", "ReduceSum", "CumSum", "ScatterND", "Compress", "EyeLike", "RandomNormal", "Nonsense"),
 )
@@ -33,7 +65,7 @@ def changed(model: onnx.ModelProto, chance: Random) -> onnx.ModelProto:
     model_ = onnx.ModelProto()
     model_.CopyFrom(model)
     for _ in range(chance.choice((1, 1, 1, 2, 3, 6))):
-        chance.choice((_field, _field, _field, _dims, _edge, _operator, _outside, _grown))(model_, chance)
+        chance.choice((*[_field] * 8, *[_dims] * 4, *[_edge] * 4, *[_operator] * 4, _outside, _grown))(model_, chance)
     return model_
 
 
@@ -130,7 +162,9 @@ def _operator(model: onnx.ModelProto, chance: Random) -> None:
     if chance.random() < 0.5:
         node.op_type = chance.choice(_OPERATORS)
         return
-    name = chance.choice(("hidden_size", "direction", "layout", "axis", "axes", "perm", "to", "num_scan_inputs", "body"))
+    name = chance.choice(
+        ("hidden_size", "direction", "layout", "axis", "axes", "perm", "to", "num_scan_inputs", "body")
+    )
     value = chance.choice((chance.choice(_NUMBERS), "sideways", [1, 2, 3], [-1], chance.choice(_FLOATS)))
     node.attribute.append(helper.make_attribute(name, value))
 
@@ -155,7 +189,9 @@ def _grown(model: onnx.ModelProto, chance: Random) -> None:
         case 0:
             graph.input.append(
                 helper.make_tensor_value_info(
-                    f"more{len(graph.input)}", chance.choice((1, 6, 7, 8, 9, 10, 16)), chance.choice(([], [1], ["b", 2], None))
+                    f"more{len(graph.input)}",
+                    chance.choice((1, 6, 7, 8, 9, 10, 16)),
+                    chance.choice(([], [1], ["b", 2], None)),
                 )
             )
         case 1:

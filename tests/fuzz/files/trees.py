@@ -7,7 +7,26 @@ from random import Random
 from typing import Any
 
 NUMBERS: tuple[Any, ...] = (
-    *(0, -1, 1, 2, 3, 64, 127, 2**16, 2**24 + 1, 2**31 - 1, 2**31, 2**32, 2**53, 2**62, 2**63 - 1, 2**63, 2**64, 10**30),
+    *(
+        0,
+        -1,
+        1,
+        2,
+        3,
+        64,
+        127,
+        2**16,
+        2**24 + 1,
+        2**31 - 1,
+        2**31,
+        2**32,
+        2**53,
+        2**62,
+        2**63 - 1,
+        2**63,
+        2**64,
+        10**30,
+    ),
     *(-(2**31), -(2**63), -(10**30), 0.5, -0.0, 1e-320, 1e38, 1e308, float("nan"), float("inf"), float("-inf")),
 )
 TEXTS = (
@@ -102,7 +121,9 @@ def _near(value: Any, chance: Random) -> Any:
     if isinstance(value, bool):
         return chance.choice((not value, int(value), str(value)))
     if isinstance(value, int | float):
-        return chance.choice((value + 1, value - 1, -value, value * 1000, value * 2**40, float(value), str(value), [value]))
+        return chance.choice(
+            (value + 1, value - 1, -value, value * 1000, value * 2**40, float(value), str(value), [value])
+        )
     if isinstance(value, str):
         return chance.choice((value[:-1], value * 2, value.upper(), [value], f"{value}\0", f"../{value}"))
     return hostile(chance)

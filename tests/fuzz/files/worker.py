@@ -1,4 +1,4 @@
-"""`python -m fuzz.files.worker TARGET SEED FIRST SECONDS`: attempts one after the other, in a process that may die.
+"""`python -m fuzz.files.worker TARGET SEED FIRST LAST SECONDS`: attempts one after the other, in a process that may die.
 
 It prints the number of an attempt before it begins, and a line of JSON about what came of it.
 """
@@ -17,7 +17,8 @@ from random import Random
 from fuzz.files.attempt import SECONDS, attempt
 from fuzz.files.targets import TARGETS
 
-ADDRESS_SPACE = 6 << 30
+_APART_SECONDS = 8.0
+ADDRESS_SPACE = 4 << 30
 """Of the process: what asks for more gets a MemoryError."""
 
 
@@ -27,15 +28,16 @@ def chance_of(target: str, seed: int, number: int) -> Random:
 
 
 def main() -> None:
-    name, seed, first, seconds = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4])
+    name, (seed, first, last), seconds = sys.argv[1], map(int, sys.argv[2:5]), float(sys.argv[5])
     warnings.simplefilter("ignore")
     logging.disable()
     resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_SPACE, ADDRESS_SPACE))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     target, end, number = TARGETS[name], time.monotonic() + seconds, first
-    while time.monotonic() < end:
+    target.make(chance_of(name, seed, first))  # what it is made from is read once, which is not the attempt's time
+    while time.monotonic() < end and (number <= last or last < 0):
         print(number, flush=True)
-        faulthandler.dump_traceback_later(2 * SECONDS, exit=True)
+        faulthandler.dump_traceback_later(_APART_SECONDS if target.apart else 2 * SECONDS, exit=True)
         outcome = attempt(target, chance_of(name, seed, number))
         faulthandler.cancel_dump_traceback_later()
         print(json.dumps(outcome._asdict()), flush=True)

@@ -19,7 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from rnnserve_models.errors import ModelError
+from rnnserve_models.errors import ModelError, reading
 
 SECONDS = 120.0
 """How long a model may take, and a second more for every 2 MB of it."""
@@ -33,26 +33,35 @@ _PROGRAM = "from rnnserve_models.importers.apart import child; child()"
 _REASON = 2000  # characters
 
 
-def write_apart(path: Path, target: Path, *, prefix: str | None = None, nonlinearity: str = "tanh") -> list[str]:
+def write_apart(
+    path: Path,
+    target: Path,
+    *,
+    prefix: str | None = None,
+    nonlinearity: str = "tanh",
+    seconds: float = SECONDS,
+) -> list[str]:
     """`rnnserve_models.importers.files.write_model` in a child process, which loads what it has written.
+
+    ``seconds`` is how long a small file may take.
 
     Raises:
         ModelError: the file is no model, or takes too long, too much memory, or the process that reads it with it.
     """
-    return _apart(path, target, path.stat().st_size, {"prefix": prefix, "nonlinearity": nonlinearity})
+    return _apart(path, target, path.stat().st_size, seconds, {"prefix": prefix, "nonlinearity": nonlinearity})
 
 
-def load_apart(directory: Path) -> None:
+def load_apart(directory: Path, *, seconds: float = SECONDS) -> None:
     """Loads a model directory in a child process, to see whether it can be.
 
     Raises:
         ModelError: it is no model, or takes too long, too much memory, or the process that loads it with it.
     """
-    _apart(None, directory, sum(each.stat().st_size for each in directory.iterdir()), {})
+    _apart(None, directory, sum(each.stat().st_size for each in directory.iterdir()), seconds, {})
 
 
-def _apart(path: Path | None, target: Path, size: int, options: dict[str, Any]) -> list[str]:
-    seconds = math.ceil(SECONDS + size / 2e6)
+def _apart(path: Path | None, target: Path, size: int, least: float, options: dict[str, Any]) -> list[str]:
+    seconds = math.ceil(least + size / 2e6)
     job = {
         "path": None if path is None else str(path.resolve()),
         "target": str(target.resolve()),
@@ -77,7 +86,9 @@ def _apart(path: Path | None, target: Path, size: int, options: dict[str, Any]) 
             try:
                 process.wait(seconds)
             except subprocess.TimeoutExpired as error:
-                raise ModelError(f"it was not loaded after {seconds} s, which is as long as a model may take") from error
+                raise ModelError(
+                    f"it was not loaded after {seconds} s, which is as long as a model may take"
+                ) from error
             finally:
                 with suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
@@ -105,14 +116,10 @@ def child() -> None:
     _bound(job["seconds"], job["memory"])
     target, found = Path(job["target"]), {}
     try:
-        found["findings"] = _try(None if job["path"] is None else Path(job["path"]), target, job["options"])
-    except ModelError as error:
+        with reading("it"):
+            found["findings"] = _try(None if job["path"] is None else Path(job["path"]), target, job["options"])
+    except (ModelError, OSError) as error:
         found = {"error": str(error).replace(f"{target}{os.sep}", "")}
-    except MemoryError:
-        found = {"error": f"it takes more memory than a model of its size may have, {job['memory'] >> 20} MiB"}
-    except Exception as error:  # of the libraries that read it, which a damaged file makes fail in any way
-        what = f"{type(error).__name__}: {error}".replace(f"{target}{os.sep}", "")
-        found = {"error": f"it is damaged, or of a kind that is not known: {what:.500}"}
     Path(job["report"]).write_text(json.dumps(found), encoding="utf-8")
     sys.stderr.flush()
     os._exit(0)  # what a hostile graph has left in the libraries is not torn down, but dropped

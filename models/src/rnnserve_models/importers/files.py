@@ -16,7 +16,7 @@ import yaml
 from safetensors.numpy import save
 
 from rnnserve_models.cells import StackedRNNCells
-from rnnserve_models.errors import ModelError
+from rnnserve_models.errors import ModelError, reading
 from rnnserve_models.importers.apart import write_apart
 from rnnserve_models.importers.onnx.stateful import WHOLE_CALLS_REFUSE, import_onnx
 from rnnserve_models.importers.torch_state import Nonlinearity, read_torch_state
@@ -108,15 +108,11 @@ def place_model(
         draft = scratch / name / version
         draft.mkdir(parents=True)
         try:
-            findings = write(draft)
-            loaded = (load or load_model)(draft)
+            with reading("it"):
+                findings = write(draft)
+                loaded = (load or load_model)(draft)
         except ModelError as error:  # the scratch directory is nobody's business
             raise ModelError(str(error).replace(f"{draft}{os.sep}", "")) from error
-        except OSError:
-            raise
-        except Exception as error:  # of the libraries that read it, which a damaged file makes fail in any way
-            what = f"{type(error).__name__}: {error}".replace(f"{draft}{os.sep}", "")
-            raise ModelError(f"it is damaged, or of a kind that is not known: {what:.500}") from error
         try:
             os.rename(draft, target)
         except OSError as error:

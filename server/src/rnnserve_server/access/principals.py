@@ -27,6 +27,8 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, StringConstrai
 
 from rnnserve_models.documents import DocumentError, read_yaml
 
+_MAX_BYTES = 16 << 20
+
 _HEAD = """\
 # Who may use the server: see "Security" in README.md. `rnnserve token add NAME` writes here, and keeps no comments.
 # A token itself is not in here, only its SHA-256. The server reads this file again when it changes.
@@ -130,7 +132,7 @@ def read_principals(path: Path) -> Principals:
         PrincipalsError: it cannot be read, or says something else.
     """
     try:
-        document = read_yaml(path)
+        document = read_yaml(path, most=_MAX_BYTES)
     except DocumentError as error:
         raise PrincipalsError(f"{path}: {error}") from error
     try:
