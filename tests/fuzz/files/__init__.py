@@ -1,1 +1,1 @@
-"""Files made to do harm: model files, manifests, blobs of sessions and files of principals, and what becomes of them."""
+"""Files made to do harm: model files, manifests, exported sessions, principals and certificates."""

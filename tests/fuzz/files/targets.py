@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import onnx
 import yaml
-from safetensors.numpy import load_file, save
+from safetensors.numpy import save
 
 import graphs
 from fuzz.files import messages, trees
@@ -100,7 +100,7 @@ def _words(*models: type[Any]) -> tuple[str, ...]:
 
 @functools.cache
 def _manifests() -> tuple[tuple[Any, Files], ...]:
-    weights = {f"weights.safetensors": (ZOO / "lstm-32-64" / "1" / "weights.safetensors").read_bytes()}
+    weights = {"weights.safetensors": (ZOO / "lstm-32-64" / "1" / "weights.safetensors").read_bytes()}
     cells = yaml.safe_load((ZOO / "lstm-32-64" / "1" / "model.yaml").read_text())
     small = {"cell": {"class_name": "GRUCell", "config": {"units": 2}}, "input_dim": 1, "weights": "w"}
     gru = {
@@ -164,7 +164,8 @@ def _bomb(chance: Random) -> str:
 
 def _manifest(chance: Random) -> Files:
     document, files = chance.choice(_manifests())
-    words = _words(ModelSpec) + (
+    words = (
+        *_words(ModelSpec),
         "units",
         "axes",
         "value",

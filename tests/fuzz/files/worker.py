@@ -1,4 +1,4 @@
-"""`python -m fuzz.files.worker TARGET SEED FIRST LAST SECONDS`: attempts one after the other, in a process that may die.
+"""`python -m fuzz.files.worker TARGET SEED FIRST LAST SECONDS`: attempts, in a process that may die.
 
 It prints the number of an attempt before it begins, and a line of JSON about what came of it.
 """

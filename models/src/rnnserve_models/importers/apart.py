@@ -39,11 +39,11 @@ def write_apart(
     *,
     prefix: str | None = None,
     nonlinearity: str = "tanh",
-    seconds: float = SECONDS,
+    seconds: float | None = None,
 ) -> list[str]:
     """`rnnserve_models.importers.files.write_model` in a child process, which loads what it has written.
 
-    ``seconds`` is how long a small file may take.
+    ``seconds`` is how long a small file may take; SECONDS unless told.
 
     Raises:
         ModelError: the file is no model, or takes too long, too much memory, or the process that reads it with it.
@@ -51,7 +51,7 @@ def write_apart(
     return _apart(path, target, path.stat().st_size, seconds, {"prefix": prefix, "nonlinearity": nonlinearity})
 
 
-def load_apart(directory: Path, *, seconds: float = SECONDS) -> None:
+def load_apart(directory: Path, *, seconds: float | None = None) -> None:
     """Loads a model directory in a child process, to see whether it can be.
 
     Raises:
@@ -60,8 +60,8 @@ def load_apart(directory: Path, *, seconds: float = SECONDS) -> None:
     _apart(None, directory, sum(each.stat().st_size for each in directory.iterdir()), seconds, {})
 
 
-def _apart(path: Path | None, target: Path, size: int, least: float, options: dict[str, Any]) -> list[str]:
-    seconds = math.ceil(least + size / 2e6)
+def _apart(path: Path | None, target: Path, size: int, least: float | None, options: dict[str, Any]) -> list[str]:
+    seconds = math.ceil((SECONDS if least is None else least) + size / 2e6)
     job = {
         "path": None if path is None else str(path.resolve()),
         "target": str(target.resolve()),

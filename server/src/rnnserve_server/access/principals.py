@@ -27,7 +27,7 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, StringConstrai
 
 from rnnserve_models.documents import DocumentError, read_yaml
 
-_MAX_BYTES = 16 << 20
+_MAX_BYTES = 4 << 20  # of some ten thousand tokens
 
 _HEAD = """\
 # Who may use the server: see "Security" in README.md. `rnnserve token add NAME` writes here, and keeps no comments.
