@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import signal
 from multiprocessing.connection import Connection
@@ -13,6 +14,7 @@ from rnnserve_server.process import tune
 
 tune()  # before gRPC is loaded, as the command does
 
+import structlog  # noqa: E402
 import uvloop  # noqa: E402
 
 import rnnserve_models.engine.onnx  # noqa: E402
@@ -42,4 +44,8 @@ def run(settings: dict[str, Any], log: Path, ready: Connection, fault: str) -> N
         ready.send(self.port)
 
     Server.start = started  # type: ignore[method-assign]
-    uvloop.run(serve(Settings(**settings)))
+    said = Settings(**settings)
+    # As the command does it: a line for each stream, which nobody asked for, would be time that the sessions wait.
+    level = getattr(logging, said.log_level.upper())
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(level))
+    uvloop.run(serve(said))
