@@ -7,7 +7,7 @@ import json
 import sys
 from pathlib import Path
 
-from fuzz.files.run import Report, fuzz_files
+from fuzz.files.run import Report, fuzz_files, guided
 from fuzz.files.targets import TARGETS
 
 
@@ -16,8 +16,13 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=60.0, help="of each target")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", nargs="*", choices=sorted(TARGETS), default=list(TARGETS))
+    parser.add_argument(
+        "--guided", action="store_true", help="by the code that they reach: needs requirements/fuzz.txt"
+    )
     parser.add_argument("--report", type=Path, help="write the figures here, as JSON")
     options = parser.parse_args()
+    if options.guided:
+        return max(guided(name, options.seconds, options.seed) for name in options.only)
     reports: dict[str, Report] = {}
     for name in options.only:
         reports[name] = fuzz_files(name, options.seconds, options.seed)

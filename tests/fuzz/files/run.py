@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from random import Random
 
 from fuzz.files.attempt import Outcome, write
 from fuzz.files.targets import TARGETS
@@ -98,6 +100,19 @@ def fuzz_files(name: str, seconds: float, seed: int, attempts: int | None = None
         number += 1
     report.seconds = time.monotonic() - began
     return report
+
+
+def guided(name: str, seconds: float, seed: int) -> int:
+    """Has Atheris choose the attempts, for so long. Returns its status: 0 if it has found nothing."""
+    with tempfile.TemporaryDirectory(prefix="fuzz-corpus-") as corpus:
+        chance = Random(seed)
+        for number in range(64):  # to begin with; what an attempt is made from has to be long enough for all choices
+            (Path(corpus) / str(number)).write_bytes(chance.randbytes(chance.choice((64, 200, 500))))
+        command = [sys.executable, "-m", "fuzz.files.guided", name, corpus, f"-max_total_time={math.ceil(seconds)}"]
+        command += [f"-seed={seed + 1}", "-len_control=0", f"-artifact_prefix={name}-"]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        print(f"{name}:", flush=True)
+        return subprocess.run(command, env=environment, check=False).returncode
 
 
 def again(name: str, seed: int, number: int) -> Outcome:

@@ -114,7 +114,8 @@ def child() -> None:
     """The child's program: its only argument says what to do."""
     job = json.loads(sys.argv[1])
     _bound(job["seconds"], job["memory"])
-    target, found = Path(job["target"]), {}
+    target = Path(job["target"])
+    found: dict[str, Any] = {}
     try:
         with reading("it"):
             found["findings"] = _try(None if job["path"] is None else Path(job["path"]), target, job["options"])

@@ -197,7 +197,7 @@ def _tensors(value: Any, part: Config) -> Iterator[Ref]:
         if value.get("class_name") != "__keras_tensor__":
             return
         inner = value.get("config")
-        history = inner.get("keras_history") if isinstance(inner, Mapping) else None
+        history: Any = inner.get("keras_history") if isinstance(inner, Mapping) else None
         if not _is_history(history):
             raise part.error(f"keras_history: expected [layer, node, tensor], got {history!r:.80}")
         yield (f"{history[0]}/{history[1]}", history[2])
