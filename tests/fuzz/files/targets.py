@@ -498,9 +498,10 @@ def _blob() -> bytes:
     return blob.pack(session, 1.7e9)
 
 
-def _exported(chance: Random) -> Files:
+def exported(content: bytes, chance: Random) -> bytes:
     """A blob with another header, whose checksum is right as often as not."""
-    content = tensors(_blob(), chance)
+    if chance.random() < 0.5:
+        content = tensors(content, chance)
     (length,) = struct.unpack("<Q", content[:8])
     try:
         header = json.loads(content[8 : 8 + length])
@@ -511,8 +512,8 @@ def _exported(chance: Random) -> Files:
         text = json.dumps(header).encode("utf-8", "surrogatepass")
         content = struct.pack("<Q", len(text)) + text + content[8 + length :]
     except (ValueError, KeyError, TypeError, RecursionError, AttributeError):
-        return {"blob": content}
-    return {"blob": content.replace(b"0" * 64, hashlib.sha256(content).hexdigest().encode(), 1)}
+        return content
+    return content.replace(b"0" * 64, hashlib.sha256(content).hexdigest().encode(), 1)
 
 
 _PRINCIPALS = {
@@ -577,7 +578,11 @@ TARGETS = {
     "keras": Target(_keras, _import_keras, apart=True),
     "hdf5": Target(_hdf5, _import, apart=True),
     "onnx": Target(_onnx, _import, forbidden=_outside, apart=True),
-    "blob": Target(_exported, lambda folder: blob.unpack((folder / "blob").read_bytes()), BlobInvalid),
+    "blob": Target(
+        lambda chance: {"blob": exported(_blob(), chance)},
+        lambda folder: blob.unpack((folder / "blob").read_bytes()),
+        BlobInvalid,
+    ),
     "answers": Target(_answers, lambda folder: unpack_answers((folder / "answer").read_bytes()), StoreCorrupt),
     "principals": Target(_principals, lambda folder: read_principals(folder / "principals.yaml"), PrincipalsError),
     "tls": Target(
