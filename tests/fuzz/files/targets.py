@@ -502,8 +502,8 @@ def exported(content: bytes, chance: Random) -> bytes:
     """A blob with another header, whose checksum is right as often as not."""
     if chance.random() < 0.5:
         content = tensors(content, chance)
-    (length,) = struct.unpack("<Q", content[:8])
     try:
+        (length,) = struct.unpack("<Q", content[:8])
         header = json.loads(content[8 : 8 + length])
         if chance.random() < 0.7:
             header["__metadata__"] = trees.changed(header["__metadata__"], chance, tuple(header["__metadata__"]))
@@ -511,7 +511,7 @@ def exported(content: bytes, chance: Random) -> bytes:
             header["__metadata__"]["checksum"] = "0" * 64
         text = json.dumps(header).encode("utf-8", "surrogatepass")
         content = struct.pack("<Q", len(text)) + text + content[8 + length :]
-    except (ValueError, KeyError, TypeError, RecursionError, AttributeError):
+    except (ValueError, KeyError, TypeError, RecursionError, AttributeError, struct.error):
         return content
     return content.replace(b"0" * 64, hashlib.sha256(content).hexdigest().encode(), 1)
 

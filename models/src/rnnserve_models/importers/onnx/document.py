@@ -166,7 +166,7 @@ def subgraphs(node: Any) -> Iterator[Any]:
 def attribute(node: Any, name: str, default: Any = None) -> Any:
     """An attribute's value; a string's as str."""
     for each in node.attribute:
-        if each.name == name:
+        if each.name == name and not each.ref_attr_name:  # those of functions, which are inlined
             value = onnx.helper.get_attribute_value(each)
             return value.decode() if isinstance(value, bytes) else value
     return default
