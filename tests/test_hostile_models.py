@@ -286,6 +286,45 @@ def test_a_model_that_ends_the_process_that_loads_it_ends_no_other(tmp_path: Pat
         load_apart(tmp_path)
 
 
+def test_the_process_that_forks_is_had_anew_when_it_has_ended():
+    """As it does when it has had nothing to do."""
+    lstm = Path(__file__).parent.parent / "models" / "zoo" / "lstm-4" / "1"
+    load_apart(lstm)
+    assert apart._FORKS._process is not None
+    apart._FORKS._process.kill()
+    apart._FORKS._process.wait()
+    load_apart(lstm)
+
+
+def test_nothing_goes_on_when_its_server_is_killed(tmp_path: Path):
+    """Neither the process that forks, nor the child that has a graph without an end."""
+    (tmp_path / "endless.onnx").write_bytes(endless().SerializeToString())
+    (tmp_path / "target").mkdir()
+    code = f"""
+import threading, time
+from pathlib import Path
+from rnnserve_models.importers import apart
+folder = Path({str(tmp_path)!r})
+threading.Thread(target=apart.write_apart, args=(folder / "endless.onnx", folder / "target"), daemon=True).start()
+while not (forks := apart._FORKS._process):
+    time.sleep(0.01)
+children = Path(f"/proc/{{forks.pid}}/task/{{forks.pid}}/children")
+while not (child := children.read_text().split()):
+    time.sleep(0.01)
+print(forks.pid, *child, flush=True)
+time.sleep(60)
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        processes = server.stdout.readline().split()
+        server.kill()
+    assert len(processes) == 2
+    deadline = time.monotonic() + 20
+    while any(Path(f"/proc/{each}").exists() for each in processes):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
 def test_a_server_goes_on_while_a_hostile_graph_is_deployed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Sessions step meanwhile; the graph is refused with the reason, and leaves nothing."""
     monkeypatch.setattr(apart, "SECONDS", 3.0)

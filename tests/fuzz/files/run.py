@@ -22,6 +22,7 @@ from rnnserve_models.importers.apart import write_apart
 
 _MOST_FAULTS = 200
 _APART_SECONDS = 10.0
+_FOUND = Path(__file__).parents[3] / ".cache" / "fuzz-files"
 
 
 @dataclass
@@ -103,14 +104,15 @@ def fuzz_files(name: str, seconds: float, seed: int, attempts: int | None = None
 
 
 def guided(name: str, seconds: float, seed: int) -> int:
-    """Has Atheris choose the attempts, for so long. Returns its status: 0 if it has found nothing."""
+    """Has Atheris choose the attempts. Returns its status: 0 if it has found nothing; what it has is in .cache."""
     with tempfile.TemporaryDirectory(prefix="fuzz-corpus-") as corpus:
         chance = Random(seed)
         for number in range(64):  # to begin with; what an attempt is made from has to be long enough for all choices
             (Path(corpus) / str(number)).write_bytes(chance.randbytes(chance.choice((64, 200, 500))))
         command = [sys.executable, "-m", "fuzz.files.guided", name, corpus, f"-max_total_time={math.ceil(seconds)}"]
-        command += [f"-seed={seed + 1}", "-len_control=0", f"-artifact_prefix={name}-"]
+        command += [f"-seed={seed + 1}", "-len_control=0", f"-artifact_prefix={_FOUND}/{name}-"]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        _FOUND.mkdir(parents=True, exist_ok=True)
         print(f"{name}:", flush=True)
         return subprocess.run(command, env=environment, check=False).returncode
 
