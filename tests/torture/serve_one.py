@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import faulthandler
+import logging
 import os
 import signal
 from multiprocessing.connection import Connection
@@ -14,6 +15,8 @@ from typing import Any
 from rnnserve_server.process import tune
 
 tune()  # before gRPC is loaded, as the command does
+
+import structlog  # noqa: E402
 
 import rnnserve_models.engine.onnx  # noqa: E402
 import rnnserve_models.export  # noqa: E402, F401
@@ -44,5 +47,9 @@ def run(settings: dict[str, Any], log: Path, ready: Connection, fault: str) -> N
         ready.send(self.port)
 
     Server.start = started  # type: ignore[method-assign]
-    with asyncio.Runner(loop_factory=lambda: new_event_loop("completion")) as runner:
-        runner.run(serve(Settings(**settings)))
+    said = Settings(**settings)
+    # As the command does it: a line for each stream, which nobody asked for, would be time that the sessions wait.
+    level = getattr(logging, said.log_level.upper())
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(level))
+    with asyncio.Runner(loop_factory=lambda: new_event_loop(said.event_loop)) as runner:
+        runner.run(serve(said))

@@ -109,7 +109,9 @@ def import_model(
     from rnnserve_models.importers.files import import_file
 
     try:
-        findings = import_file(file, models, name, version=version, prefix=prefix, nonlinearity=nonlinearity)
+        findings = import_file(
+            file, models, name, version=version, prefix=prefix, nonlinearity=nonlinearity, apart=True
+        )
     except (ModelError, OSError) as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(1) from error
