@@ -117,6 +117,7 @@ class Lanes:
         self._crowded = False  # a parked chunk waits for the answers to others
         self._stale = False  # rows of parked chunks were answered or have another first step
         self._closes: list[Lane] = []
+        self._held: set[Lane] = set()  # lanes that are opened once they are closed where they were
         self._answers: list[Answer] = []
         self._losses = Losses()
         self.in_flight = 0
@@ -237,6 +238,7 @@ class Lanes:
         self._lanes.clear()
         self._free.clear()
         self._opens.clear()
+        self._held.clear()
         self._closes.clear()
         self._parked.clear()
         self._stale = self._crowded = False
@@ -244,14 +246,23 @@ class Lanes:
             lane.opening = False
         return lanes
 
-    def let_go(self, lane: Lane) -> bool:
-        """Gives a lane away if nothing is wished on it; the server is told that it is not needed here."""
-        if lane.pending or lane.closing or lane.opening or lane.fresh:
+    @staticmethod
+    def may_go(lane: Lane) -> bool:
+        """Whether nothing is wished on a lane."""
+        return not (lane.pending or lane.closing or lane.opening or lane.fresh)
+
+    def let_go(self, lane: Lane, ticket: Any = None) -> bool:
+        """Gives a lane away if nothing is wished on it; the server is told that it is not needed here.
+
+        The ticket of an open lane is answered once the server has closed it, or cannot any more.
+        """
+        if not self.may_go(lane):
             return False
         if lane.open:
             ghost = self._lanes[lane.number] = Lane(lane.number, lane.request, None, self._window, self)
             ghost.open = ghost.ready = ghost.closing = ghost.ghost = True
             ghost.fresh = False
+            ghost.close_ticket = ticket
             self._closes.append(ghost)
             lane.open = lane.ready = False
             self.woken()
@@ -259,8 +270,11 @@ class Lanes:
             self._forget(lane)
         return True
 
-    def adopt(self, lanes: list[Lane]) -> None:
-        """Takes lanes that are nobody's, with all that is wished on them, behind what is wished here already."""
+    def adopt(self, lanes: list[Lane], *, held: bool = False) -> None:
+        """Takes lanes that are nobody's, with all that is wished on them, behind what is wished here already.
+
+        Held, they are opened when `open_held` says so, and no wish is needed for that.
+        """
         for lane in lanes:
             request = inference_pb2.LaneOpen()
             request.CopyFrom(lane.request)
@@ -269,11 +283,21 @@ class Lanes:
             self._lanes[lane.number] = lane
             if lane.closing:
                 self._closes.append(lane)
-            if lane.fresh or lane.closing or lane.pending:
+            if held:
+                lane.opening = True
+                self._held.add(lane)
+            elif lane.fresh or lane.closing or lane.pending:
                 self._want(lane)
         self._parked += left_over(lanes)
         self._parked.sort(key=lambda chunk: chunk.number)
         self.woken()
+
+    def open_held(self, lane: Lane) -> None:
+        """Wishes a lane open that was held until now, unless it has been wished, or has gone on, meanwhile."""
+        if lane in self._held:
+            self._held.remove(lane)
+            self._opens.append(lane)
+            self.woken()
 
     # The stream
 
@@ -367,6 +391,7 @@ class Lanes:
         self.broken = None
         self.put_off.clear()
         self._opens.clear()
+        self._held.clear()
         self._chunks.clear()
         self._closes.clear()
         for lane in list(self._lanes.values()):
@@ -396,6 +421,7 @@ class Lanes:
         """
         tickets: dict[int, Any] = {}
         self._opens.clear()
+        self._held.clear()
         self._closes.clear()
         for lane in list(self._lanes.values()):
             for ticket in (lane.open_ticket, *[pending.ticket for pending in lane.pending], lane.close_ticket):
