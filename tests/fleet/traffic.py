@@ -79,6 +79,7 @@ class Traffic:
         self._y = np.zeros((count, steps, UNITS), np.float32)
         self._done = np.zeros(count, np.int64)
         self._over = False
+        self._failed: BaseException | None = None
         self._moved = asyncio.Condition()
 
     @contextlib.asynccontextmanager
@@ -94,6 +95,8 @@ class Traffic:
         self.session_ids = [session.session_id for session in sessions] + group.session_ids
         tasks = [asyncio.create_task(self._stream([n], session)) for n, session in enumerate(sessions)]
         tasks.append(asyncio.create_task(self._stream(list(range(alone, len(self._x))), group)))
+        for task in tasks:
+            task.add_done_callback(self._ended)
         try:
             yield
         finally:
@@ -128,10 +131,19 @@ class Traffic:
         raise AssertionError("the sessions came to the end of their inputs: give them more steps")
 
     async def go_on(self, steps: int) -> None:
-        """Waits until every session has come so many steps further."""
+        """Waits until every session has come so many steps further.
+
+        Raises:
+            Exception: a step was not answered.
+        """
         goal = self._done + steps
         async with self._moved:
-            await self._moved.wait_for(lambda: bool((self._done >= goal).all()))
+            await self._moved.wait_for(lambda: self._failed is not None or bool((self._done >= goal).all()))
+        if self._failed is not None:
+            raise self._failed
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._failed = self._failed or task.exception()  # whoever waits is told by the next answer to another session
 
     def mark(self) -> Phase:
         """What was since the last `mark`, or since the sessions began."""

@@ -45,8 +45,8 @@ _TAKEN_AT_ONCE = 64  # opens or closes of a stream that are done in one turn of 
 _FOUND_LANES = 65536  # of frames whose sessions are remembered
 _TRIES = 3  # to have all sessions of a frame in memory at once: there may not be room for them
 _NONE = np.zeros(0, np.int64)
-_QUIET_SECONDS = 0.1  # a stream that says nothing for so long while the server drains has said all
-_HEARD_SECONDS = 0.5  # after which a stream that goes on and on is not listened to any more
+_QUIET_SECONDS = 0.5  # a stream that says nothing for so long while the server drains has said all
+_HEARD_SECONDS = 1.0  # after which a stream that goes on and on is not listened to any more
 _LEAVING_SECONDS = 2.0  # the same, after it has closed a lane: its client takes its sessions elsewhere meanwhile
 
 
