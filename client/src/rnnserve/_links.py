@@ -50,9 +50,13 @@ _TENDED_EVERY = 1.0
 #: Seconds between looks at what a server that shuts down has left.
 _LEFT_EVERY = 0.01
 
-#: Lanes that leave such a server together, at least, and of how many one: each waits until all of them are taken over.
+#: Lanes that go to another server together: each is waited for by those that come behind. From a server that shuts down
+#: one of so many, if that is more.
 _LEAVE_TOGETHER = 16
 _LEAVE_SHARE = 16
+
+#: Seconds that those are waited for, at most.
+_TAKEN_WITHIN = 1.0
 
 _MISSES = 3  # sessions that a replica does not know, after which it is not asked for others
 _IDS = 200  # tries to find one for a place
@@ -393,10 +397,15 @@ class Links:
                 home = self.place(_session_id(lane)) if self._moves else place
                 if home.link is not link:  # or the replica is back, and takes what is left when this stream ends
                     self._hand_over(lane, home)
-            await self._retry.sleep(_LEFT_EVERY)
-            while any(lane.opening for lane in going):
-                await self._retry.sleep(_LEFT_EVERY)
+            await self._taken_over(going)
         self._prune()
+
+    async def _taken_over(self, lanes: list[Lane]) -> None:
+        """Waits until lanes that were handed over are open, but for no longer than a server that is well takes."""
+        end = self._retry.clock() + _TAKEN_WITHIN
+        await self._retry.sleep(_LEFT_EVERY)
+        while any(lane.opening for lane in lanes) and self._retry.clock() < end:
+            await self._retry.sleep(_LEFT_EVERY)
 
     @property
     def _others(self) -> bool:
@@ -459,6 +468,7 @@ class Links:
             await self._retry.sleep(_TENDED_EVERY)
             self._astray.clear()
             misses: Counter[Place] = Counter()
+            going: list[Lane] = []
             async for lane, home in self._strays():
                 if misses[home] >= _MISSES:
                     continue
@@ -466,6 +476,11 @@ class Links:
                     misses[home] += 1
                 elif lane.holder is home.link.lanes or not self._hand_over(lane, home):
                     self._astray.set()  # it is busy
+                else:
+                    going.append(lane)
+                    if len(going) == _LEAVE_TOGETHER:
+                        await self._taken_over(going)
+                        going.clear()
             self._prune()
 
     async def _strays(self) -> AsyncIterator[tuple[Lane, Place]]:
