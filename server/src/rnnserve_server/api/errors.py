@@ -113,6 +113,8 @@ def service_error(error: Exception, **facts: object) -> ServiceError:
         return errors.InvalidInput(error.field, error.expected, error.got)
     if isinstance(error, DecodeError):
         return errors.InvalidRequest("message", "one of the contract", "bytes that are none")
+    if isinstance(error, grpc.aio.InternalError):  # what gRPC has for a message whose reader is gone
+        return errors.Cancelled("the client has gone")
     log.exception("request failed", exc_info=error, **facts)
     return errors.InternalError("the server failed; its log has the cause")
 
