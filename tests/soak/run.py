@@ -77,8 +77,12 @@ async def soak(seconds: float, folder: Path, *, store: bool = True, visitors: in
         report.before = Holdings.of(server.pid)
         until = time.monotonic() + seconds
         watcher = asyncio.create_task(_watch(server, report))
-        await asyncio.gather(*(_visitor(server, report, until, random.Random(seed + n)) for n in range(visitors)))
-        watcher.cancel()
+        try:
+            async with asyncio.TaskGroup() as group:  # where one fails the others go, while there is a server to leave
+                for number in range(visitors):
+                    group.create_task(_visitor(server, report, until, random.Random(seed + number)))
+        finally:
+            watcher.cancel()
         with suppress(TimeoutError):
             async with asyncio.timeout(_EXPIRED):
                 while report.sessions:
