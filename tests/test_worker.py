@@ -57,8 +57,7 @@ class House:
 
     async def idle(self):
         """Until nothing is queued."""
-        while self.worker._task is not None:
-            await self.worker._task
+        await self.worker.settle()
 
 
 @pytest.fixture

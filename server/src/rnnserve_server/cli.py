@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import logging
 import os
@@ -40,16 +41,16 @@ def _serve(config: Path | None, **flags: Any) -> None:
 
     tune()
 
-    import uvloop
-
     from rnnserve_models.errors import ModelError
     from rnnserve_server.access.principals import PrincipalsError
     from rnnserve_server.access.tls import TlsError
     from rnnserve_server.server import serve
     from rnnserve_server.store.base import StoreError
+    from rnnserve_server.wire.loop import new_event_loop
 
     try:
-        uvloop.run(serve(settings))
+        with asyncio.Runner(loop_factory=lambda: new_event_loop(settings.event_loop)) as runner:
+            runner.run(serve(settings))
     except (ConfigError, ModelError, PrincipalsError, TlsError, StoreError, OSError) as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(1) from error
@@ -108,7 +109,9 @@ def import_model(
     from rnnserve_models.importers.files import import_file
 
     try:
-        findings = import_file(file, models, name, version=version, prefix=prefix, nonlinearity=nonlinearity)
+        findings = import_file(
+            file, models, name, version=version, prefix=prefix, nonlinearity=nonlinearity, apart=True
+        )
     except (ModelError, OSError) as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(1) from error

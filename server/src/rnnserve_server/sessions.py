@@ -288,19 +288,22 @@ class SessionTable(Lifetimes):
         return any(group.arena.trim() for group in self._groups.values())
 
     def check(
-        self, sessions: blocks.Sessions, session_id: Callable[[int], str]
+        self, sessions: blocks.Sessions, session_id: Callable[[int], str], *, ahead: bool = False
     ) -> tuple[Array | None, list[tuple[int, ServiceError]]]:
         """Holds the chunks of a block against their sessions, when their turn has come.
 
         Args:
             sessions: the chunks' columns; ``first_steps`` are filled in where the request left them out, if all fit.
             session_id: the session of the chunk at a position.
+            ahead: they follow chunks that are not committed yet, and are known to be in step with those.
 
         Returns:
             The positions of the chunks that fit (None: all of them), and by position the errors of the others.
         """
         group, slots = sessions.group, sessions.at
         here = group.step[slots]  # [N]
+        if ahead and sessions.first_steps is not None:
+            here = sessions.first_steps
         first_steps = here.copy() if sessions.first_steps is None else sessions.first_steps
         # Columns are mostly equal, and the fastest way to find that out is to compare their bytes.
         if first_steps.tobytes() == here.tobytes() and (
