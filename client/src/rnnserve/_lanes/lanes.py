@@ -64,6 +64,7 @@ class Lanes(Messages):
         self._lanes.clear()
         self._free.clear()
         self._opens.clear()
+        self._held.clear()
         self._closes.clear()
         self._parked.clear()
         self._stale = self._crowded = False
@@ -71,14 +72,23 @@ class Lanes(Messages):
             lane.opening = False
         return lanes
 
-    def let_go(self, lane: Lane) -> bool:
-        """Gives a lane away if nothing is wished on it; the server is told that it is not needed here."""
-        if lane.pending or lane.closing or lane.opening or lane.fresh:
+    @staticmethod
+    def may_go(lane: Lane) -> bool:
+        """Whether nothing is wished on a lane."""
+        return not (lane.pending or lane.closing or lane.opening or lane.fresh)
+
+    def let_go(self, lane: Lane, ticket: Any = None) -> bool:
+        """Gives a lane away if nothing is wished on it; the server is told that it is not needed here.
+
+        The ticket of an open lane is answered once the server has closed it, or cannot any more.
+        """
+        if not self.may_go(lane):
             return False
         if lane.open:
             ghost = self._lanes[lane.number] = Lane(lane.number, lane.request, None, self._window, self)
             ghost.open = ghost.ready = ghost.closing = ghost.ghost = True
             ghost.fresh = False
+            ghost.close_ticket = ticket
             self._closes.append(ghost)
             lane.open = lane.ready = False
             self.woken()
@@ -86,8 +96,11 @@ class Lanes(Messages):
             self._forget(lane)
         return True
 
-    def adopt(self, lanes: list[Lane]) -> None:
-        """Takes lanes that are nobody's, with all that is wished on them, behind what is wished here already."""
+    def adopt(self, lanes: list[Lane], *, held: bool = False) -> None:
+        """Takes lanes that are nobody's, with all that is wished on them, behind what is wished here already.
+
+        Held, they are opened when `open_held` says so, and no wish is needed for that.
+        """
         for lane in lanes:
             request = inference_pb2.LaneOpen()
             request.CopyFrom(lane.request)
@@ -96,7 +109,10 @@ class Lanes(Messages):
             self._lanes[lane.number] = lane
             if lane.closing:
                 self._closes.append(lane)
-            if lane.fresh or lane.closing or lane.pending:
+            if held:
+                lane.opening = True
+                self._held.add(lane)
+            elif lane.fresh or lane.closing or lane.pending:
                 self._want(lane)
         self._parked += left_over(lanes)
         self._parked.sort(key=lambda chunk: chunk.number)

@@ -23,6 +23,7 @@ class Opens(Answers):
         super().__init__(account)
         self._window = window
         self._resume = resume
+        self._held: set[Lane] = set()  # lanes that are opened once they are closed where they were
         self.put_off: list[tuple[Lane, RequestError]] = []
         self.notices: list[Notice] = []
 
@@ -50,6 +51,13 @@ class Opens(Answers):
         """Wishes a lane open that was put off, if it still is."""
         if self._lanes.get(lane.number) is lane:
             self._want(lane)
+
+    def open_held(self, lane: Lane) -> None:
+        """Wishes a lane open that was held until now, unless it has been wished, or has gone on, meanwhile."""
+        if lane in self._held:
+            self._held.remove(lane)
+            self._opens.append(lane)
+            self.woken()
 
     def refuse(self, lane: Lane, cause: RequestError) -> list[Answer]:
         """Fails everything that is wished on a lane that was put off, if it still is; gives the answers."""

@@ -35,6 +35,7 @@ class Resends(Opens):
         self.broken = None
         self.put_off.clear()
         self._opens.clear()
+        self._held.clear()
         self._chunks.clear()
         self._closes.clear()
         for lane in list(self._lanes.values()):
@@ -64,6 +65,7 @@ class Resends(Opens):
         """
         tickets: dict[int, Any] = {}
         self._opens.clear()
+        self._held.clear()
         self._closes.clear()
         for lane in list(self._lanes.values()):
             for ticket in (lane.open_ticket, *[pending.ticket for pending in lane.pending], lane.close_ticket):

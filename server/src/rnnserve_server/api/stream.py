@@ -45,8 +45,9 @@ _TAKEN_AT_ONCE = 64  # opens or closes of a stream that are done in one turn of 
 _FOUND_LANES = 65536  # of frames whose sessions are remembered
 _TRIES = 3  # to have all sessions of a frame in memory at once: there may not be room for them
 _NONE = np.zeros(0, np.int64)
-_QUIET_SECONDS = 0.1  # a stream that says nothing for so long while the server drains has said all
-_HEARD_SECONDS = 0.5  # after which a stream that goes on and on is not listened to any more
+_QUIET_SECONDS = 0.5  # a stream that says nothing for so long while the server drains has said all
+_HEARD_SECONDS = 1.0  # after which a stream that goes on and on is not listened to any more
+_LEAVING_SECONDS = 2.0  # the same, after it has closed a lane: its client takes its sessions elsewhere meanwhile
 
 
 _NOTICES = {
@@ -91,6 +92,7 @@ class LaneStream:
         self._unsent = 0  # answers that wait to be sent: of chunks, opens and closes
         self._unanswered = 0  # chunks and closes that were accepted and not answered
         self._received = 0
+        self._closings = 0
         self._partway = False  # a message was taken in part
         self._heard_out = False  # the server drains, and no further message is taken
         self._send = sender(context)
@@ -119,6 +121,8 @@ class LaneStream:
                 await self._sent.wait()
             if self._lost is not None:
                 raise self._lost
+            if self._core.draining.is_set():
+                await self._save(range(len(self._group)))
             if not reader.cancelled():
                 await reader
             elif self._core.draining.is_set():
@@ -159,11 +163,15 @@ class LaneStream:
         await self._core.draining.wait()
         left = duration(self._core.settings.drain_seconds)
         self._response(0).notices.add(reason=pb.NOTICE_REASON_DRAINING, time_left=left)
-        heard = -1
-        self._loop.call_later(_HEARD_SECONDS, setattr, self, "_heard_out", True)
-        while heard != self._received or self._partway:
+        heard, closings, leaving = -1, self._closings, 0.0
+        until = self._loop.time() + _HEARD_SECONDS
+        while heard != self._received or self._partway or (self._groups and self._loop.time() < leaving):
             heard = self._received
             await asyncio.sleep(_QUIET_SECONDS)
+            if closings != self._closings:
+                closings = self._closings
+                until = leaving = self._loop.time() + _LEAVING_SECONDS
+            self._heard_out = self._loop.time() >= until
         reader.cancel()
 
     async def _receive(self, request: pb.StreamRequest) -> None:
@@ -185,7 +193,9 @@ class LaneStream:
                     with suppress(StoreDown):  # then its end is settled later, if it is ours
                         await self._core.keeper.verify([self._ids[lane] for lane in lanes if self._is_open(lane)])
                     await self._bring_back(lanes)
+                    await self._save([closing.lane for closing in closings if not closing.delete_session])
                 self._close(closings)
+                self._closings += 1
             with suppress(StoreDown):  # it is told later
                 await self._core.settle()
 
@@ -234,6 +244,18 @@ class LaneStream:
         """The lanes whose sessions have left memory, and may be had again."""
         away = [lane for lane in lanes if lane not in failed and self._is_open(lane) and not self._is_here(lane)]
         return [lane for lane in away if not self._core.sessions.was_taken(self._ids[lane])]
+
+    async def _save(self, lanes: Iterable[int]) -> None:
+        """Has the store keep the sessions of lanes as they are: another server may take them over now."""
+        if self._core.keeper is None:
+            return
+        here: dict[int, list[int]] = {}
+        for lane in lanes:
+            if self._is_open(lane) and self._is_here(lane):
+                here.setdefault(int(self._group[lane]), []).append(int(self._slot[lane]))
+        with suppress(StoreDown):  # then nobody else can have them either
+            for group, slots in [(self._groups[number], slots) for number, slots in here.items()]:
+                await self._core.keeper.save(group, np.array(slots))
 
     def _is_here(self, lane: int) -> bool:
         group = self._groups[int(self._group[lane])]
