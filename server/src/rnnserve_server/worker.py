@@ -466,11 +466,21 @@ class Worker:
         """Moves the sessions of a block on, and answers."""
         if block.sessions is not None:
             self._sessions.commit(block.sessions, block.states, block.call.timesteps, stored=stored)
+        for each, outputs, states in shown:
+            self._answer(each, outputs, states)
+        for sink, _ in block.sinks:  # an answer is on its way while the rest is done
+            sink.flush()
+        if block.sessions is not None:
+            self._remember(block, shown)
+        self._scheduler.finish(block)  # after the answer, so that a lane is never closed before its chunks are answered
+
+    def _remember(self, block: Block, shown: Shown) -> None:
+        """Puts the answers of a block of sessions into their replay window."""
         run, start = Run(block.call, block.initial), 0
         for each, outputs, states in shown:
-            self._answer(each, run, start, outputs, states)
+            assert each.sessions is not None
+            each.sessions.group.window.remember(each.sessions, each.call.timesteps, run, start, outputs, states)
             start += each.call.timesteps
-        self._scheduler.finish(block)  # after the answer, so that a lane is never closed before its chunks are answered
 
     def _rounds(self, block: Block) -> Iterator[tuple[Block, Arrays]]:
         """The blocks that a finished block was made of, and what the engine gave for each: [T', R, *shape]."""
@@ -500,10 +510,8 @@ class Worker:
             states = {spec.name: states[spec.name] for spec in self._engine.states}
         return to_wire(outputs, states, options, len(block.tags))
 
-    def _answer(self, block: Block, run: Run, start: int, outputs: Arrays, states: Arrays) -> None:
-        """Remembers the answers of a block, which stands at a time step of what was run, and gives them."""
-        if (sessions := block.sessions) is not None:
-            sessions.group.window.remember(sessions, block.call.timesteps, run, start, outputs, states)
+    def _answer(self, block: Block, outputs: Arrays, states: Arrays) -> None:
+        """Gives the answers of a block."""
         for sink, answers in block.shares(outputs, states):
             try:
                 sink.result(answers)
