@@ -65,8 +65,7 @@ class TcpProxy:
         plan: Callable[[int, random.Random], Plan] = nothing,
         seed: int = 0,
     ) -> None:
-        host, _, port = target.rpartition(":")
-        self._target = host, int(port)
+        self.aim(target)
         self.plan = plan
         self._chance = random.Random(seed)
         self._tasks: set[asyncio.Task[None]] = set()
@@ -96,6 +95,11 @@ class TcpProxy:
         self._keeper.close()
 
     # What a test commands
+
+    def aim(self, target: str) -> None:
+        """From now on new connections go to that server."""
+        host, _, port = target.rpartition(":")
+        self._target = host, int(port)
 
     def refuse(self) -> None:
         """From now on new connections are refused. Those that there are go on."""

@@ -17,6 +17,9 @@ import grpc
 import numpy as np
 import pytest
 import yaml
+from grafana_foundation_sdk.cog.encoder import JSONEncoder
+from grafana_foundation_sdk.cog.plugins import register_default_plugins
+from grafana_foundation_sdk.models.dashboard import Dashboard
 
 import rnnserve
 from prometheus_server import running_prometheus
@@ -155,6 +158,37 @@ def test_the_console_is_the_dashboard():
     """The console that Prometheus serves is what its script makes of the dashboard."""
     console = make_console.console(json.loads(DASHBOARD.read_text()))
     assert make_console.CONSOLE.read_text(encoding="utf-8") == console, "run deploy/prometheus/make_console.py"
+
+
+def lost(document, kept, path=""):
+    """What of a document is not in what was kept of it."""
+    if isinstance(document, dict) and isinstance(kept, dict):
+        for key, value in document.items():
+            yield from lost(value, kept[key], f"{path}.{key}") if key in kept else [f"{path}.{key}"]
+    elif isinstance(document, list) and isinstance(kept, list) and len(document) == len(kept):
+        for number, (value, other) in enumerate(zip(document, kept, strict=True)):
+            yield from lost(value, other, f"{path}[{number}]")
+    elif document != kept:
+        yield path
+
+
+def by_grafanas_schema(document):
+    """A dashboard as Grafana's own schema reads it: what that does not know is not in it."""
+    register_default_plugins()
+    return json.loads(JSONEncoder().encode(Dashboard.from_json(document)))
+
+
+def test_grafana_knows_every_field_of_the_dashboard():
+    """By the schema that Grafana publishes; and a field that is written wrong is found, in a panel's options too."""
+    document = json.loads(DASHBOARD.read_text())
+    assert list(lost(document, by_grafanas_schema(document))) == []
+    (first, *_) = [panel for panel in document["panels"] if panel["type"] == "timeseries"]
+    first["options"]["legend"]["placment"] = "right"
+    first["targets"][0]["exprr"] = "up"
+    document["timezon"] = "utc"
+    at = f".panels[{document['panels'].index(first)}]"
+    wrong = {f"{at}.options.legend.placment", f"{at}.targets[0].exprr", ".timezon"}
+    assert set(lost(document, by_grafanas_schema(document))) == wrong
 
 
 def test_the_dashboard_is_whole():

@@ -160,3 +160,40 @@ def test_compose_takes_its_file(profiles: list[str], services: set[str]) -> None
     )
     assert done.returncode == 0, done.stderr
     assert set(done.stdout.split()) == services
+
+
+def mounted(name: str) -> dict[str, Path]:
+    """What a service of the Compose file sees of this repository, by where it sees it."""
+    volumes = [each.split(":") for each in COMPOSE["services"][name]["volumes"]]
+    return {where: ROOT / what for what, where, *mode in volumes if what.startswith("./") and mode == ["ro"]}
+
+
+def test_grafana_finds_what_it_is_to_show() -> None:
+    """Its provisioning is mounted where it looks, and names a folder that is mounted too, with the dashboard in it; and
+    a data source where Prometheus is.
+    """
+    seen = mounted("grafana")
+    provisioning = seen["/etc/grafana/provisioning"]
+    (provider,) = yaml.safe_load((provisioning / "dashboards" / "rnnserve.yml").read_text())["providers"]
+    assert provider["type"] == "file"
+    assert [path.name for path in seen[provider["options"]["path"]].glob("*.json")] == ["rnnserve.json"]
+    (source,) = yaml.safe_load((provisioning / "datasources" / "prometheus.yml").read_text())["datasources"]
+    port = COMPOSE["services"]["prometheus"]["ports"][0].rpartition(":")[2]
+    assert source["url"] == f"http://prometheus:{port}"
+    assert source["isDefault"]
+    assert {path.name for path in provisioning.iterdir()} == {"dashboards", "datasources"}  # others need a new look
+
+
+def test_prometheus_finds_whom_it_is_to_ask() -> None:
+    """Its files are mounted where its command says; it asks every server and replica, at the port of their metrics."""
+    folder = mounted("prometheus")["/etc/prometheus"]
+    named = [each.partition("=")[2] for each in COMPOSE["services"]["prometheus"]["command"]]
+    for path in [each for each in named if each.startswith("/etc/prometheus/")]:
+        assert (folder / path.removeprefix("/etc/prometheus/")).exists(), path
+    (job,) = yaml.safe_load((folder / "prometheus.yml").read_text())["scrape_configs"]
+    (looked_up,) = job["dns_sd_configs"]
+    for name in ("server", "replica"):
+        service = COMPOSE["services"][name]
+        names = {name, *(service.get("networks") or {"default": {}})["default"].get("aliases", ())}
+        assert names & set(looked_up["names"]), name
+        assert service["environment"]["RNNSERVE_METRICS_PORT"] == looked_up["port"]

@@ -32,6 +32,12 @@ def test_docker_compose_up_serves_the_zoo() -> None:
     run("run.sh")
 
 
+def test_prometheus_observes_a_fleet() -> None:
+    """`docker compose --profile fleet --profile observe` without Grafana: every replica is scraped, every rule loaded,
+    and every query of the dashboard answered."""
+    run("observe.sh")
+
+
 def test_a_fleet_is_killed_scaled_and_rolled() -> None:
     """500 sessions stream through `docker compose --profile fleet up` while a replica is killed, the fleet
     is scaled to five and two, and its image is rolled; every output is the oracle's, and none is lost or doubled."""

@@ -73,11 +73,10 @@ async def harm(fleet: Fleet, client: aio.Client, changed: Callable[[], None] | N
 
     async def told(what: str) -> float:
         await traffic.go_on(5)
-        longest = traffic.longest
-        print(f"{what}: longest pause {longest:.3f} s")
-        assert longest < most, what
-        traffic.mark()
-        return longest
+        phase = traffic.mark()
+        print(f"{what}: {phase}")
+        assert phase.longest < most, what
+        return phase.longest
 
     async with traffic.flowing():
         most = GOAL + 5 * await told("nothing happens")

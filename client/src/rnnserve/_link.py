@@ -58,6 +58,9 @@ class Host(Protocol):
     def heard(self, link: Link) -> None:
         """There is a server at the other end."""
 
+    def leave(self, link: Link) -> None:
+        """The server at the other end shuts down, and still answers."""
+
 
 class Link:
     """The streams to one server, or by one way, one at a time, from the first wish until `close`.
@@ -113,6 +116,11 @@ class Link:
         self._away: Trial | None = None  # since the last stream was lost, for the log
         self._task = self._loop.create_task(self._run())
 
+    @property
+    def live(self) -> bool:
+        """Whether there is a stream."""
+        return self._call is not None
+
     def wake(self) -> None:
         """Lets the writer know of new wishes."""
         if self._idle is not None and not self._idle.done():
@@ -158,6 +166,8 @@ class Link:
     def _notify(self) -> None:
         """Tells whoever wants to know what the server told."""
         notices, self.lanes.notices = self.lanes.notices, []
+        if self._retry.limit != 0 and any(notice.reason == "draining" and not notice.ended for notice in notices):
+            self._host.leave(self)
         _notices.log(self._target, notices)
         if self._on_notice is not None:
             for notice in notices:

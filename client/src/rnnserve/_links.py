@@ -11,7 +11,7 @@ import asyncio
 import re
 import uuid
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -46,6 +46,17 @@ _SILENT_AFTER = 3.0
 
 #: Seconds between looks at lanes that are not where they belong.
 _TENDED_EVERY = 1.0
+
+#: Seconds between looks at what a server that shuts down has left.
+_LEFT_EVERY = 0.01
+
+#: Lanes that go to another server together: each is waited for by those that come behind. From a server that shuts down
+#: one of so many, if that is more.
+_LEAVE_TOGETHER = 16
+_LEAVE_SHARE = 16
+
+#: Seconds that those are waited for, at most.
+_TAKEN_WITHIN = 1.0
 
 _MISSES = 3  # sessions that a replica does not know, after which it is not asked for others
 _IDS = 200  # tries to find one for a place
@@ -89,7 +100,7 @@ class Links:
         channel: the channel to a replica.
         start: starts a stream to a replica, with metadata.
         knows: asks a replica whether it knows a session.
-        serves: asks a replica whether it serves.
+        serves: asks a replica whether it serves; or, with metadata, whoever a proxy takes that to.
         drop: closes the channel to a replica.
         moves: whether lanes may go from one place to another.
         on_notice: is given every notice of a server, and must return at once.
@@ -106,7 +117,7 @@ class Links:
         channel: Callable[[Replica], grpc.aio.Channel],
         start: Callable[[Replica, Routing], Any],
         knows: Callable[[Replica, str], Any],
-        serves: Callable[[Replica], Any],
+        serves: Callable[..., Any],
         drop: Callable[[Replica], Any],
         moves: bool,
         on_notice: OnNotice | None = None,
@@ -152,17 +163,27 @@ class Links:
         self._astray.set()
 
     def _prune(self) -> None:
-        """Forgets replicas that are gone and have no lanes any more."""
+        """Forgets replicas that are gone, and links that have a successor, once they have no lanes any more."""
         for link, place in list(self._of.items()):
-            if place.gone and not link.lanes.members:
+            if (place.gone or place.link is not link) and not link.lanes.members:
                 del self._of[link]
-                task = self._loop.create_task(self._forget(place))
-                self._chores.add(task)
-                task.add_done_callback(self._chores.discard)
+                self._chore(self._forget(link, place))
 
-    async def _forget(self, place: Place) -> None:
-        await place.link.close()
-        await self._drop(place.replica)
+    async def _forget(self, link: Link, place: Place) -> None:
+        await link.close()
+        if place.link is link:
+            await self._drop(place.replica)
+
+    def _chore(self, work: Coroutine[Any, Any, None]) -> None:
+        task = self._loop.create_task(work)
+        self._chores.add(task)
+        task.add_done_callback(self._chores.discard)
+
+    def _link(self, place: Place) -> Link:
+        """A new link to a place, which new sessions go to from now on."""
+        link = Link(place.replica.target, self._stream, self._retry, self, self._account, self._on_notice)
+        self._of[link] = place
+        return link
 
     def place(self, session_id: str) -> Place:
         """Where a session belongs now."""
@@ -182,7 +203,7 @@ class Links:
 
     def holding(self, lane: Lane) -> Place:
         """The place that has a lane now, or where it would belong if it is closed."""
-        found = next((place for place in self._of.values() if place.link.lanes is lane.holder), None)
+        found = next((place for link, place in self._of.items() if link.lanes is lane.holder), None)
         return found or self.place(_session_id(lane))
 
     def all(self) -> list[Place]:
@@ -306,14 +327,17 @@ class Links:
         Not if only its connection broke: the server takes another at once, and has the sessions in its memory.
         """
         place = self._of.get(link)
+        if place is not None and place.link is not link:
+            self._adopt(place, link.lanes.part())
+            self._prune()
+            return True
         if place is None or not self._moves or failure.reason not in _GONE:
             return False
         if not failure.reason and link.served and not link.silent and await self._reached(place):
             return False
         self._lose(place)
-        if not any(not other.down for other in self._places.values()):
-            await asyncio.gather(*[self._ask(other) for other in self._places.values() if other is not place])
-        if not any(not other.down for other in self._places.values()):
+        await self._find_others(place)
+        if not self._others:
             return False
         lanes = link.lanes.part()
         if lanes:
@@ -325,16 +349,78 @@ class Links:
             self._adopt(home, some)
         return True
 
-    def _adopt(self, place: Place, lanes: list[Lane]) -> None:
-        place.link.key = place.link.key or _session_id(lanes[0])
-        place.link.lanes.adopt(lanes)
+    def _adopt(self, place: Place, lanes: list[Lane], *, held: bool = False) -> None:
+        if lanes:
+            place.link.key = place.link.key or _session_id(lanes[0])
+            place.link.lanes.adopt(lanes, held=held)
+
+    def _hand_over(self, lane: Lane, place: Place) -> bool:
+        """Takes a lane to another place, if nothing is wished on it. It is opened there when it is closed here, for
+        then the store has all of it.
+        """
+
+        def go_on(closed: asyncio.Future[None]) -> None:
+            closed.exception()  # whatever became of it, nothing more can come of it
+            lane.holder.open_held(lane)
+
+        ticket, was_open = self._loop.create_future(), lane.open
+        if not lane.holder.let_go(lane, ticket):
+            return False
+        self._adopt(place, [lane], held=was_open)
+        ticket.add_done_callback(go_on)
+        return True
+
+    def leave(self, link: Link) -> None:
+        """The server at the other end of a link shuts down, and still answers: its lanes go elsewhere meanwhile."""
+        place = self._of.get(link)
+        if place is not None and place.link is link and not self.closed:
+            self._chore(self._leave(link, place))
+
+    async def _leave(self, link: Link, place: Place) -> None:
+        if self._moves:
+            self._lose(place)
+            await self._find_others(place)
+            if not self._others:
+                return
+        else:
+            while not await self._serves(place.replica, self.routing(place, "")):  # a proxy does not know of others yet
+                await self._retry.sleep(_LEFT_EVERY)
+                if not link.live:
+                    return
+            if place.link is link:
+                key, place.link = link.key, self._link(place)
+                place.link.key = key
+        while link.live and (lanes := link.lanes.members):
+            going = [lane for lane in lanes if link.lanes.may_go(lane)]
+            going = going[: max(_LEAVE_TOGETHER, len(lanes) // _LEAVE_SHARE)]
+            for lane in going:
+                home = self.place(_session_id(lane)) if self._moves else place
+                if home.link is not link:  # or the replica is back, and takes what is left when this stream ends
+                    self._hand_over(lane, home)
+            await self._taken_over(going)
+        self._prune()
+
+    async def _taken_over(self, lanes: list[Lane]) -> None:
+        """Waits until lanes that were handed over are open, but for no longer than a server that is well takes."""
+        end = self._retry.clock() + _TAKEN_WITHIN
+        await self._retry.sleep(_LEFT_EVERY)
+        while any(lane.opening for lane in lanes) and self._retry.clock() < end:
+            await self._retry.sleep(_LEFT_EVERY)
+
+    @property
+    def _others(self) -> bool:
+        """Whether a replica answers."""
+        return any(not place.down for place in self._places.values())
+
+    async def _find_others(self, lost: Place) -> None:
+        """If no replica answers as far as is known, asks all but the one that was lost."""
+        if not self._others:
+            await asyncio.gather(*[self._ask(place) for place in self._places.values() if place is not lost])
 
     def _lose(self, place: Place) -> None:
         if not place.down:
             place.down = True
-            task = self._loop.create_task(self._probe(place))
-            self._chores.add(task)
-            task.add_done_callback(self._chores.discard)
+            self._chore(self._probe(place))
 
     async def _reached(self, place: Place) -> bool:
         """Whether a server takes connections: gRPC's own doing, so that a server that is busy does too."""
@@ -382,20 +468,24 @@ class Links:
             await self._retry.sleep(_TENDED_EVERY)
             self._astray.clear()
             misses: Counter[Place] = Counter()
+            going: list[Lane] = []
             async for lane, home in self._strays():
                 if misses[home] >= _MISSES:
                     continue
                 if not await self._shared(home, lane):
                     misses[home] += 1
-                elif lane.holder is not home.link.lanes and lane.holder.let_go(lane):
-                    self._adopt(home, [lane])
-                else:
+                elif lane.holder is home.link.lanes or not self._hand_over(lane, home):
                     self._astray.set()  # it is busy
+                else:
+                    going.append(lane)
+                    if len(going) == _LEAVE_TOGETHER:
+                        await self._taken_over(going)
+                        going.clear()
             self._prune()
 
     async def _strays(self) -> AsyncIterator[tuple[Lane, Place]]:
-        for place in list(self._of.values()):
-            for number, lane in enumerate(place.link.lanes.members):
+        for link, place in list(self._of.items()):
+            for number, lane in enumerate(link.lanes.members):
                 if number % _AT_ONCE == _AT_ONCE - 1:
                     await asyncio.sleep(0)
                 home = self.place(_session_id(lane))

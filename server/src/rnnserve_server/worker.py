@@ -254,7 +254,11 @@ class Worker:
             if watched is not None:
                 watched.runs(tick.blocks, tick.steps, started)
             try:
-                outputs, states = await self._run(_assemble(tick), tick.steps)
+                batch = _assemble(tick)
+                if len(batch[1]):
+                    outputs, states = await self._run(batch, tick.steps)
+                else:  # the rows that had steps left were dropped, and no engine need compute nothing
+                    outputs, states = _nothing(self._engine, tick.steps), batch[2]
             except EngineError as error:
                 self._engine_failed(tick.blocks, error)
                 return
@@ -462,11 +466,21 @@ class Worker:
         """Moves the sessions of a block on, and answers."""
         if block.sessions is not None:
             self._sessions.commit(block.sessions, block.states, block.call.timesteps, stored=stored)
+        for each, outputs, states in shown:
+            self._answer(each, outputs, states)
+        for sink, _ in block.sinks:  # an answer is on its way while the rest is done
+            sink.flush()
+        if block.sessions is not None:
+            self._remember(block, shown)
+        self._scheduler.finish(block)  # after the answer, so that a lane is never closed before its chunks are answered
+
+    def _remember(self, block: Block, shown: Shown) -> None:
+        """Puts the answers of a block of sessions into their replay window."""
         run, start = Run(block.call, block.initial), 0
         for each, outputs, states in shown:
-            self._answer(each, run, start, outputs, states)
+            assert each.sessions is not None
+            each.sessions.group.window.remember(each.sessions, each.call.timesteps, run, start, outputs, states)
             start += each.call.timesteps
-        self._scheduler.finish(block)  # after the answer, so that a lane is never closed before its chunks are answered
 
     def _rounds(self, block: Block) -> Iterator[tuple[Block, Arrays]]:
         """The blocks that a finished block was made of, and what the engine gave for each: [T', R, *shape]."""
@@ -496,10 +510,8 @@ class Worker:
             states = {spec.name: states[spec.name] for spec in self._engine.states}
         return to_wire(outputs, states, options, len(block.tags))
 
-    def _answer(self, block: Block, run: Run, start: int, outputs: Arrays, states: Arrays) -> None:
-        """Remembers the answers of a block, which stands at a time step of what was run, and gives them."""
-        if (sessions := block.sessions) is not None:
-            sessions.group.window.remember(sessions, block.call.timesteps, run, start, outputs, states)
+    def _answer(self, block: Block, outputs: Arrays, states: Arrays) -> None:
+        """Gives the answers of a block."""
         for sink, answers in block.shares(outputs, states):
             try:
                 sink.result(answers)
@@ -608,6 +620,11 @@ def _assemble(tick: Tick) -> Batch:
         np.concatenate(lengths),
         {name: np.concatenate([part[name] for part in states]) for name in states[0]},
     )
+
+
+def _nothing(engine: Engine, steps: int) -> Arrays:
+    """The outputs of no rows: [T, 0, *shape]."""
+    return {spec.name: np.zeros((steps, 0, *spec.shape), spec.dtype) for spec in engine.outputs}
 
 
 def _advance(tick: Tick, outputs: Arrays, states: Arrays) -> None:

@@ -47,7 +47,10 @@ class _NoticeReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_NoticeRe
     SESSION_UNLOADED.
     """
     NOTICE_REASON_DRAINING: _NoticeReason.ValueType  # 7
-    """The server shuts down, and this stream ends within `time_left`. Sessions of a server with a store live on."""
+    """The server shuts down, and this stream ends within `time_left`. Sessions of a server with a store live on: a client
+    may close its lanes here and open them at another server meanwhile. The stream is heard for as long as it closes
+    lanes; once a close is answered, the store has all that the session has come to.
+    """
 
 class NoticeReason(_NoticeReason, metaclass=_NoticeReasonEnumTypeWrapper):
     """Why a session ends. What can be done is said for a notice ahead of the end."""
@@ -69,7 +72,10 @@ NOTICE_REASON_MODEL_UNLOADED: NoticeReason.ValueType  # 6
 SESSION_UNLOADED.
 """
 NOTICE_REASON_DRAINING: NoticeReason.ValueType  # 7
-"""The server shuts down, and this stream ends within `time_left`. Sessions of a server with a store live on."""
+"""The server shuts down, and this stream ends within `time_left`. Sessions of a server with a store live on: a client
+may close its lanes here and open them at another server meanwhile. The stream is heard for as long as it closes
+lanes; once a close is answered, the store has all that the session has come to.
+"""
 Global___NoticeReason: _TypeAlias = NoticeReason  # noqa: Y015
 
 class _LaneOperation:

@@ -23,7 +23,6 @@ from rnnserve_server.api.watch import Lanes, LaneWatch, Reason
 from rnnserve_server.blocks import Answers, Failure, Sessions
 from rnnserve_server.column import span
 from rnnserve_server.core import Core
-from rnnserve_server.eager import Eager
 from rnnserve_server.errors import (
     Draining,
     InvalidInput,
@@ -39,14 +38,16 @@ from rnnserve_server.errors import (
 )
 from rnnserve_server.intake import Frame
 from rnnserve_server.sessions import Group
+from rnnserve_server.wire.send import sender
 
 _RESPONSE_BYTES = 1 << 20  # a response is sent once it is so large, although more is ready
 _TAKEN_AT_ONCE = 64  # opens or closes of a stream that are done in one turn of the event loop
 _FOUND_LANES = 65536  # of frames whose sessions are remembered
 _TRIES = 3  # to have all sessions of a frame in memory at once: there may not be room for them
 _NONE = np.zeros(0, np.int64)
-_QUIET_SECONDS = 0.1  # a stream that says nothing for so long while the server drains has said all
-_HEARD_SECONDS = 0.5  # after which a stream that goes on and on is not listened to any more
+_QUIET_SECONDS = 0.5  # a stream that says nothing for so long while the server drains has said all
+_HEARD_SECONDS = 1.0  # after which a stream that goes on and on is not listened to any more
+_LEAVING_SECONDS = 2.0  # the same, after it has closed a lane: its client takes its sessions elsewhere meanwhile
 
 
 _NOTICES = {
@@ -91,9 +92,12 @@ class LaneStream:
         self._unsent = 0  # answers that wait to be sent: of chunks, opens and closes
         self._unanswered = 0  # chunks and closes that were accepted and not answered
         self._received = 0
+        self._closings = 0
         self._partway = False  # a message was taken in part
         self._heard_out = False  # the server drains, and no further message is taken
-        self._writing = False
+        self._send = sender(context)
+        self._sending: list[pb.StreamResponse] = []  # responses on their way, the first of them in gRPC's hands
+        self._taken = self._taken_bytes = 0  # of _unsent and _unsent_bytes, what they hold
         self._lost: Exception | None = None  # why nothing can be sent any more
         self._sent = asyncio.Event()
 
@@ -112,11 +116,13 @@ class LaneStream:
         self._core.watches.add(self._look)
         try:
             await asyncio.wait([reader])
-            while (self._unanswered or self._responses or self._writing) and self._lost is None:
+            while (self._unanswered or self._responses or self._sending) and self._lost is None:
                 self._sent.clear()
                 await self._sent.wait()
             if self._lost is not None:
                 raise self._lost
+            if self._core.draining.is_set():
+                await self._save(range(len(self._group)))
             if not reader.cancelled():
                 await reader
             elif self._core.draining.is_set():
@@ -157,11 +163,15 @@ class LaneStream:
         await self._core.draining.wait()
         left = duration(self._core.settings.drain_seconds)
         self._response(0).notices.add(reason=pb.NOTICE_REASON_DRAINING, time_left=left)
-        heard = -1
-        self._loop.call_later(_HEARD_SECONDS, setattr, self, "_heard_out", True)
-        while heard != self._received or self._partway:
+        heard, closings, leaving = -1, self._closings, 0.0
+        until = self._loop.time() + _HEARD_SECONDS
+        while heard != self._received or self._partway or (self._groups and self._loop.time() < leaving):
             heard = self._received
             await asyncio.sleep(_QUIET_SECONDS)
+            if closings != self._closings:
+                closings = self._closings
+                until = leaving = self._loop.time() + _LEAVING_SECONDS
+            self._heard_out = self._loop.time() >= until
         reader.cancel()
 
     async def _receive(self, request: pb.StreamRequest) -> None:
@@ -183,7 +193,9 @@ class LaneStream:
                     with suppress(StoreDown):  # then its end is settled later, if it is ours
                         await self._core.keeper.verify([self._ids[lane] for lane in lanes if self._is_open(lane)])
                     await self._bring_back(lanes)
+                    await self._save([closing.lane for closing in closings if not closing.delete_session])
                 self._close(closings)
+                self._closings += 1
             with suppress(StoreDown):  # it is told later
                 await self._core.settle()
 
@@ -232,6 +244,18 @@ class LaneStream:
         """The lanes whose sessions have left memory, and may be had again."""
         away = [lane for lane in lanes if lane not in failed and self._is_open(lane) and not self._is_here(lane)]
         return [lane for lane in away if not self._core.sessions.was_taken(self._ids[lane])]
+
+    async def _save(self, lanes: Iterable[int]) -> None:
+        """Has the store keep the sessions of lanes as they are: another server may take them over now."""
+        if self._core.keeper is None:
+            return
+        here: dict[int, list[int]] = {}
+        for lane in lanes:
+            if self._is_open(lane) and self._is_here(lane):
+                here.setdefault(int(self._group[lane]), []).append(int(self._slot[lane]))
+        with suppress(StoreDown):  # then nobody else can have them either
+            for group, slots in [(self._groups[number], slots) for number, slots in here.items()]:
+                await self._core.keeper.save(group, np.array(slots))
 
     def _is_here(self, lane: int) -> bool:
         group = self._groups[int(self._group[lane])]
@@ -556,25 +580,29 @@ class LaneStream:
 
     def flush(self) -> None:
         """Sends what is ready. What becomes ready meanwhile goes together, afterwards."""
-        if self._responses and not (self._writing or self._lost or self.cancelled):
-            self._writing = True
-            Eager(self._write(), self._written)
+        if self._responses and not (self._sending or self._lost or self.cancelled):
+            self._sending, self._responses = self._responses, []
+            self._taken, self._taken_bytes = self._unsent, self._unsent_bytes
+            self._send_first()
 
-    async def _write(self) -> None:
-        while self._responses:
-            responses, self._responses = self._responses, []
-            answers, nbytes = self._unsent, self._unsent_bytes
-            for response in responses:
-                await self._context.write(response)
-            self._unsent -= answers
-            self._unsent_bytes -= nbytes
-            self._sent.set()
+    def _send_first(self) -> None:
+        try:
+            self._send(self._sending[0], self._was_sent)
+        except Exception as error:  # it cannot be put on the wire
+            self._was_sent(error)
 
-    def _written(self, error: Exception | None) -> None:
-        self._writing = False
+    def _was_sent(self, error: Exception | None) -> None:
         if error is not None:
-            self._lost = error
+            self._sending, self._lost = [], error
             self._reader.cancel()
+        else:
+            del self._sending[0]
+            if self._sending:
+                self._send_first()
+                return
+            self._unsent -= self._taken
+            self._unsent_bytes -= self._taken_bytes
+            self.flush()
         self._sent.set()
 
 
