@@ -216,7 +216,10 @@ class Window:
         outputs: Arrays,
         states: Arrays,
     ) -> None:
-        """Keeps what N sessions were answered elsewhere, if nothing younger is known here. Arguments as `Round` has them."""
+        """Keeps what N sessions were answered elsewhere, and of which nothing younger is known here.
+
+        Arguments as `Round` has them.
+        """
         sessions = Sessions(group, slots, group.generation[slots], first_steps)
         self._keep(sessions, first_steps, timesteps, asked, 0, outputs, states)
 
