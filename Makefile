@@ -10,7 +10,7 @@ SERVICES := $(shell grep -l '^service ' $(PROTOS))
 # The other protocol is the server's alone: nothing of it is in the client.
 OIP := server/src/rnnserve_server/api/oip
 
-.PHONY: run test vectors samples lint types stubs check-stubs torture fuzz soak bench bench-triton requirements triton-requirements clean
+.PHONY: run test vectors samples lint types stubs check-stubs torture fuzz fuzz-files fuzz-files-guided soak bench bench-triton requirements triton-requirements clean
 
 run: $(VENV)/.serve
 	-$(BIN)/rnnserve fetch models/zoo
@@ -88,7 +88,7 @@ triton-requirements: $(VENV)/.dev
 
 # Pins every dependency, with hashes and without download addresses.
 requirements: $(VENV)/.dev
-	for name in serve dev tritonclient; do \
+	for name in serve dev fuzz tritonclient; do \
 	    $(BIN)/uv pip compile --quiet --upgrade --generate-hashes --no-header --python-version 3.11 \
 	        --output-file requirements/$$name.txt requirements/$$name.in || exit 1; \
 	done
@@ -105,6 +105,18 @@ torture: $(VENV)/.dev
 # A million frames that nobody should send: nobody else may notice, and nothing may be left of them.
 fuzz: $(VENV)/.dev
 	PYTHONPATH=tests $(BIN)/python -m fuzz $(ARGS)
+
+# Model files, manifests and other files that nobody should write: each is read, or refused with a reason.
+fuzz-files: $(VENV)/.dev
+	PYTHONPATH=tests $(BIN)/python -m fuzz.files $(ARGS)
+
+# The same, chosen by Atheris by the code that they reach. Its wheels are for Linux.
+fuzz-files-guided: $(VENV)/.fuzz
+	PYTHONPATH=tests $(BIN)/python -m fuzz.files --guided $(ARGS)
+
+$(VENV)/.fuzz: $(VENV)/.dev requirements/fuzz.txt
+	$(BIN)/python -m pip install --quiet --require-hashes -r requirements/fuzz.txt
+	touch $@
 
 # Visitors come and go, rude ones too, while the server's memory and descriptors are watched.
 soak: $(VENV)/.dev

@@ -5,7 +5,6 @@ A row is opened once and measured again and again: round trips, one after the ot
 
 from __future__ import annotations
 
-import asyncio
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Awaitable, Callable
@@ -13,11 +12,10 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from itertools import chain
 from time import perf_counter
-from typing import Any, ClassVar
-
-import grpc
+from typing import ClassVar
 
 from benchmarks import work
+from benchmarks.client import Channel
 from benchmarks.echo import METHOD, SERVICE
 from benchmarks.engine import Engine
 from rnnserve.codec import encode_named
@@ -125,64 +123,74 @@ class StreamRow(Row):
         return f"{count(self.streams, 'stream')} of {count(self.lanes, 'lane')}, {count(self.steps, 'step')}{frames}"
 
     async def open(self, address: str, stack: AsyncExitStack) -> Measure:
-        unlimited = [("grpc.max_receive_message_length", -1)]  # the answer to a chunk of 10,000 steps is 5 MB
-        channel = await stack.enter_async_context(grpc.aio.insecure_channel(address, unlimited))
-        streams = [await self._stream(channel, stack) for _ in range(self.streams)]
+        channel = Channel(address)
+        stack.callback(channel.close)
+        streams = [_RoundTrips(self, channel) for _ in range(self.streams)]
+        channel.pump(lambda: any(stream.greeting for stream in streams))
 
         async def measure(seconds: float) -> Sample:
             started = perf_counter()
-            each = await asyncio.gather(*(stream(started + seconds) for stream in streams))
-            return Sample(perf_counter() - started, list(chain.from_iterable(each)))
+            for stream in streams:
+                stream.begin(started + seconds)
+            channel.pump(lambda: any(stream.sent for stream in streams))
+            return Sample(perf_counter() - started, list(chain.from_iterable(stream.trips for stream in streams)))
 
         return measure
 
-    async def _stream(self, channel: grpc.aio.Channel, stack: AsyncExitStack) -> Callable[[float], Any]:
-        """A stream: called with a time, it makes round trips until then, and tells how long each took."""
-        call: Any = channel.stream_stream(
-            f"/{SERVICE}/{METHOD}",
-            request_serializer=lambda sent: sent if isinstance(sent, bytes) else sent.SerializeToString(),
-            response_deserializer=pb.StreamResponse.FromString,
-        )()
-        stack.callback(call.cancel)
-        await self._greet(call)
-        x = work.numbers(self.lanes, 1, self.steps, work.FEATURES)
-        frame = pb.StepFrame(lanes=range(self.lanes), inputs=encode_named({"input": x}))
-        request = pb.StreamRequest(frames=[frame])
-        first_steps = request.frames[0].first_steps
-        step = 0
-
-        async def round_trips(until: float) -> list[float]:
-            nonlocal step
-            trips: list[float] = []
-            sent: deque[float] = deque()
-            answered = 0  # lanes of the oldest frames; one message may answer those of several
-            while perf_counter() < until or sent:
-                while len(sent) < self.depth and perf_counter() < until:
-                    first_steps[:] = [step] * self.lanes
-                    step += self.steps
-                    sent.append(perf_counter())
-                    await call.write(request)
-                while answered < self.lanes:
-                    response = await self._read(call)
-                    answered += sum(len(result.lanes) for result in response.frames)
-                now = perf_counter()
-                while answered >= self.lanes:
-                    answered -= self.lanes
-                    trips.append(now - sent.popleft())
-            return trips
-
-        return round_trips
-
-    async def _read(self, call: Any) -> pb.StreamResponse:
-        response = await call.read()
-        if response is grpc.aio.EOF or response.errors:
-            raise RuntimeError(f"{self.name}: {response}")
-        read: pb.StreamResponse = response
-        return read
-
     @abstractmethod
-    async def _greet(self, call: Any) -> None:
-        """Says what comes before the first frame, and hears the answer."""
+    def greeting(self) -> tuple[pb.StreamRequest | pb.StreamResponse, int]:
+        """What comes before the first frame, and how many lanes the answers to it open."""
+
+
+class _RoundTrips:
+    """The round trips of a stream.
+
+    Attributes:
+        greeting: how many lanes are still to be opened.
+        sent: when the frames left that were not answered yet.
+        trips: seconds that each round trip took since `begin`.
+    """
+
+    def __init__(self, row: StreamRow, channel: Channel) -> None:
+        self.sent: deque[float] = deque()
+        self.trips: list[float] = []
+        self._row = row
+        self._until = 0.0
+        self._step = 0
+        self._answered = 0  # lanes of the oldest frames; one message may answer those of several
+        x = work.numbers(row.lanes, 1, row.steps, work.FEATURES)
+        frame = pb.StepFrame(lanes=range(row.lanes), inputs=encode_named({"input": x}))
+        self._request = pb.StreamRequest(frames=[frame])
+        self._first_steps = self._request.frames[0].first_steps
+        self._stream = channel.stream(f"/{SERVICE}/{METHOD}", self._heard)
+        greeting, self.greeting = row.greeting()
+        self._stream.send(greeting.SerializeToString())
+
+    def begin(self, until: float) -> None:
+        """Sends the first frames of those that are sent until a time of `perf_counter`."""
+        self._until = until
+        self.trips = []
+        for _ in range(self._row.depth):
+            self._send()
+
+    def _send(self) -> None:
+        self._first_steps[:] = [self._step] * self._row.lanes
+        self._step += self._row.steps
+        self.sent.append(perf_counter())
+        self._stream.send(self._request.SerializeToString())
+
+    def _heard(self, message: bytes) -> None:
+        response = pb.StreamResponse.FromString(message)
+        if response.errors:
+            raise RuntimeError(f"{self._row.name}: {response}")
+        self.greeting -= len(response.opened)
+        self._answered += sum(len(result.lanes) for result in response.frames)
+        now = perf_counter()
+        while self._answered >= self._row.lanes:
+            self._answered -= self._row.lanes
+            self.trips.append(now - self.sent.popleft())
+            if now < self._until:
+                self._send()
 
 
 class EchoRow(StreamRow):
@@ -191,22 +199,20 @@ class EchoRow(StreamRow):
     part = "gRPC"
     server = "echo"
 
-    async def _greet(self, call: Any) -> None:
+    def greeting(self) -> tuple[pb.StreamRequest | pb.StreamResponse, int]:
         y = work.numbers(self.lanes, 1, self.steps, work.UNITS)
         frame = pb.ResultFrame(lanes=range(self.lanes), timesteps=self.steps, outputs=encode_named({"output": y}))
         frame.first_steps.extend([1000] * self.lanes)
-        await call.write(pb.StreamResponse(frames=[frame]).SerializeToString())
+        return pb.StreamResponse(frames=[frame]), 0
 
 
 class OpenedRow(StreamRow):
     """Of a server on which lanes are opened."""
 
-    async def _greet(self, call: Any) -> None:
+    def greeting(self) -> tuple[pb.StreamRequest | pb.StreamResponse, int]:
         config = SessionConfig(model=work.MODEL, options=LayerOptions(return_sequences=True))
-        await call.write(pb.StreamRequest(opens=[pb.LaneOpen(lane=n, create=config) for n in range(self.lanes)]))
-        opened = 0
-        while opened < self.lanes:
-            opened += len((await self._read(call)).opened)
+        opens = [pb.LaneOpen(lane=lane, create=config) for lane in range(self.lanes)]
+        return pb.StreamRequest(opens=opens), self.lanes
 
 
 class BareRow(OpenedRow):

@@ -13,6 +13,7 @@ from typing import Any
 from rnnserve_server.config import Settings
 from rnnserve_server.repository import Repository
 from rnnserve_server.server import Server
+from rnnserve_server.wire.loop import new_event_loop
 
 ZOO = Path(__file__).parent.parent / "models" / "zoo"
 
@@ -49,7 +50,8 @@ class RunningServer:
             self._thread.join()
 
     def _run(self) -> None:
-        asyncio.run(self._serve())
+        with asyncio.Runner(loop_factory=lambda: new_event_loop(self._settings.event_loop)) as runner:
+            runner.run(self._serve())
 
     async def _serve(self) -> None:
         self._loop = asyncio.get_running_loop()

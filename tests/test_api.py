@@ -991,6 +991,24 @@ def test_only_the_lanes_to_blame_fail(served):
         assert details(closed.status)[0].metadata["session_id"] == ended
 
 
+def test_a_masked_chunk_beside_one_that_is_refused(served):
+    """Where the only chunk of a frame with valid steps is refused, the others are answered and the server lives on.
+
+    (onnxruntime's LSTM ends the process if it is run over no rows.)
+    """
+    mask = np.array([[[1, 1]], [[0, 0]]], bool)
+    with Stream(served) as stream:
+        stream.send(opens=[opening(0, model="lstm-4"), opening(1, model="lstm-4")])
+        stream.read(2)
+        stream.send(frames=[frame([0, 1], np.ones((2, 1, 2, 5), np.float32), first_steps=[7, 0], mask=mask)])
+        stream.read(2)
+        assert_error(stream.error().status, "OUT_OF_RANGE", "STEP_AHEAD", {"expected_step": "0"})
+        assert not stream.results[1][0][1].any()
+        assert served.get(stream.opened[1].session_id).step == 2
+        for opened in stream.opened.values():
+            served.sessions.DeleteSession(session_pb2.DeleteSessionRequest(session_id=opened.session_id))
+
+
 def test_an_ended_session_does_not_learn_anothers_step(served):
     """The error of a chunk without a step, for a session that ended, tells no step: the slot is another session's."""
     with Stream(served) as stream:

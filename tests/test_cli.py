@@ -9,7 +9,9 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from contextlib import contextmanager
+from pathlib import Path
 
 import grpc
 import pytest
@@ -21,7 +23,7 @@ from rnnserve.v1 import inference_pb2, inference_pb2_grpc, model_pb2, model_pb2_
 from rnnserve_server.cli import app
 from rnnserve_server.config import Settings
 
-COMMAND = [sys.executable, "-c", "from rnnserve_server.cli import app; app()"]
+COMMAND = [sys.executable, "-m", "rnnserve_server"]
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
 
 
@@ -43,11 +45,7 @@ def run(*arguments, **variables):
 
 def invoke(*arguments, **variables):
     """The same, in this process, for what serves nothing."""
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        return CliRunner().invoke(app, list(map(str, arguments)), env=variables)
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    return CliRunner().invoke(app, list(map(str, arguments)), env=variables)
 
 
 @contextmanager
@@ -96,6 +94,38 @@ def test_serve_answers_and_drains(small):
         rest = server.stderr.read()
         assert '"event": "stopped"' in rest
         assert "Traceback" not in rest
+
+
+@pytest.mark.parametrize("loaded", ["", "pydantic_core", "numpy", "onnxruntime_pybind11"])
+def test_a_server_that_starts_can_be_ended(small, loaded):
+    """SIGTERM while modules or models load ends the process with 0 and a word, whatever is loading."""
+    server = subprocess.Popen(
+        [*COMMAND, "serve", "--port", "0", "--models", small], env=environment(), stderr=subprocess.PIPE, text=True
+    )
+    with server:
+        try:
+            _wait_for(lambda: _heeds(server.pid, signal.SIGTERM))
+            _wait_for(lambda: loaded in Path(f"/proc/{server.pid}/maps").read_text())
+            server.send_signal(signal.SIGTERM)
+            said = server.stderr.read()
+            assert server.wait(15) == 0, said
+        finally:
+            server.kill()
+    assert "SIGTERM before anything was served: ended" in said or "stopped" in said
+    assert "Traceback" not in said
+
+
+def _heeds(pid, number):
+    """Whether a process has a handler for a signal."""
+    caught = re.search(r"^SigCgt:\s*(\w+)", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+    return caught is not None and bool(int(caught[1], 16) >> (number - 1) & 1)
+
+
+def _wait_for(condition, seconds=30.0):
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.001)
 
 
 def test_a_stream_that_stays_open_is_told(small):

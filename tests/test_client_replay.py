@@ -330,7 +330,7 @@ def test_resending_is_bulk():
 
 def test_opens_of_one_message_are_bounded(monkeypatch):
     """Many lanes are opened again in several messages."""
-    monkeypatch.setattr("rnnserve._lanes.OPENS_IN_MESSAGE", 10)
+    monkeypatch.setattr("rnnserve._lanes.messages.OPENS_IN_MESSAGE", 10)
     lanes = Lanes()
     for number in range(25):
         lanes.open(f"s{number}", None)

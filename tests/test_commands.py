@@ -13,6 +13,7 @@ from structlog.testing import capture_logs
 from typer.testing import CliRunner
 
 import rnnserve
+from rnnserve_server.api.errors import rejections
 from rnnserve_server.cli import app
 from rnnserve_server.commands.scrape import Interval, Joined, Scrape, quantile
 from rnnserve_server.commands.top import Watched
@@ -30,6 +31,7 @@ def test_top_shows_what_servers_do(tmp_path):
     """One frame has every server, model, store operation and error; rates are those of the interval. A server that does
     not answer is told, the others are shown all the same, and the exit code says so.
     """
+    rejections.clear()  # the process counts them; `top` shows the most frequent
     with (
         running_server(metrics_port=0, store=f"sqlite:///{tmp_path}/s.db") as one,
         running_server(metrics_port=0) as two,

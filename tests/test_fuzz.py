@@ -14,11 +14,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import rnnserve
+from fuzz.files.targets import exported
 from fuzz.frames import Talk
 from fuzz.messages import mutated, stream_request, unary_request
 from fuzz.run import Fuzz, fuzz
 from raw_http2 import STREAM, Wire
-from rnnserve.v1 import inference_pb2
+from rnnserve.v1 import inference_pb2, session_pb2
 from serving import RunningServer, running_server
 
 BAD = {grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL, grpc.StatusCode.DATA_LOSS, grpc.StatusCode.DEADLINE_EXCEEDED}
@@ -102,6 +103,36 @@ def test_what_is_no_message_is_refused(channel: grpc.Channel, chance: Random):
     except grpc.RpcError as error:
         found: Any = error
         assert found.code() is grpc.StatusCode.INVALID_ARGUMENT, found.details()
+
+
+@pytest.fixture(scope="module")
+def blob(server: RunningServer) -> bytes:
+    """A session, exported after two steps."""
+    with rnnserve.Client(server.address) as client, client.session("lstm-4", batch_size=2) as session:
+        session.step(np.ones((2, 5), np.float32))
+        content: bytes = session.export()
+        return content
+
+
+@given(chance=st.randoms(use_true_random=False))
+@SHORT
+def test_an_exported_session_that_says_something_else_is_refused(channel: grpc.Channel, blob: bytes, chance: Random):
+    """Another model, other states, more rows than it has, seconds that are none: with a checksum that is right, it is a
+    session nonetheless, or is refused with what is wrong.
+    """
+    request = session_pb2.ImportSessionRequest(blob=exported(blob, chance))
+    services = "/rnnserve.v1.SessionService"
+    try:
+        answer = channel.unary_unary(f"{services}/ImportSession")(request.SerializeToString(), timeout=20)
+    except grpc.RpcError as error:
+        found: Any = error
+        assert found.code() not in BAD, found.details()
+        assert "grpc-status-details-bin" in dict(found.trailing_metadata())
+        return
+    made = session_pb2.ImportSessionResponse.FromString(answer).session
+    assert made.batch_size == 2
+    name = session_pb2.DeleteSessionRequest(session_id=made.session_id)
+    channel.unary_unary(f"{services}/DeleteSession")(name.SerializeToString(), timeout=20)
 
 
 @given(chance=st.randoms(use_true_random=False))

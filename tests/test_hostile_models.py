@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from safetensors.numpy import save
 import rnnserve
 from rnnserve_models.errors import ModelError
 from rnnserve_models.graph import external_tensors
+from rnnserve_models.importers import apart
+from rnnserve_models.importers.apart import load_apart, write_apart
 from rnnserve_models.importers.files import import_file
 from serving import running_server
 
@@ -204,6 +207,144 @@ def test_a_client_has_no_code_run(config: Any, tmp_path: Path):
     ):
         client.models.deploy("evil", config, weights)
     assert not trace.exists()
+
+
+def endless() -> onnx.ModelProto:
+    """A model of an LSTM, and a loop of 2**62 rounds beside it."""
+    model = onnx.load_model(FILES[".onnx"])
+    model.graph.initializer.append(helper.make_tensor("limit", onnx.TensorProto.INT64, [], [2**62]))
+    model.graph.initializer.append(helper.make_tensor("go", onnx.TensorProto.BOOL, [], [True]))
+    scalars = {"i": onnx.TensorProto.INT64, "c": onnx.TensorProto.BOOL, "d": onnx.TensorProto.BOOL}
+    value = {name: helper.make_tensor_value_info(name, kind, []) for name, kind in scalars.items()}
+    s, t = (helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in "st")
+    nodes = [helper.make_node("Identity", ["c"], ["d"]), helper.make_node("Identity", ["s"], ["t"])]
+    body = helper.make_graph(nodes, "body", [value["i"], value["c"], s], [value["d"], t])
+    x = model.graph.input[0].name
+    model.graph.node.insert(0, helper.make_node("Loop", ["limit", "go", x], ["looped"], body=body))
+    for node in model.graph.node:
+        if node.op_type == "LSTM":
+            node.input[0] = "looped"
+    return model
+
+
+def greedy() -> onnx.ModelProto:
+    """A model of an LSTM, and 2**32 zeros added up, of a shape that is known only when it is run."""
+    model = onnx.load_model(FILES[".onnx"])
+    x = model.graph.input[0].name
+    for name, numbers in (("many", [2**32, 1, 1]), ("none", [0, 0, 0])):
+        model.graph.initializer.append(helper.make_tensor(name, onnx.TensorProto.INT64, [3], numbers))
+    nodes = [
+        helper.make_node("Shape", [x], ["shape"]),
+        helper.make_node("Mul", ["shape", "none"], ["nothing"]),
+        helper.make_node("Add", ["nothing", "many"], ["size"]),
+        helper.make_node("ConstantOfShape", ["size"], ["zeros"]),
+        helper.make_node("ReduceSum", ["zeros"], ["sum"], keepdims=0),
+        helper.make_node("Add", [x, "sum"], ["added"]),
+    ]
+    for node in model.graph.node:
+        if node.op_type == "LSTM":
+            node.input[0] = "added"
+    for node in reversed(nodes):
+        model.graph.node.insert(0, node)
+    return model
+
+
+def test_a_graph_without_an_end_is_given_up(tmp_path: Path):
+    """It is read in a process of its own, which has a time; nothing of it is left, no process either."""
+    path = tmp_path / "endless.onnx"
+    path.write_bytes(endless().SerializeToString())
+    target = tmp_path / "target"
+    target.mkdir()
+    began = time.monotonic()
+    with pytest.raises(ModelError, match="as long as a model may take"):
+        write_apart(path, target, seconds=3)
+    assert time.monotonic() - began < 30
+
+
+def test_a_graph_that_wants_all_memory_is_refused(tmp_path: Path):
+    """16 GB of it: it is read in a process of its own, which may have 4."""
+    path = tmp_path / "greedy.onnx"
+    path.write_bytes(greedy().SerializeToString())
+    target = tmp_path / "target"
+    target.mkdir()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ModelError, match="memory"):
+        write_apart(path, target)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50 << 10
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 2 << 20
+
+
+def test_a_model_that_ends_the_process_that_loads_it_ends_no_other(tmp_path: Path):
+    """By a signal, as a fault in a library does."""
+    source = (
+        "import os, signal\nfrom rnnserve_models import Cell\n"
+        "class Mine(Cell):\n    pass\nos.kill(os.getpid(), signal.SIGSEGV)\n"
+    )
+    (tmp_path / "cells.py").write_text(source)
+    (tmp_path / "model.yaml").write_text("python: cells.py\ncell: {class_name: Mine, config: {}}\ninput_dim: 1\n")
+    with pytest.raises(ModelError, match="ended with signal 11"):
+        load_apart(tmp_path)
+
+
+def test_the_process_that_forks_is_had_anew_when_it_has_ended():
+    """As it does when it has had nothing to do."""
+    lstm = Path(__file__).parent.parent / "models" / "zoo" / "lstm-4" / "1"
+    load_apart(lstm)
+    assert apart._FORKS._process is not None
+    apart._FORKS._process.kill()
+    apart._FORKS._process.wait()
+    load_apart(lstm)
+
+
+def test_nothing_goes_on_when_its_server_is_killed(tmp_path: Path):
+    """Neither the process that forks, nor the child that has a graph without an end."""
+    (tmp_path / "endless.onnx").write_bytes(endless().SerializeToString())
+    (tmp_path / "target").mkdir()
+    code = f"""
+import threading, time
+from pathlib import Path
+from rnnserve_models.importers import apart
+folder = Path({str(tmp_path)!r})
+threading.Thread(target=apart.write_apart, args=(folder / "endless.onnx", folder / "target"), daemon=True).start()
+while not (forks := apart._FORKS._process):
+    time.sleep(0.01)
+children = Path(f"/proc/{{forks.pid}}/task/{{forks.pid}}/children")
+while not (child := children.read_text().split()):
+    time.sleep(0.01)
+print(forks.pid, *child, flush=True)
+time.sleep(60)
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        processes = server.stdout.readline().split()
+        server.kill()
+    assert len(processes) == 2
+    deadline = time.monotonic() + 20
+    while any(Path(f"/proc/{each}").exists() for each in processes):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_a_server_goes_on_while_a_hostile_graph_is_deployed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Sessions step meanwhile; the graph is refused with the reason, and leaves nothing."""
+    monkeypatch.setattr(apart, "SECONDS", 3.0)
+    folder = tmp_path / "models"
+    folder.mkdir()
+    os.symlink(Path(__file__).parent.parent / "models" / "zoo" / "lstm-4", folder / "lstm-4")
+    path = tmp_path / "endless.onnx"
+    path.write_bytes(endless().SerializeToString())
+    with running_server(models=folder, allow_deploy=True) as server, rnnserve.Client(server.address) as client:
+        with ThreadPoolExecutor(1) as pool, client.session("lstm-4") as session:
+            deploying = pool.submit(client.models.deploy_file, "endless", path)
+            steps = 0
+            while not deploying.done():
+                session.step(np.zeros(5, np.float32), timeout=5)
+                steps += 1
+        with pytest.raises(rnnserve.ModelInvalid, match=r"endless\.onnx|as long as a model may take"):
+            deploying.result()
+        assert steps > 100
+        assert [model.name for model in client.models()] == ["lstm-4"]
+    assert sorted(each.name for each in folder.iterdir()) == ["lstm-4"]
 
 
 def test_a_graph_nested_beyond_reason_is_refused(tmp_path: Path):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+
+import pytest
 
 from rnnserve_server.process import Ebb
 
@@ -43,3 +46,12 @@ def test_it_is_not_done_for_little() -> None:
     assert [ebb.look(held) for held in (90, 0, 1000, 800, 700, 650, 0, 0)] == [
         False, False, False, False, True, False, True, False,
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("package", ["rnnserve_models", "rnnserve_server"])
+def test_onnxruntime_is_told_not_to_report(package: str) -> None:
+    """Before any module of a package of ours can load it: it would send its maker what models it runs."""
+    program = f"import os, sys, {package}; print(os.environ['ORT_DISABLE_TELEMETRY'], 'onnxruntime' in sys.modules)"
+    kept = {name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"}
+    ran = subprocess.run([sys.executable, "-c", program], env=kept, capture_output=True, text=True, check=True)
+    assert ran.stdout.split() == ["1", "False"]

@@ -94,8 +94,7 @@ class Here:
         ]
         self.core.submit_frame(Frame(sink, np.arange(len(ids)), place, {"input": x}, mask))
         worker = self.core.worker(group.model)
-        while worker._task is not None:
-            await worker._task
+        await worker.settle()
         assert not sink.errors
         return given
 
@@ -302,8 +301,7 @@ def test_chunks_that_wait_are_run_together_and_rewound_into():
                 )
                 here.core.submit_frame(Frame(sink, np.zeros(1, np.int64), place, {"input": x}, None))
             worker = here.core.worker(session.group.model)
-            while worker._task is not None:
-                await worker._task
+            await worker.settle()
             assert [steps for steps, _ in here.engine.calls] == [4, 4, 2]  # five chunks, of which the rule cuts two
             ys = [sink.results[0][1][:, 0, 0].tolist() for sink in sinks]
             assert ys == [[4.0, 5.0], [6.0, 7.0], [4.0, 5.0], [6.0, 7.0], [4.0, 5.0]]

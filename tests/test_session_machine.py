@@ -103,8 +103,7 @@ class SessionMachine(RuleBasedStateMachine):
             x = np.full((1, 1, count, FEATURES), value, np.float32)
             self.core.submit_frame(Frame(sink, np.zeros(1, np.int64), place, {"input": x}, None))
             worker = self.core.worker(session.group.model)
-            while worker._task is not None:
-                await worker._task
+            await worker.settle()
             return sink
 
         try:

@@ -15,7 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from house import Clock, chunks, loaded, opened, table
 from rnnserve_models.options import LayerOptions
-from rnnserve_server import sessions as module
+from rnnserve_server import directory
 from rnnserve_server.errors import (
     SessionAged,
     SessionClosed,
@@ -74,7 +74,7 @@ def test_unknown_closed_and_expired_are_told_apart():
 
 def test_only_so_many_ends_are_remembered(monkeypatch):
     """The reasons of ended sessions take bounded memory: the oldest becomes unknown."""
-    monkeypatch.setattr(module, "_REMEMBERED_ENDS", 2)
+    monkeypatch.setattr(directory, "_REMEMBERED_ENDS", 2)
     sessions = table()
     for session_id in "abc":
         opened(sessions, MODEL, session_id=session_id)
@@ -285,19 +285,19 @@ def test_an_old_entry_does_not_end_a_new_session_of_the_same_id():
 
 def test_sessions_that_come_and_go_leave_nothing(monkeypatch):
     """A million sessions made and deleted within an idle lifetime do not pile up until it is over."""
-    monkeypatch.setattr(module, "_REMEMBERED_ENDS", 10)
+    monkeypatch.setattr(directory, "_REMEMBERED_ENDS", 10)
     sessions = table()
     lasting = opened(sessions, MODEL)
     for number in range(5000):
         sessions.delete(opened(sessions, MODEL, idle_lifetime=10_000 - number).id)
     assert lasting.group.expiry._held < 20
-    assert sum(map(len, sessions._known)) == 11
+    assert sum(map(len, sessions._directory._known)) == 11
     assert lasting.group.arena.capacity == 8
 
 
 def test_an_end_that_is_forgotten_takes_no_later_one_along(monkeypatch):
     """Of an id that was used again, the last end is remembered, or its life, whatever became of the earlier ones."""
-    monkeypatch.setattr(module, "_REMEMBERED_ENDS", 2)
+    monkeypatch.setattr(directory, "_REMEMBERED_ENDS", 2)
     sessions = table()
     for session_id in ("twice", "other", "twice"):
         opened(sessions, MODEL, session_id=session_id)

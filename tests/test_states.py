@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import json
 import shutil
 from contextlib import contextmanager
 from dataclasses import replace
@@ -288,6 +290,18 @@ def test_what_is_no_blob_is_refused(wrong):
 def test_a_blob_of_a_strange_header(header):
     with pytest.raises(BlobInvalid):
         unpack(len(header).to_bytes(8, "little") + header)
+
+
+@pytest.mark.parametrize("key", ["model", "version", "batch_size", "step", "lifetime", "replay_chunks"])
+@pytest.mark.parametrize("value", [b"-1e999", b"1", b"null", b"[]", b'{"a": 1}'])
+def test_what_is_no_text_is_refused(key, value):
+    """Though the checksum is right. A number without an end was once an error of the server's own."""
+    metadata = {"format": "rnnserve-session", "version": "1", "checksum": "0" * 64, key: "here"}
+    header = json.dumps({"__metadata__": metadata}).encode().replace(b'"here"', value)
+    wrong = len(header).to_bytes(8, "little") + header
+    wrong = wrong.replace(b"0" * 64, hashlib.sha256(wrong).hexdigest().encode())
+    with pytest.raises(BlobInvalid, match=f"texts.*{key}"):
+        unpack(wrong)
 
 
 def test_a_newer_blob_is_refused(monkeypatch):

@@ -9,12 +9,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import redis
 
-from compliance.store_suite import IDLE, NOW, REMEMBER, Opener, StoreSuite, after, created, record
+from compliance.store_suite import IDLE, NOW, REMEMBER, Opener, StoreSuite, after, applied, created, record, tick
 from redis_server import RedisServer, running_redis
 from rnnserve_server.store import (
     End,
@@ -316,6 +317,84 @@ async def test_nothing_is_left_behind(redis_server: RedisServer, raw: redis.Redi
     keys = set(raw.scan_iter())
     assert keys == {f"rnnserve:{{{name}}}:ended" for name in "abd"}
     assert all(0 < raw.pttl(key) <= REMEMBER * 1000 for key in keys)
+    await store.close()
+
+
+def journals(raw: redis.Redis) -> list[str]:
+    """The keys that have to do with journals."""
+    return sorted(raw.scan_iter("rnnserve:journal:*"))
+
+
+async def test_a_journal_of_ticks_goes_with_the_last_of_its_sessions(
+    redis_server: RedisServer, raw: redis.Redis
+) -> None:
+    """However they end, and not before; one that is made anew under the same id has nothing of the first."""
+    store = await RedisStore.open(redis_server.url)
+    sessions = [await created(store, name, states=b"\0" * 8) for name in "abc"]
+    assert await store.commit_ticks([tick(sessions, [1, 2])]) == [[True] * 3]
+    assert len(journals(raw)) == 2
+    assert await store.delete([("a", sessions[0].epoch)], End.CLOSED, NOW) == [True]
+    again = await created(store, "a", states=b"\0" * 8)
+    assert await store.commit_ticks([tick([again], [3])]) == [[True]]
+    (found,) = await store.take(["a"], NOW)
+    assert found is not None
+    assert (found.step, [(reply.first_step, reply.timesteps) for reply in found.replies]) == (3, [(0, 3)])
+    assert journals(raw) == []  # taking one has brought all to their own keys
+    for session in await store.take(["b", "c"], NOW):
+        assert session is not None
+        assert (session.step, len(session.replies), session.states) == (3, 2, b"       3")
+        assert await store.commit_ticks([tick([session], [1])]) == [[True]]
+    assert len(journals(raw)) == 2
+    assert await store.delete([("b", sessions[1].epoch + 1)], End.CLOSED, NOW) == [True]
+    assert len(journals(raw)) == 2
+    assert await store.expire(NOW + 10 * IDLE, 10) == ["a", "c"]
+    assert journals(raw) == []
+    await store.close()
+
+
+async def test_a_journal_that_a_dead_server_left_behind(redis_server: RedisServer, raw: redis.Redis) -> None:
+    """Whoever takes one of its sessions brings all of them to their own keys, and the server that comes back late
+    writes no more.
+    """
+    dead, other = [await RedisStore.open(redis_server.url) for _ in range(2)]
+    sessions = [await created(dead, name, states=b"\0" * 8) for name in "abc"]
+    for first in (0, 1, 0):
+        some = sessions[first:]
+        assert all((await dead.commit_ticks([tick(some, [1])]))[0])
+        wrote = {write.id: write for write in tick(some, [1]).writes()}
+        sessions = [applied(each, wrote[each.id]) if each.id in wrote else each for each in sessions]
+    (found,) = await other.take(["b"], NOW)
+    assert found == replace(sessions[1], epoch=found.epoch)
+    assert journals(raw) == []
+    assert await dead.commit_ticks([tick(sessions, [1])]) == [[True, False, True]]
+    assert len(journals(raw)) == 0  # what is partly stale is written session by session
+    (found,) = await other.take(["a"], NOW)
+    assert found is not None
+    assert (found.step, len(found.replies)) == (3, 3)
+    for store in (dead, other):
+        await store.close()
+
+
+@pytest.mark.parametrize("limit", ["_JOURNAL_TICKS", "_JOURNAL_BYTES", "_JOURNAL_SESSIONS"])
+async def test_a_journal_of_ticks_does_not_grow_for_ever(
+    redis_server: RedisServer, raw: redis.Redis, monkeypatch: pytest.MonkeyPatch, limit: str
+) -> None:
+    """By its ticks, its bytes or its sessions, whatever limit comes first, it is brought to the sessions' own keys."""
+    from rnnserve_server.store import redis as module
+
+    monkeypatch.setattr(module, limit, {"_JOURNAL_TICKS": 3, "_JOURNAL_BYTES": 400, "_JOURNAL_SESSIONS": 2}[limit])
+    store = await RedisStore.open(redis_server.url)
+    sessions = [await created(store, name, states=b"\0" * 8) for name in "ab"]
+    lengths = []
+    for _ in range(12):
+        made = tick(sessions, [1, 1])
+        assert await store.commit_ticks([made]) == [[True, True]]
+        sessions = [applied(each, write) for each, write in zip(sessions, made.writes(), strict=True)]
+        lengths.append(sum(raw.llen(key) for key in journals(raw) if not key.endswith(":sessions")))
+    assert max(lengths) <= 3 * 10
+    assert lengths.count(0) >= 4
+    found = await store.take(["a", "b"], NOW)
+    assert [each and replace(each, epoch=1) for each in found] == [replace(each, epoch=1) for each in sessions]
     await store.close()
 
 

@@ -57,8 +57,7 @@ class House:
 
     async def idle(self):
         """Until nothing is queued."""
-        while self.worker._task is not None:
-            await self.worker._task
+        await self.worker.settle()
 
 
 @pytest.fixture
@@ -305,6 +304,39 @@ async def test_masked_chunks(house):
     assert len(house.engine.calls) == 1
     assert sink.results[1][1].tolist() == np.zeros((3, 3, FEATURES)).tolist()
     assert [session.step for session in made] == [8, 8, 8]
+
+
+async def test_a_chunk_without_steps_beside_one_that_is_refused(house):
+    """The engine is not run for no rows when a block's only chunk with steps to run is dropped."""
+    group, slots, made = house.open(2, options=SEQUENCES)
+    sink = Notes()
+    mask = np.array([[1, 0], [1, 0], [1, 0]], bool)
+    house.worker.submit(chunks(group, slots, 3, mask=mask, sink=sink, first_steps=[7, 0]))
+    await house.idle()
+    assert sink.errors[0].reason == "STEP_AHEAD"
+    ((tags, y),) = sink.results
+    assert (tags, y.any()) == ([1], False)
+    assert house.engine.calls == []
+    assert [(session.step, house.state(session)) for session in made] == [(0, [0]), (3, [0])]
+
+
+async def test_a_short_chunk_beside_one_whose_session_ends(house):
+    """Nor when the session of the longest chunk ends between two slices; what the others ran by then is kept."""
+    group, slots, (long, short) = house.open(2, options=SEQUENCES)
+    sink = Notes(names={0: long.id})
+    mask = np.ones((9, 2), bool)
+    mask[3:, 1] = False
+    house.hold()
+    house.worker.submit(chunks(group, slots, 9, mask=mask, sink=sink))
+    await house.held()
+    house.sessions.delete(long.id)
+    house.engine.gate.set()
+    await house.idle()
+    assert sink.errors[0].reason == "SESSION_CLOSED"
+    ((tags, y),) = sink.results
+    assert (tags, y[:, 0, 0].tolist()) == ([1], [1, 2, 3, 3, 3, 3, 3, 3, 3])
+    assert house.engine.calls == [(4, [4, 3])]
+    assert (short.step, house.state(short)) == (9, [3])
 
 
 @pytest.mark.parametrize("sequences", [False, True])

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from house import random_cuts
-from rnnserve_models.engine.base import Array, Arrays, Engine
+from rnnserve_models.engine.base import Array, Arrays, Engine, EngineError
 
 STEPS, ROWS = 9, 64
 
@@ -123,6 +123,21 @@ class EngineSuite(ABC):
             assert y[valid].tobytes() == strided[0][name][valid].tobytes(), name
         for name, state in plain[1].items():
             assert state.tobytes() == strided[1][name].tobytes(), name
+
+    def test_no_rows_do_no_harm(self, batch: Any) -> None:
+        """A batch of no rows is an error or gives none; it does not end the process, as onnxruntime's LSTM would."""
+        engine, inputs, lengths, states = batch
+        none = (
+            {name: x[:1, :0] for name, x in inputs.items()},
+            lengths[:0],
+            {name: state[:0] for name, state in states.items()},
+        )
+        try:
+            outputs, after = engine.run(*none)
+        except EngineError:
+            return
+        assert {y.shape[:2] for y in outputs.values()} == {(1, 0)}
+        assert {len(state) for state in after.values()} <= {0}
 
     def test_the_state_matters(self, batch: Any) -> None:
         """A recurrent model's results depend on the states that it is given."""

@@ -168,9 +168,10 @@ def fuzz(plan: Fuzz, folder: Path) -> Report:
         if not server.alive:
             report.faults.append("the server has died")
         server.terminate()
-        if found := re.findall(r"Traceback|request failed", server.log()):
-            report.faults.append(f"the server logged {len(found)} failures of its own; see {folder}/server.log")
-            report.faults.append(server.log()[-2000:])
+        log = server.log()
+        if found := [match.start() for match in re.finditer(r"Traceback|request failed", log)]:
+            report.faults.append(f"the server logged {len(found)} failures of its own")
+            report.faults += [log[max(0, at - 300) : at + 3000] for at in found[:3]]
     return report
 
 

@@ -71,15 +71,15 @@ def _applies_twice() -> None:
 
     check = SessionTable.check
 
-    def credulous(self: Any, sessions: Any, session_id: Any) -> Any:
+    def credulous(self: Any, sessions: Any, session_id: Any, **ahead: Any) -> Any:
         here = sessions.group.step[sessions.slots]
         if sessions.first_steps is not None:
             behind = sessions.first_steps < here
             said, sessions.first_steps = sessions.first_steps, np.where(behind, here, sessions.first_steps)
-            result = check(self, sessions, session_id)
+            result = check(self, sessions, session_id, **ahead)
             sessions.first_steps = said
             return result
-        return check(self, sessions, session_id)
+        return check(self, sessions, session_id, **ahead)
 
     SessionTable.check = credulous  # type: ignore[method-assign]
 

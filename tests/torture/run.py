@@ -140,7 +140,7 @@ async def torture(what: Torture, url: str, folder: Path) -> Report:
             report.cuts = dict(sum((proxy.cuts for proxy in proxies), Counter[str]()))
             trial.counts["connections refused"] = sum(proxy.resets for proxy in proxies)
         for server in servers:
-            await asyncio.to_thread(server.terminate)
+            await _terminate(server, trial)
         for track in tracks:
             track.history.sent = track.total
         if not (what.fault and trial.faults):
@@ -228,7 +228,8 @@ async def _adversary(
                 await asyncio.wait_for(trial.moved.wait(), 1.0)
             for server in servers:
                 if not server.alive:  # nobody has ended it
-                    trial.faults.append(Fault("dead server", server.address, server.log()[-300:]))
+                    why = f"status {server.exit_code}: {server.log()[-300:]}"
+                    trial.faults.append(Fault("dead server", server.address, why))
                     await asyncio.to_thread(server.start)
         await asyncio.sleep(chance.expovariate(200))  # somewhere within what is under way
         at = chance.randrange(len(servers))
@@ -241,7 +242,7 @@ async def _adversary(
         if number % 4 == 3:
             report.terms += 1
             began = time.monotonic()
-            await asyncio.to_thread(server.terminate)
+            await _terminate(server, trial)
             report.longest_drain = max(report.longest_drain, time.monotonic() - began)
         else:
             report.kills += 1
@@ -253,6 +254,13 @@ async def _adversary(
             proxy.refusing = False
         else:
             await asyncio.to_thread(server.start)
+
+
+async def _terminate(server: ServerProcess, trial: Trial) -> None:
+    """SIGTERM, after which a server has to end by itself, and well."""
+    await asyncio.to_thread(server.terminate)
+    if server.exit_code != 0:
+        trial.faults.append(Fault("bad end", server.address, f"status {server.exit_code}: {server.log()[-300:]}"))
 
 
 async def _look(url: str, tracks: list[Track]) -> None:

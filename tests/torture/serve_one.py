@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
+import faulthandler
+import logging
 import os
 import signal
 from multiprocessing.connection import Connection
@@ -13,7 +16,7 @@ from rnnserve_server.process import tune
 
 tune()  # before gRPC is loaded, as the command does
 
-import uvloop  # noqa: E402
+import structlog  # noqa: E402
 
 import rnnserve_models.engine.onnx  # noqa: E402
 import rnnserve_models.export  # noqa: E402, F401
@@ -21,6 +24,7 @@ import rnnserve_server.store.redis  # noqa: E402
 import rnnserve_server.store.sqlite  # noqa: E402, F401
 from rnnserve_server.config import Settings  # noqa: E402
 from rnnserve_server.server import Server, serve  # noqa: E402
+from rnnserve_server.wire.loop import new_event_loop  # noqa: E402
 from torture.faults import plant  # noqa: E402
 
 _PR_SET_PDEATHSIG = 1
@@ -33,6 +37,7 @@ def run(settings: dict[str, Any], log: Path, ready: Connection, fault: str) -> N
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     os.dup2(file, 1)
     os.dup2(file, 2)
+    faulthandler.enable()
     if fault:
         plant(fault)
     start = Server.start
@@ -42,4 +47,9 @@ def run(settings: dict[str, Any], log: Path, ready: Connection, fault: str) -> N
         ready.send(self.port)
 
     Server.start = started  # type: ignore[method-assign]
-    uvloop.run(serve(Settings(**settings)))
+    said = Settings(**settings)
+    # As the command does it: a line for each stream, which nobody asked for, would be time that the sessions wait.
+    level = getattr(logging, said.log_level.upper())
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(level))
+    with asyncio.Runner(loop_factory=lambda: new_event_loop(said.event_loop)) as runner:
+        runner.run(serve(said))

@@ -9,11 +9,13 @@ import contextlib
 import multiprocessing
 import socket
 from collections.abc import Iterator
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(["torture.serve_one"])
+_TESTS = Path(__file__).parent.parent
 _SECONDS = 60.0
 
 
@@ -45,6 +47,8 @@ class ServerProcess:
 
         self._settings |= settings
         self._ready, child = _FORKS.Pipe(duplex=False)
+        with contextlib.chdir(_TESTS):  # Python 3.11 passes no path on: what it is to preload must be in the folder
+            forkserver.ensure_running()
         arguments = (self._settings, self._log, child, self._fault)
         self._process = _FORKS.Process(target=serve_one.run, args=arguments, daemon=True)
         self._process.start()

@@ -6,8 +6,13 @@
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+# onnxruntime reports its use to its maker unless it is told not to before it is loaded. What is computed, and by whom,
+# is nobody else's business.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 if TYPE_CHECKING:
     from rnnserve_models.activations import activation

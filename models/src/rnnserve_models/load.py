@@ -14,7 +14,7 @@ from rnnserve_models.cell import Cell
 from rnnserve_models.cells import cells_from_specs
 from rnnserve_models.engine.base import Engine
 from rnnserve_models.engine.numpy import NumpyEngine
-from rnnserve_models.errors import ModelError
+from rnnserve_models.errors import ModelError, reading
 from rnnserve_models.spec import CellSpec, GraphSpec, ModelSpec, read_spec
 from rnnserve_models.weights import load_tensors, load_weights
 
@@ -51,11 +51,20 @@ def load_model(directory: Path, *, engine: EngineChoice | None = None, threads: 
     Raises:
         ModelError: the directory does not hold a model; the message names the file and what is wrong with it.
     """
+    with reading(str(directory)):
+        return _load(directory, engine, threads)
+
+
+def _load(directory: Path, engine: EngineChoice | None, threads: int) -> LoadedModel:
     spec = read_spec(directory / "model.yaml")
     for name in spec.files():
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise ModelError(f"{directory / 'model.yaml'}: {name!r} must be a file beside model.yaml")
-        if not (directory / name).is_file():
+        try:
+            there = (directory / name).is_file()
+        except OSError as error:  # such as a name that is too long
+            raise ModelError(f"{directory / 'model.yaml'}: {name!r:.300} cannot be read: {error.strerror}") from error
+        if not there:
             raise ModelError(f"{directory / name}: the file is missing{_recipe(spec, directory)}")
     loaded = _engine(directory, spec, engine or spec.engine, threads)
     if spec.network is not None:

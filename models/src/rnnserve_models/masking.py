@@ -20,7 +20,8 @@ class Compacted:
     """The valid steps of a batch, first in each row, in the order in which a layer iterates over them.
 
     Attributes:
-        inputs: each [T', R, ...], where T' is the largest of ``lengths``; zeros after a row's last valid step.
+        inputs: each [T', R, ...], where T' is the largest of ``lengths``, or more where `take` left longer rows out;
+            zeros after a row's last valid step.
         lengths: int64 [R], the number of valid steps of each row.
         timesteps: T, the number of steps that came.
         mask: bool [T, R] in the order of iteration, or None where every step is valid.

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import numpy as np
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from rnnserve_models.documents import DocumentError, read_yaml
 from rnnserve_models.errors import ModelError
 from rnnserve_models.options import LayerOptions
 
@@ -322,11 +322,9 @@ def read_spec(path: Path) -> ModelSpec:
             wrong key, what was expected and what was found.
     """
     try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ModelError(f"{path}: cannot be read: {error}") from error
-    except yaml.YAMLError as error:
-        raise ModelError(f"{path}: is not YAML: {error}") from error
+        document = read_yaml(path)
+    except DocumentError as error:
+        raise ModelError(f"{path}: {error}") from error
     if not isinstance(document, dict):
         raise ModelError(f"{path}: must be a mapping of keys such as cell and weights, got {type(document).__name__}")
     try:

@@ -58,7 +58,7 @@ def load_tensors(path: Path) -> dict[str, np.ndarray]:
         return load(path.read_bytes())
     except OSError as error:
         raise ModelError(f"{path}: cannot be read: {error}") from error
-    except (SafetensorError, KeyError) as error:
+    except (SafetensorError, KeyError, ValueError) as error:  # NumPy has no such dtype, or no such shape
         raise ModelError(f"{path}: is not a safetensors file of NumPy's dtypes: {error}") from error
 
 

@@ -98,7 +98,7 @@ def unpack(blob: bytes) -> Exported:
     if metadata.get("format") != FORMAT:
         raise BlobInvalid(f"an exported session (format {FORMAT!r})", f"format {metadata.get('format')!r:.80}")
     version = metadata.get("version")
-    if not isinstance(version, str) or not version.isdecimal() or len(version) > 9:
+    if version is None or not version.isdecimal() or len(version) > 9:
         raise BlobInvalid("a version in decimals", f"{version!r:.80}")
     if not 0 < int(version) <= VERSION:
         raise BlobInvalid(
@@ -129,7 +129,7 @@ def unpack(blob: bytes) -> Exported:
         raise BlobInvalid("an exported session", f"one that cannot be read ({error!r:.200})") from error
 
 
-def _metadata(blob: bytes) -> dict[str, Any]:
+def _metadata(blob: bytes) -> dict[str, str]:
     length = int.from_bytes(blob[:_LENGTH_BYTES], "little")
     if length > min(_MAX_HEADER_BYTES, len(blob) - _LENGTH_BYTES):
         raise BlobInvalid("a safetensors file", f"{len(blob)} bytes with a header of {length}")
@@ -140,6 +140,8 @@ def _metadata(blob: bytes) -> dict[str, Any]:
     metadata = header.get("__metadata__") if isinstance(header, dict) else None
     if not isinstance(metadata, dict):
         raise BlobInvalid("a safetensors file with metadata", "none")
+    if others := sorted(name for name, value in metadata.items() if not isinstance(value, str)):
+        raise BlobInvalid("metadata that are texts", f"others as {', '.join(others)[:200]!r}")
     return metadata
 
 

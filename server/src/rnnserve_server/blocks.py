@@ -160,6 +160,9 @@ class Block:
         number: its own, given when it is queued.
         order: its turn among the blocks that are ready.
         followers: what must wait for it.
+        onto: the block that it follows, from whose states it runs on while that is run but not finished; None: from the
+            sessions' own.
+        ran: it was run to its end and is not finished.
         rounds: the blocks that it was made of, if it has several chunks of each session: see `Scheduler.absorb`.
         queued_at: when it was queued, by the worker's clock, if anybody watches.
         traces: the frames in it that are traced, as whoever traces them knows them.
@@ -184,6 +187,8 @@ class Block:
     number: int = -1
     order: int = -1
     followers: list[Block | Barrier] = field(default_factory=list)
+    onto: Block | None = None
+    ran: bool = False
     rounds: list[Block] = field(default_factory=list)
     queued_at: float = 0.0
     traces: Sequence[Trace] = ()
@@ -285,6 +290,15 @@ class Block:
             queued_at=self.queued_at,
             traces=self.traces,
         )
+
+
+def goes_on(before: Block, block: Block) -> bool:
+    """Whether a block is of the very same sessions as another, and begins where that ends. Fills in their steps."""
+    if before.sessions is None or block.sessions is None or before.sessions.first_steps is None:
+        return False
+    return before.sessions.group is block.sessions.group and before.sessions.goes_on(
+        block.sessions, before.call.timesteps
+    )
 
 
 @dataclass(slots=True, eq=False)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import logging
 import os
-import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -26,9 +26,6 @@ def _serve(config: Path | None, **flags: Any) -> None:
 
     Each setting is a flag, a variable RNNSERVE_<NAME>, or a key of the --config file; the first that is set wins.
     """
-    # The signal that stops a container may come while the models load; as process 1 nobody else would heed it.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-
     try:
         settings = load_settings(config, **flags)
     except ValidationError as error:
@@ -44,16 +41,16 @@ def _serve(config: Path | None, **flags: Any) -> None:
 
     tune()
 
-    import uvloop
-
     from rnnserve_models.errors import ModelError
     from rnnserve_server.access.principals import PrincipalsError
     from rnnserve_server.access.tls import TlsError
     from rnnserve_server.server import serve
     from rnnserve_server.store.base import StoreError
+    from rnnserve_server.wire.loop import new_event_loop
 
     try:
-        uvloop.run(serve(settings))
+        with asyncio.Runner(loop_factory=lambda: new_event_loop(settings.event_loop)) as runner:
+            runner.run(serve(settings))
     except (ConfigError, ModelError, PrincipalsError, TlsError, StoreError, OSError) as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(1) from error
@@ -112,7 +109,9 @@ def import_model(
     from rnnserve_models.importers.files import import_file
 
     try:
-        findings = import_file(file, models, name, version=version, prefix=prefix, nonlinearity=nonlinearity)
+        findings = import_file(
+            file, models, name, version=version, prefix=prefix, nonlinearity=nonlinearity, apart=True
+        )
     except (ModelError, OSError) as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(1) from error

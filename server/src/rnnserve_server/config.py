@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
-import yaml
 from pydantic import Field, model_validator
 from pydantic_settings import (
     BaseSettings,
@@ -15,6 +14,8 @@ from pydantic_settings import (
     SettingsConfigDict,
     YamlConfigSettingsSource,
 )
+
+from rnnserve_models.documents import DocumentError, read_yaml
 
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
@@ -40,6 +41,10 @@ class Settings(BaseSettings):
         None, description="run models of cells under this engine, whatever their model.yaml says"
     )
     engine_threads: Positive = Field(1, description="onnxruntime's threads for one operator")
+
+    event_loop: Literal["completion", "uvloop"] = Field(
+        "completion", description="what waits for gRPC: the event loop itself, or grpc.aio on uvloop"
+    )
 
     tls_cert: Path | None = Field(None, description="the server's certificate and its chain, in PEM; with tls_key")
     tls_key: Path | None = Field(None, description="its private key, in PEM")
@@ -214,11 +219,9 @@ def load_settings(config: Path | None = None, **flags: object) -> Settings:
         return Settings(**said)  # type: ignore[arg-type]
 
     try:  # pydantic-settings ignores a file that is not there
-        document = yaml.safe_load(config.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{config}: cannot be read: {error}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{config}: is not YAML: {error}") from error
+        document = read_yaml(config)
+    except DocumentError as error:
+        raise ConfigError(f"{config}: {error}") from error
     if not isinstance(document, dict | None):
         raise ConfigError(f"{config}: must be a mapping of settings, got {type(document).__name__}")
 

@@ -358,9 +358,10 @@ class Keeper:
 
     # Writing
 
-    def tick(self, block: Block, rounds: Sequence[Wire]) -> Tick:
-        """What a finished block changes, of each of its N sessions."""
-        sessions = block.sessions
+    def tick(self, chain: Sequence[Block], rounds: Sequence[Wire]) -> Tick:
+        """What finished blocks change, each going on where the one before it ends, of each of their N sessions."""
+        last = chain[-1]
+        sessions = last.sessions
         assert sessions is not None
         assert sessions.first_steps is not None
         group, slots, count = sessions.group, sessions.slots, len(sessions.slots)
@@ -374,10 +375,10 @@ class Keeper:
             [group.ids[slot] for slot in slots.tolist()],
             group.epoch[slots].tolist(),
             (group.revision[slots] + 1).tolist(),
-            (sessions.first_steps + np.uint64(block.call.timesteps)).tolist(),
-            block.call.timesteps,
+            (sessions.first_steps + np.uint64(last.call.timesteps)).tolist(),
+            sum([block.call.timesteps for block in chain]),
             self._wall_clock(),
-            pack_states(group, block.states, count),
+            pack_states(group, last.states, count),
             tuple(answered),
             limits.replies,
             () if by_count else window.oldest(group, slots).tolist(),

@@ -33,7 +33,8 @@ class Ticked:
         queued_at: when the oldest of its chunks that had not run before were queued; None if there were none.
         run_at: when the engine was asked; None if it was not.
         ran_at: when it had answered; None if it failed.
-        stored_at: when the store had answered, which was asked as soon as the engine had; None if it was not.
+        stored_at: when the store had answered, which is asked when the engine has and the ticks before are stored;
+            None if it was not.
         finished: what was answered.
     """
 
@@ -72,7 +73,7 @@ class Ticked:
 
     @property
     def store_seconds(self) -> float | None:
-        """How long the store took."""
+        """How long the store took, and the wait for what it was given before."""
         return None if self.stored_at is None or self.ran_at is None else self.stored_at - self.ran_at
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import signal
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -16,8 +17,22 @@ def tune() -> None:
     """Does all of this module. To be called before anything of gRPC is loaded and before any thread is started."""
     keep_freed_memory()
     open_as_many_as_allowed()
-    finish_before_yielding()
     poll_on_one_thread()
+
+
+def end_when_told() -> None:
+    """Has SIGTERM and SIGINT end the process at once, with status 0 and a word, until a server heeds them.
+
+    They may come while modules or models load. As process 1 of a container nobody else would heed them, and an
+    exception in the middle of whatever is loading might be taken for a fault of it.
+    """
+
+    def end(number: int, _: object) -> None:
+        os.write(2, f"{signal.Signals(number).name} before anything was served: ended\n".encode())
+        os._exit(0)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, end)
 
 
 def keep_freed_memory() -> None:
@@ -65,19 +80,6 @@ class Ebb:
         self._most = held
         self._trim(0)
         return True
-
-
-def finish_before_yielding() -> None:
-    """Has Linux let a thread finish its turn before the next one runs, where all threads share a single core.
-
-    Under the usual policy gRPC's thread interrupts the event loop whenever it has something for it, and then waits for
-    the interpreter's lock: two switches for nothing, with every message, a third of the CPU time of 64 streams.
-    Priority and time slices stay as they are. The price is that other programs on that core are not interrupted
-    either: beside one that never sleeps, an answer takes 4 ms rather than 1. So not where there is a choice of cores.
-    """
-    if hasattr(os, "SCHED_BATCH") and len(os.sched_getaffinity(0)) == 1:
-        with suppress(OSError):  # not allowed in some sandboxes
-            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
 def poll_on_one_thread() -> None:

@@ -23,7 +23,7 @@ import numpy as np
 
 from rnnserve_models.engine.base import Array
 from rnnserve_models.masking import Compacted
-from rnnserve_server.blocks import Barrier, Block
+from rnnserve_server.blocks import Barrier, Block, goes_on
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +152,14 @@ class Scheduler:
         block.order = self._order
         self._ready.setdefault(self._line(block), deque()).append(block)
 
+    def ran(self, block: Block) -> None:
+        """Lets the block that goes right on with the very same sessions run on from where one is that was run to its
+        end, but is not finished. Anything else waits until it is.
+        """
+        block.ran = True
+        if len(block.followers) == 1:
+            self._run_on(block, block.followers[0])
+
     def finish(self, work: Block | Barrier) -> None:
         """Forgets work that is done, failed or dropped, and lets what follows it go on."""
         if followers := self._forget(work):
@@ -165,6 +173,8 @@ class Scheduler:
         """Goes on with some of a block's N chunks: returns a block that takes the place of the one given."""
         rest = block.take(index)
         rest.number, rest.order, rest.followers = block.number, block.order, block.followers
+        if block.onto is not None:
+            rest.onto, block.onto.followers[:] = block.onto, [rest]
         self._queued[rest.number] = rest
         self.queued_bytes += rest.nbytes - block.nbytes
         if block.sessions is not None:
@@ -205,12 +215,19 @@ class Scheduler:
             work.group.tail[work.slot] = work.number
         elif work.sessions is not None:
             work.sessions.group.tail[work.sessions.slots] = work.number
-        if predecessor in self._queued:
-            self._queued[predecessor].followers.append(work)
+        if before := self._queued.get(predecessor):
+            before.followers.append(work)
+            if isinstance(before, Block) and before.ran and len(before.followers) == 1:
+                self._run_on(before, work)
         elif isinstance(work, Block):
             self.requeue(work)
         else:
             self._release([work])
+
+    def _run_on(self, before: Block, work: Block | Barrier) -> None:
+        if isinstance(work, Block) and goes_on(before, work):
+            work.onto = before
+            self.requeue(work)
 
     def _forget(self, work: Block | Barrier) -> list[Block | Barrier]:
         """Takes work off the books: what followed it."""
@@ -234,6 +251,8 @@ class Scheduler:
                 work.action()
                 if not work.held:
                     released.extend(self._forget(work))
+            elif work.onto is not None:  # it runs already
+                work.onto = None
             else:
                 self.requeue(work)
 

@@ -6,6 +6,7 @@ import asyncio
 import gc
 import signal
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import grpc
@@ -31,6 +32,8 @@ from rnnserve_server.owners import Owners
 from rnnserve_server.process import Ebb
 from rnnserve_server.repository import Repository
 from rnnserve_server.watch import Watch, add_channelz
+from rnnserve_server.wire.loop import CompletionLoop
+from rnnserve_server.wire.server import CompletionServer
 
 log = structlog.get_logger(__name__)
 
@@ -103,10 +106,7 @@ class Server:
         """
         await self.core.open_store()
         guards = [Sieve(self.settings.max_metadata_bytes), *([self._guard] if self._guard else [])]
-        server = grpc.aio.server(
-            interceptors=[*self._watch.interceptors, *guards],
-            options=[*grpc_options(self.settings), *self._watch.options],
-        )
+        server = grpc_server([*self._watch.interceptors, *guards], [*grpc_options(self.settings), *self._watch.options])
         listed: Any = _Unregistered(server)
         model_pb2_grpc.add_ModelServiceServicer_to_server(ModelServicer(self.core), listed)
         session_pb2_grpc.add_SessionServiceServicer_to_server(SessionServicer(self.core), listed)
@@ -196,6 +196,16 @@ class Server:
                 await self.core.save_all()
             except StoreDown as error:
                 log.warning("the store does not answer", error=str(error))
+
+
+def grpc_server(
+    interceptors: Sequence[grpc.aio.ServerInterceptor], options: Sequence[tuple[str, Any]]
+) -> grpc.aio.Server:
+    """A server for the event loop that runs."""
+    loop = asyncio.get_running_loop()
+    if isinstance(loop, CompletionLoop):
+        return CompletionServer(loop, interceptors, options)
+    return grpc.aio.server(interceptors=interceptors, options=options)
 
 
 class _Unregistered:

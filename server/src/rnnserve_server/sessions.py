@@ -1,18 +1,11 @@
-"""Sessions: who they are, where their states are, how long they live and at which step they stand.
-
-Sessions of the same model version, batch size and options form a *group* and share columns, so that a frame of N
-lanes is checked and committed by a few array operations. A session is a slot in its group. A slot's generation
-changes when its session ends: work that still carries the old one is refused, and can never touch the states of the
-session that has the slot next.
-"""
+"""Sessions: who they are, where their states are, and at which step they stand."""
 
 from __future__ import annotations
 
 import math
 import os
-from collections import Counter, deque
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -20,199 +13,27 @@ from rnnserve_models.engine.base import Array, Arrays
 from rnnserve_models.load import LoadedModel
 from rnnserve_models.options import LayerOptions
 from rnnserve_server import blocks
-from rnnserve_server.column import Column
+from rnnserve_server.directory import Directory
 from rnnserve_server.errors import (
     ServiceError,
-    SessionAged,
     SessionAway,
     SessionClosed,
     SessionError,
-    SessionEvicted,
     SessionExists,
-    SessionExpired,
     SessionsFull,
     SessionTakenOver,
-    SessionUnknown,
-    SessionUnloaded,
     step_mismatch,
 )
-from rnnserve_server.expiry import Expiry
+from rnnserve_server.group import Group, Session, key_of
+from rnnserve_server.lifetimes import Lifetimes
 from rnnserve_server.owners import Owners
-from rnnserve_server.replay import NO_REPLAY, Limits, Window
+from rnnserve_server.replay import NO_REPLAY, Limits
 from rnnserve_server.resets import NO_RULES, ResetRules
-from rnnserve_server.state import Arena
 
-_REMEMBERED_ENDS = 65536
-_PARTS = 256  # one large dictionary would now and then take tens of milliseconds to grow
-_WHYS: tuple[type[SessionError], ...] = (
-    SessionClosed,
-    SessionExpired,
-    SessionTakenOver,
-    SessionAway,
-    SessionAged,
-    SessionEvicted,
-    SessionUnloaded,
-)
-_LOOKED_AT = 1024  # sessions that a pass of expiry looks at, and may end, in about a millisecond
+__all__ = ["Group", "Session", "SessionTable"]
 
 
-_COLUMNS = {
-    "step": np.uint64,
-    "generation": np.int64,
-    "last_used": np.float64,
-    "tail": np.int64,
-    "number": np.int64,
-    "create_time": np.float64,
-    "idle_lifetime": np.float64,
-    "lifetime": np.float64,
-    "ends_at": np.float64,
-    "unloaded": np.bool_,
-    "answered": np.int64,
-    "answered_bytes": np.int64,
-    "epoch": np.int64,
-    "revision": np.int64,
-    "dirty": np.bool_,
-    "stored_used": np.float64,
-}
-
-
-class Group:
-    """The sessions of one model version, batch size and set of options, as columns over slots.
-
-    Attributes:
-        index: its number in its table, never given again.
-        rules: when their states are reset by themselves; None: never.
-        states: what their states are: the model's, and what the rules need beside them.
-        arena: their states.
-        expiry: when which must be looked at.
-        step: uint64 [capacity], time steps consumed.
-        generation: int64 [capacity], changes when a slot's session ends.
-        last_used: float64 [capacity], when the session was last stepped or reset, by the monotonic clock.
-        tail: int64 [capacity], the number of the last block queued for the session, -1 for none.
-        number: int64 [capacity], the session's number in its table, in the order in which they were made.
-        create_time: float64 [capacity], when the session was made, in seconds since the epoch.
-        idle_lifetime: float64 [capacity], seconds without use after which the session expires.
-        lifetime: float64 [capacity], seconds after which the session ends in any case; infinity for none.
-        ends_at: float64 [capacity], when that is, by the monotonic clock.
-        unloaded: bool [capacity], it ends then because its model was unloaded.
-        ids: [capacity], the sessions' ids.
-        live: sessions in it.
-        ended: how many of its sessions have ended.
-        answered: int64 [capacity], chunks answered.
-        answered_bytes: int64 [capacity], bytes of the answers.
-        epoch: int64 [capacity], the owner's; 0: the session is not stored.
-        revision: int64 [capacity], the number of the last write, where sessions are stored.
-        dirty: bool [capacity], what is in memory is not what is stored.
-        stored_used: float64 [capacity], ``last_used`` as it is stored.
-        window: what was answered lately.
-        fitting: bytes of the answer to a chunk, by the signatures of inputs that are known to fit.
-    """
-
-    step: Array
-    generation: Array
-    last_used: Array
-    tail: Array
-    number: Array
-    create_time: Array
-    idle_lifetime: Array
-    lifetime: Array
-    ends_at: Array
-    unloaded: Array
-    answered: Array
-    answered_bytes: Array
-    epoch: Array
-    revision: Array
-    dirty: Array
-    stored_used: Array
-
-    def __init__(
-        self,
-        model: LoadedModel,
-        batch_size: int,
-        options: LayerOptions,
-        replay: Limits = NO_REPLAY,
-        rules: ResetRules = NO_RULES,
-        index: int = 0,
-    ) -> None:
-        self.model = model
-        self.batch_size = batch_size
-        self.options = options
-        self.index = index
-        self.rules = rules if rules != NO_RULES else None
-        self.states = (*model.engine.states, *rules.states)
-        self.arena = Arena(self.states, batch_size)
-        self.expiry = Expiry()
-        self.ids: list[str] = []
-        self.live = 0
-        self.ended = 0
-        self.window = Window(replay)
-        self.fitting: dict[Hashable, int] = {}
-        self._columns = {name: Column((), dtype) for name, dtype in _COLUMNS.items()}
-        self._show()
-
-    def acquire(self, count: int, now: float) -> Array:
-        """Gives sessions slots, at step 0: int64 [count]."""
-        slots = self.arena.acquire(count)
-        if self.arena.capacity > len(self.ids):
-            self._grow(self.arena.capacity)
-        self.step[slots] = 0
-        self.dirty[slots] = self.unloaded[slots] = False
-        self.epoch[slots] = 0
-        self.last_used[slots] = self.stored_used[slots] = now
-        self.live += count  # tail stays: chunks of a slot's last session may still have to be told that it ended
-        return slots
-
-    def release(self, slots: Array) -> None:
-        """Takes N distinct slots back. Work that is queued for them will find another generation."""
-        self.generation[slots] += 1
-        self.dirty[slots] = False
-        self.live -= len(slots)
-        self.ended += len(slots)
-        self.arena.release(slots)
-
-    def _grow(self, capacity: int) -> None:
-        before = len(self.ids)
-        for name, column in self._columns.items():
-            setattr(self, name, None)  # a column that somebody holds on to is copied
-            column.grow(capacity)
-        self._show()
-        self.tail[before:] = -1
-        self.expiry.grow(capacity)
-        self.ids += [""] * (capacity - before)
-
-    def _show(self) -> None:
-        for name, column in self._columns.items():
-            setattr(self, name, column.array)
-
-
-@dataclass(slots=True, frozen=True)
-class Session:
-    """A stateful layer on the server. Two are equal if they are the same layer.
-
-    It is made when somebody asks: what is kept of a session that rests is a row of its group's columns.
-    """
-
-    id: str
-    number: int
-    group: Group
-    slot: int
-    generation: int
-    create_time: float
-    idle_lifetime: float
-    lifetime: float
-
-    @property
-    def step(self) -> int:
-        """The number of time steps it has consumed."""
-        return int(self.group.step[self.slot])
-
-    @property
-    def busy(self) -> bool:
-        """Whether chunks wait for it or run."""
-        return bool(self.group.tail[self.slot] >= 0)
-
-
-class SessionTable:
+class SessionTable(Lifetimes):
     """All sessions of a server.
 
     Args:
@@ -241,17 +62,12 @@ class SessionTable:
         clock: Callable[[], float],
         wall_clock: Callable[[], float],
     ) -> None:
+        super().__init__(clock)
         self._max_sessions = max_sessions
         self._max_state_bytes = max_state_bytes
-        self._clock = clock
         self._wall_clock = wall_clock
-        # By id. Of a live session: the index of its group, and in the low 32 bits its slot. Of an ended one: less than
-        # 0, the number of the end and why, so that no more is kept of it than of a live one.
-        self._known = [dict[str, int]() for _ in range(_PARTS)]
-        self._groups: dict[_Key, Group] = {}
+        self._directory = Directory()
         self._by_index: dict[int, Group] = {}
-        self._ended: deque[str] = deque()  # the last ends, oldest first
-        self._ends = 0
         self._live = 0
         self._number = 0
         self._index = 0
@@ -266,15 +82,15 @@ class SessionTable:
         self.owners: Owners | None = None
 
     def __contains__(self, session_id: str) -> bool:
-        return self._part(session_id).get(session_id, -1) >= 0
+        return session_id in self._directory
 
     def __len__(self) -> int:
         return self._live
 
     def is_stored(self, session_id: str) -> bool:
         """Whether a session is here, and is kept in a store too."""
-        place = self._part(session_id).get(session_id, -1)
-        return place >= 0 and bool(self._by_index[place >> 32].epoch[place & 0xFFFFFFFF] > 0)
+        place = self._directory.find(session_id)
+        return place is not None and bool(self._by_index[place[0]].epoch[place[1]] > 0)
 
     def create(
         self,
@@ -355,7 +171,7 @@ class SessionTable:
         for session_id in session_ids:
             if session_id in self:
                 raise SessionExists(session_id)
-        key = _key(model, batch_size, options, replay, rules)
+        key = key_of(model, batch_size, options, replay, rules)
         group = self._groups.get(key) or Group(model, batch_size, options, replay, rules, self._index + 1)
         room = min(
             self._max_sessions - self._live,
@@ -394,10 +210,11 @@ class SessionTable:
         Raises:
             SessionUnknown, SessionClosed, SessionExpired: there is none, and why.
         """
-        place = self._part(session_id).get(session_id, -1)
-        if place < 0:
+        place = self._directory.find(session_id)
+        if place is None:
             raise self._gone(session_id)
-        return self.at(self._by_index[place >> 32], place & 0xFFFFFFFF)
+        index, slot = place
+        return self.at(self._by_index[index], slot)
 
     def was_taken(self, session_id: str) -> bool:
         """Whether another server has taken a session over, which was here."""
@@ -406,43 +223,6 @@ class SessionTable:
     def why_ended(self, session_id: str) -> type[SessionError]:
         """Why a session is not here that was: SessionUnknown or SessionAway for one that may live on in a store."""
         return type(self._gone(session_id))
-
-    def unload(self, model: LoadedModel, seconds: float) -> int:
-        """Has the sessions of a model end in so many seconds at the latest: how many do."""
-        now, count = self._clock(), 0
-        for group in [group for group in self._groups.values() if group.model is model]:
-            slots = group.arena.all_used()
-            count += len(slots)
-            if seconds <= 0:
-                self._end(group, slots, SessionUnloaded)
-                continue
-            slots = slots[group.ends_at[slots] > now + seconds]
-            group.ends_at[slots] = now + seconds
-            group.unloaded[slots] = True
-            group.expiry.put(slots, group.ends_at[slots])
-        return count
-
-    def follow(self, session: Session, slots: Array) -> None:
-        """Has sessions in N slots end with their model when a session of the same group does."""
-        group = session.group
-        if group.unloaded[session.slot]:
-            group.unloaded[slots] = True
-            group.ends_at[slots] = group.ends_at[session.slot]
-            group.expiry.put(slots, group.ends_at[slots])
-
-    def evict(self, count: int, idle_seconds: float) -> int:
-        """Ends sessions to make room: as many as are asked for of those that were not used for so long and for which
-        nothing is queued, the ones first that were used least recently. Returns how many have ended.
-        """
-        groups = list(self._groups.values())
-        idle = [self._idle(group, idle_seconds) for group in groups]
-        which = np.repeat(np.arange(len(groups)), [len(slots) for slots in idle])  # [N], the group of each
-        slots = np.concatenate([*idle, np.zeros(0, np.int64)])  # [N]
-        used = [group.last_used[found] for group, found in zip(groups, idle, strict=True)]
-        oldest = np.argsort(np.concatenate([*used, np.zeros(0)]), kind="stable")[:count]
-        for number in np.unique(which[oldest]).tolist():
-            self._end(groups[number], slots[oldest[which[oldest] == number]], SessionEvicted)
-        return len(oldest)
 
     def delete(self, session_id: str) -> None:
         """Ends a session and forgets its state.
@@ -499,41 +279,6 @@ class SessionTable:
         """Whether a live session has this very model."""
         return any(group.model is model for group in self._groups.values())
 
-    def overdue(self) -> bool:
-        """Whether `expire` has sessions to look at."""
-        now = self._clock()
-        return any((soonest := group.expiry.soonest) is not None and soonest <= now for group in self._groups.values())
-
-    def expire(self, most: int = _LOOKED_AT) -> list[str]:
-        """Ends sessions of which a lifetime has run out, not more than a second late, and returns their ids.
-
-        Looks only at sessions that may be due: each is looked at about once per idle lifetime.
-
-        Args:
-            most: sessions looked at, at most; while there are more, `overdue` says so.
-        """
-        now, ended = self._clock(), list[str]()
-        for group in list(self._groups.values()):
-            slots = group.expiry.take(now, most)
-            most -= len(slots)
-            slots = slots[group.arena.used(slots)]
-            if not len(slots):
-                continue
-            idle_since = np.where(group.tail[slots] >= 0, now, group.last_used[slots])  # [N]
-            ends_at = group.ends_at[slots]  # [N]
-            due = np.minimum(idle_since + group.idle_lifetime[slots], ends_at)
-            group.expiry.put(slots[due > now], due[due > now])
-            unloaded = group.unloaded[slots]  # [N]
-            for over, why in (
-                ((ends_at <= now) & ~unloaded, SessionAged),
-                ((ends_at <= now) & unloaded, SessionUnloaded),
-                ((due <= now) & (ends_at > now), SessionExpired),
-            ):
-                if over.any():
-                    ended += [group.ids[slot] for slot in slots[over].tolist()]
-                    self._end(group, slots[over], why)
-        return ended
-
     def trim(self) -> bool:
         """Gives memory of ended sessions' states back to the system, a bounded amount at a time.
 
@@ -543,19 +288,22 @@ class SessionTable:
         return any(group.arena.trim() for group in self._groups.values())
 
     def check(
-        self, sessions: blocks.Sessions, session_id: Callable[[int], str]
+        self, sessions: blocks.Sessions, session_id: Callable[[int], str], *, ahead: bool = False
     ) -> tuple[Array | None, list[tuple[int, ServiceError]]]:
         """Holds the chunks of a block against their sessions, when their turn has come.
 
         Args:
             sessions: the chunks' columns; ``first_steps`` are filled in where the request left them out, if all fit.
             session_id: the session of the chunk at a position.
+            ahead: they follow chunks that are not committed yet, and are known to be in step with those.
 
         Returns:
             The positions of the chunks that fit (None: all of them), and by position the errors of the others.
         """
         group, slots = sessions.group, sessions.at
         here = group.step[slots]  # [N]
+        if ahead and sessions.first_steps is not None:
+            here = sessions.first_steps
         first_steps = here.copy() if sessions.first_steps is None else sessions.first_steps
         # Columns are mostly equal, and the fastest way to find that out is to compare their bytes.
         if first_steps.tobytes() == here.tobytes() and (
@@ -598,25 +346,9 @@ class SessionTable:
         """All groups."""
         return list(self._groups.values())
 
-    def resting(self, group: Group, idle_seconds: float) -> Array:
-        """The slots of a group's stored sessions that were not used for so long and for which nothing is queued:
-        int64 [N].
-        """
-        slots = self._idle(group, idle_seconds)
-        return slots[group.epoch[slots] > 0]
-
-    def _idle(self, group: Group, idle_seconds: float) -> Array:
-        """The slots of a group's sessions that were not used for so long and for which nothing is queued: int64 [N]."""
-        slots = group.arena.all_used()
-        idle: Array = (group.last_used[slots] <= self._clock() - idle_seconds) & (group.tail[slots] < 0)
-        return slots[idle]
-
     def forget(self, group: Group, slots: Array) -> None:
         """Lets sessions in N slots leave memory, which live on in a store."""
-        self._disown(group, slots)
-        for slot in slots.tolist():
-            del self._part(group.ids[slot])[group.ids[slot]]
-            group.ids[slot] = ""
+        self._directory.forget(self._unname(group, slots))
         self.rested[group.model.name, group.model.version] += len(slots)
         self._release(group, slots)
 
@@ -649,17 +381,7 @@ class SessionTable:
     def _gone(self, session_id: str) -> SessionError:
         if self.is_stored(session_id):  # it left memory, and came back while this work waited
             return SessionAway(session_id)
-        end = -self._part(session_id).get(session_id, 0)
-        return (_WHYS[end % len(_WHYS)] if end > 0 else SessionUnknown)(session_id)
-
-    def _part(self, session_id: str) -> dict[str, int]:
-        return self._known[hash(session_id) % _PARTS]
-
-    def age(self, group: Group, slots: Array, age: Array) -> None:
-        """Makes sessions in N slots so many seconds older: float64 [N]."""
-        group.ends_at[slots] -= age
-        idle_until = group.last_used[slots] + group.idle_lifetime[slots]  # it may have been idle elsewhere
-        group.expiry.put(slots, np.minimum(group.ends_at[slots], idle_until))
+        return self._directory.why(session_id)(session_id)
 
     def _make(
         self,
@@ -682,7 +404,7 @@ class SessionTable:
         group.expiry.put(slots, np.full(count, now + min(idle_lifetime, lifetime)))
         for slot, session_id in zip(slots.tolist(), ids, strict=True):
             group.ids[slot] = session_id
-            self._part(session_id)[session_id] = group.index << 32 | slot
+        self._directory.put(ids, group.index, slots.tolist())
         if self.owners is not None:
             self.owners.add(ids, group.arena.session_bytes)
         self.entered[group.model.name, group.model.version] += count
@@ -700,24 +422,16 @@ class SessionTable:
 
     def _remember(self, group: Group, slots: Array, why: type[SessionError]) -> None:
         """Keeps in mind why the sessions in N slots ended."""
-        self._disown(group, slots)
         self.ends[group.model.name, group.model.version, why] += len(slots)
-        for slot in slots.tolist():
-            session_id = group.ids[slot]
-            group.ids[slot] = ""
-            self._ends += 1
-            self._part(session_id)[session_id] = -(self._ends * len(_WHYS) + _WHYS.index(why))
-            self._ended.append(session_id)
-        while len(self._ended) > _REMEMBERED_ENDS:
-            oldest, number = self._ended.popleft(), self._ends - len(self._ended)
-            part = self._part(oldest)
-            if -part.get(oldest, 0) // len(_WHYS) == number:  # and no later session had the id
-                del part[oldest]
+        self._directory.end(self._unname(group, slots), why)
 
-    def _disown(self, group: Group, slots: Array) -> None:
+    def _unname(self, group: Group, slots: Array) -> list[str]:
+        """The ids of sessions in N slots, which are theirs and their owners' no more."""
+        ids = group.unname(slots)
         if self.owners is not None:
-            for slot in slots.tolist():
-                self.owners.remove(group.ids[slot], group.arena.session_bytes)
+            for session_id in ids:
+                self.owners.remove(session_id, group.arena.session_bytes)
+        return ids
 
     def _release(self, group: Group, slots: Array) -> None:
         if not len(slots):
@@ -726,7 +440,7 @@ class SessionTable:
         group.release(slots)
         self.state_bytes -= len(slots) * group.arena.session_bytes
         if not group.live:  # give its memory back; work that is still queued holds on to the group it was sent to
-            key = _key(group.model, group.batch_size, group.options, group.window.limits, group.rules or NO_RULES)
+            key = key_of(group.model, group.batch_size, group.options, group.window.limits, group.rules or NO_RULES)
             del self._groups[key], self._by_index[group.index]
 
     def _full(self, group: Group) -> SessionsFull:
@@ -743,21 +457,8 @@ class SessionTable:
             retry_after=self._until_next_expiry(),
         )
 
-    def _until_next_expiry(self) -> float:
-        times = [soonest for group in self._groups.values() if (soonest := group.expiry.soonest) is not None]
-        soonest = min(times) - self._clock() if times else 1.0
-        return min(max(soonest, 0.1), 30.0)
-
 
 def _new_ids(count: int) -> list[str]:
     """Ids of 128 random bits each, so that nobody can guess them."""
     digits = os.urandom(16 * count).hex()
     return [digits[start : start + 32] for start in range(0, len(digits), 32)]
-
-
-_Key = tuple[str, str, str, int, LayerOptions, Limits, ResetRules]
-
-
-def _key(model: LoadedModel, batch_size: int, options: LayerOptions, replay: Limits, rules: ResetRules) -> _Key:
-    """What the sessions of a group have in common."""
-    return model.name, model.version, model.digest, batch_size, options, replay, rules

@@ -3,6 +3,9 @@
 Everything but the run itself happens on the event loop's thread, so sessions, arenas and queues need no locks. The run
 happens on the model's own thread, where onnxruntime and NumPy let go of the interpreter; but handing it over and back
 costs more than a small run, so one that is known to be small is done where it is.
+
+Where an answer waits for a store, the next ticks run while one is stored: see `behind`. Only when that is done is a
+chunk committed in memory and answered, so that nobody ever sees more than is stored.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import structlog
 
 from rnnserve_models.engine.base import Array, Arrays, Engine, EngineError
 from rnnserve_models.load import LoadedModel
+from rnnserve_server.behind import Behind, Chain, Ran
 from rnnserve_server.blocks import Barrier, Block, Failure
 from rnnserve_server.errors import (
     Cancelled,
@@ -45,6 +49,9 @@ log = structlog.get_logger(__name__)
 
 Batch = tuple[Arrays, Array, Arrays]
 """The arguments of `Engine.run`: inputs {name: [T, R, ...]}, lengths [R], states {name: [R, ...]}."""
+
+Shown = list[tuple[Block, Arrays, Arrays]]
+"""The blocks that a finished one was made of, and the outputs and states of each, as `Answers` has them."""
 
 
 class Worker:
@@ -97,6 +104,8 @@ class Worker:
         self._expected: dict[tuple[int, int], float] = {}  # seconds of a run, by the magnitudes of its rows and steps
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
         self._task: asyncio.Task[None] | None = None
+        self._behind = Behind()
+        self._storing: asyncio.Task[None] | None = None
 
     @property
     def queued_bytes(self) -> int:
@@ -110,7 +119,7 @@ class Worker:
     @property
     def idle(self) -> bool:
         """Whether nothing is queued."""
-        return self._task is None
+        return self._task is None and self._storing is None
 
     def take_in(self, frame: Frame, signature: Signature) -> None:
         """Queues a frame. Called on the event loop's thread; frames of one turn of the loop are joined."""
@@ -155,10 +164,14 @@ class Worker:
             # In a context of its own: what it logs and traces is not of the call that happened to wake it.
             self._task = asyncio.get_running_loop().create_task(self._loop(), context=contextvars.Context())
 
+    async def settle(self) -> None:
+        """Waits for what is queued."""
+        while task := self._task or self._storing:
+            await task
+
     async def close(self) -> None:
         """Waits for what is queued, and ends the model's thread."""
-        if self._task is not None:
-            await self._task
+        await self.settle()
         self.shutdown()
 
     def shutdown(self) -> None:
@@ -215,7 +228,7 @@ class Worker:
         """
         for block in blocks:
             sessions = block.sessions
-            if sessions is None or sessions.first_steps is None or block.begun:
+            if sessions is None or sessions.first_steps is None or block.begun or block.onto is not None:
                 continue
             group, slots = sessions.group, sessions.slots
             ahead = (sessions.first_steps > group.step[slots]) & (group.generation[slots] == sessions.generations)
@@ -241,7 +254,11 @@ class Worker:
             if watched is not None:
                 watched.runs(tick.blocks, tick.steps, started)
             try:
-                outputs, states = await self._run(_assemble(tick), tick.steps)
+                batch = _assemble(tick)
+                if len(batch[1]):
+                    outputs, states = await self._run(batch, tick.steps)
+                else:  # the rows that had steps left were dropped, and no engine need compute nothing
+                    outputs, states = _nothing(self._engine, tick.steps), batch[2]
             except EngineError as error:
                 self._engine_failed(tick.blocks, error)
                 return
@@ -262,38 +279,94 @@ class Worker:
             for block in finished:
                 if block.resets is not None:
                     block.states = block.states | block.resets.remembered
-        stored = self._keeper is not None and self._keeper.durability == "step"
-        if self._keeper is not None and stored:
-            finished = await self._stored(finished, self._keeper)
-            if watched is not None:
-                watched.stored_at = self._clock()
+        if self._keeper is not None and self._keeper.durability == "step":
+            finished = self._store(finished, self._keeper)
         if watched is not None:
             watched.finished = finished
         for block in finished:
-            self._commit(block, stored=stored)
+            self._commit(block, self._shown(block), stored=False)
 
-    async def _stored(self, blocks: list[Block], keeper: Keeper) -> list[Block]:
-        """Has a store keep what blocks of sessions change: the parts of them that it keeps. The others are told."""
+    def _store(self, blocks: list[Block], keeper: Keeper) -> list[Block]:
+        """Has a store keep what blocks of sessions change, and returns the others. Meanwhile the next may run on."""
         sessions = [block for block in blocks if block.sessions is not None]
         if not sessions:
             return blocks
+        self._behind.add(Ran(sessions, self._watched))
+        self._watched = None  # it is over when they are stored
+        for block in sessions:
+            self._scheduler.ran(block)
+        if self._storing is None:
+            storing = self._store_behind(keeper)
+            self._storing = asyncio.get_running_loop().create_task(storing, context=contextvars.Context())
+        return [block for block in blocks if block.sessions is None]
+
+    async def _store_behind(self, keeper: Keeper) -> None:
+        """Stores and answers what was run, for as long as there is something."""
+        try:
+            while self._behind:
+                ticks, chains = self._behind.take()
+                blocks = [block for tick in ticks for block in tick.blocks]
+                sinks = {sink for block in blocks for each in block.rounds or (block,) for sink, _ in each.sinks}
+                answered: list[Block] = []
+                stored_at = None
+                try:
+                    kept = await self._stored(chains, keeper)
+                    if self._observer is not None:
+                        stored_at = self._clock()
+                    for block, shown in kept:
+                        if alive := self._alive(block):
+                            self._commit(alive, shown if alive is block else self._shown(alive), stored=True)
+                            answered.append(alive)
+                except Exception:  # a bug; no one is left waiting for it
+                    log.exception("storing a tick failed", **self._facts(blocks))
+                    for block in filter(self._scheduler.holds, blocks):
+                        self._drop(block, _internal())
+                for sink in sinks:
+                    sink.flush()
+                for tick in ticks:
+                    self._watch(tick, stored_at, answered)
+                self._wake()
+                self._on_progress()
+        finally:
+            self._storing = None
+
+    def _watch(self, ran: Ran, stored_at: float | None, answered: Sequence[Block]) -> None:
+        """Tells who watches that a tick is over."""
+        if (watched := ran.watched) is None or self._observer is None:
+            return
+        numbers = {block.number for block in ran.blocks}
+        watched.finished = [*watched.finished, *(block for block in answered if block.number in numbers)]
+        watched.stored_at, watched.ended_at = stored_at, self._clock()
+        self._observer.ticked(watched)
+
+    async def _stored(self, chains: Sequence[Chain], keeper: Keeper) -> list[tuple[Block, Shown]]:
+        """Has a store keep what chains of blocks change: their blocks, and what these answer. What could not be kept
+        of them has sessions that live here no more.
+        """
+        living: list[list[tuple[Block, Shown]]] = []
+        for chain in chains:  # a session may have ended while others were stored
+            blocks = [checked for block in chain if (checked := self._checked(block))]
+            if blocks:
+                living.append([(block, self._shown(block)) for block in blocks])
+        if not living:
+            return []
+        kept = [each for chain in living for each in chain]
         ticks = [
-            keeper.tick(block, [(each, *self._shown(each, ys, block)) for each, ys in self._rounds(block)])
-            for block in sessions
+            keeper.tick([block for block, _ in chain], [each for _, shown in chain for each in shown])
+            for chain in living
         ]
         try:
             applied = await keeper.store.commit_ticks(ticks)
         except StoreError as error:
-            log.warning("the store does not answer", error=str(error), **self._facts(sessions))
-            for block in sessions:  # whether they were written is not known: what is stored is what counts
-                assert block.sessions is not None
-                alive = self._alive(block)
-                if alive is not None and alive.sessions is not None:
-                    self._sessions.lose(alive.sessions.group, alive.sessions.slots, SessionAway)
-                    self._drop(alive, StoreDown(error))
-            return [block for block in blocks if block.sessions is None]
-        kept = [block for block in blocks if block.sessions is None]
-        for block, each in zip(sessions, applied, strict=True):
+            log.warning("the store does not answer", error=str(error), **self._facts([block for block, _ in kept]))
+            alive = [alive for block, _ in kept if (alive := self._alive(block))]
+            for block in alive:  # whether they were written is not known: what is stored is what counts
+                if block.onto is None and block.sessions is not None:
+                    self._sessions.lose(block.sessions.group, block.sessions.slots, SessionAway)
+            for block in alive:
+                self._drop(block, StoreDown(error))
+            return []
+        for ((block, _), *_), each in zip(living, applied, strict=True):
             assert block.sessions is not None
             group, slots = block.sessions.group, block.sessions.slots
             good = np.array(each)
@@ -301,8 +374,6 @@ class Worker:
             group.revision[slots[good & alive_slots]] += 1
             if lost := np.flatnonzero(~good & alive_slots).tolist():
                 await keeper.lose(group, slots[lost])
-            if (alive := self._alive(block)) is not None:
-                kept.append(alive)
         return kept
 
     async def _run(self, batch: Batch, steps: int) -> tuple[Arrays, Arrays]:
@@ -323,6 +394,8 @@ class Worker:
 
     def _begin(self, block: Block) -> Block | None:
         """Readies a block for its next slice: what is left of it to run, or None."""
+        if block.onto is not None and not block.begun:
+            self._start(block, block.onto.states)
         if gone := self._gone(block):
             kept = np.delete(np.arange(len(block.tags)), [position for position, _ in gone])
             block.fail(gone)
@@ -336,11 +409,15 @@ class Worker:
             return self._alive(block)
         checked = self._checked(block)
         if checked is not None and checked.sessions is not None:
-            checked.states = checked.initial = checked.sessions.group.arena.gather(checked.sessions.at)
-            checked.begun = True
-            if checked.sessions.group.rules is not None:
-                self._plan_resets(checked)
+            self._start(checked, checked.sessions.group.arena.gather(checked.sessions.at))
         return checked
+
+    def _start(self, block: Block, states: Arrays) -> None:
+        """Has a block of sessions begin from given states."""
+        block.states = block.initial = states
+        block.begun = True
+        if block.sessions is not None and block.sessions.group.rules is not None:
+            self._plan_resets(block)
 
     def _plan_resets(self, block: Block) -> None:
         """Finds out where the rows of a block of sessions that has just begun are reset."""
@@ -385,15 +462,25 @@ class Worker:
             start += count
         return gone
 
-    def _commit(self, block: Block, *, stored: bool) -> None:
+    def _commit(self, block: Block, shown: Shown, *, stored: bool) -> None:
         """Moves the sessions of a block on, and answers."""
         if block.sessions is not None:
             self._sessions.commit(block.sessions, block.states, block.call.timesteps, stored=stored)
-        run, start = Run(block.call, block.initial), 0
-        for each, ys in self._rounds(block):
-            self._answer(each, run, start, *self._shown(each, ys, block))
-            start += each.call.timesteps
+        for each, outputs, states in shown:
+            self._answer(each, outputs, states)
+        for sink, _ in block.sinks:  # an answer is on its way while the rest is done
+            sink.flush()
+        if block.sessions is not None:
+            self._remember(block, shown)
         self._scheduler.finish(block)  # after the answer, so that a lane is never closed before its chunks are answered
+
+    def _remember(self, block: Block, shown: Shown) -> None:
+        """Puts the answers of a block of sessions into their replay window."""
+        run, start = Run(block.call, block.initial), 0
+        for each, outputs, states in shown:
+            assert each.sessions is not None
+            each.sessions.group.window.remember(each.sessions, each.call.timesteps, run, start, outputs, states)
+            start += each.call.timesteps
 
     def _rounds(self, block: Block) -> Iterator[tuple[Block, Arrays]]:
         """The blocks that a finished block was made of, and what the engine gave for each: [T', R, *shape]."""
@@ -405,7 +492,11 @@ class Worker:
             yield each, {name: y[start : start + each.steps] for name, y in ys.items()}
             start += each.steps
 
-    def _shown(self, block: Block, ys: Arrays, whole: Block) -> tuple[Arrays, Arrays]:
+    def _shown(self, block: Block) -> Shown:
+        """What a finished block answers."""
+        return [(each, *self._wire(each, ys, block)) for each, ys in self._rounds(block)]
+
+    def _wire(self, block: Block, ys: Arrays, whole: Block) -> tuple[Arrays, Arrays]:
         """The outputs and states of a block, as `Answers` has them; the states are those of the whole."""
         options = block.options
         outputs = {
@@ -419,10 +510,8 @@ class Worker:
             states = {spec.name: states[spec.name] for spec in self._engine.states}
         return to_wire(outputs, states, options, len(block.tags))
 
-    def _answer(self, block: Block, run: Run, start: int, outputs: Arrays, states: Arrays) -> None:
-        """Remembers the answers of a block, which stands at a time step of what was run, and gives them."""
-        if (sessions := block.sessions) is not None:
-            sessions.group.window.remember(sessions, block.call.timesteps, run, start, outputs, states)
+    def _answer(self, block: Block, outputs: Arrays, states: Arrays) -> None:
+        """Gives the answers of a block."""
         for sink, answers in block.shares(outputs, states):
             try:
                 sink.result(answers)
@@ -434,7 +523,9 @@ class Worker:
         """The part of a block whose chunks fit their sessions; the others are told."""
         assert block.sessions is not None
         kept, errors = self._sessions.check(
-            block.sessions, lambda position: block.sink_of(position).session_id(int(block.tags[position]))
+            block.sessions,
+            lambda position: block.sink_of(position).session_id(int(block.tags[position])),
+            ahead=block.onto is not None,
         )
         if kept is None:
             return block
@@ -529,6 +620,11 @@ def _assemble(tick: Tick) -> Batch:
         np.concatenate(lengths),
         {name: np.concatenate([part[name] for part in states]) for name in states[0]},
     )
+
+
+def _nothing(engine: Engine, steps: int) -> Arrays:
+    """The outputs of no rows: [T, 0, *shape]."""
+    return {spec.name: np.zeros((steps, 0, *spec.shape), spec.dtype) for spec in engine.outputs}
 
 
 def _advance(tick: Tick, outputs: Arrays, states: Arrays) -> None:

@@ -58,7 +58,7 @@ class Engine(ABC):
 
         Args:
             inputs: every input, [T, R, *shape], finite behind a row's length.
-            lengths: int64 [R], each from 1 to T.
+            lengths: int64 [R], each from 1 to T; R is at least 1.
             states: every state, [R, *shape]; not modified.
 
         Returns:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
-
-os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # what a server computes is nobody else's business
 import onnxruntime as ort
 
 from rnnserve_models.engine.axes import Axes
@@ -115,6 +112,8 @@ class OnnxEngine(Engine):
 
     def run(self, inputs: Mapping[str, Array], lengths: Array, states: Mapping[str, Array]) -> tuple[Arrays, Arrays]:
         """See `Engine.run`."""
+        if not len(lengths):  # at no row at all, onnxruntime's LSTM and GRU end the process
+            raise EngineError("there is no row to compute")
         inputs, contexts = self._with_contexts(inputs, lengths, states)
         steps = len(next(iter(inputs.values())))
         whole = self._spec.lengths is not None or bool((lengths == steps).all())

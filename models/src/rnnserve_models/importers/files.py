@@ -16,7 +16,8 @@ import yaml
 from safetensors.numpy import save
 
 from rnnserve_models.cells import StackedRNNCells
-from rnnserve_models.errors import ModelError
+from rnnserve_models.errors import ModelError, reading
+from rnnserve_models.importers.apart import write_apart
 from rnnserve_models.importers.onnx.stateful import WHOLE_CALLS_REFUSE, import_onnx
 from rnnserve_models.importers.torch_state import Nonlinearity, read_torch_state
 from rnnserve_models.load import LoadedModel, load_model
@@ -39,6 +40,7 @@ def import_file(
     version: str = "1",
     prefix: str | None = None,
     nonlinearity: Nonlinearity = "tanh",
+    apart: bool = False,
 ) -> list[str]:
     """Makes ``<models>/<name>/<version>/`` of a file.
 
@@ -52,6 +54,7 @@ def import_file(
         version: of the new model.
         prefix: of the tensors to take from a state dict; see `read_torch_state`.
         nonlinearity: of an nn.RNN, which a state dict does not say.
+        apart: read and try it in a process of its own, with bounds on time and memory.
 
     Returns:
         What was found and measured, line by line.
@@ -61,7 +64,7 @@ def import_file(
     """
     if not path.is_file():
         raise ModelError(f"{path}: there is no such file")
-    write = partial(write_model, path, prefix=prefix, nonlinearity=nonlinearity)
+    write = partial(write_apart if apart else write_model, path, prefix=prefix, nonlinearity=nonlinearity)
     return place_model(models, name, version, write)[1]
 
 
@@ -105,15 +108,11 @@ def place_model(
         draft = scratch / name / version
         draft.mkdir(parents=True)
         try:
-            findings = write(draft)
-            loaded = (load or load_model)(draft)
+            with reading("it"):
+                findings = write(draft)
+                loaded = (load or load_model)(draft)
         except ModelError as error:  # the scratch directory is nobody's business
             raise ModelError(str(error).replace(f"{draft}{os.sep}", "")) from error
-        except OSError:
-            raise
-        except Exception as error:  # of the libraries that read it, which a damaged file makes fail in any way
-            what = f"{type(error).__name__}: {error}".replace(f"{draft}{os.sep}", "")
-            raise ModelError(f"it is damaged, or of a kind that is not known: {what:.500}") from error
         try:
             os.rename(draft, target)
         except OSError as error:

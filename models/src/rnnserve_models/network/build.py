@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from rnnserve_models.errors import ModelError
+from rnnserve_models.errors import ModelError, reading
 from rnnserve_models.network.config import Config, guess_version
 from rnnserve_models.network.graph import Network
 from rnnserve_models.network.layer import Info, Layer, Shape
 from rnnserve_models.network.program import NumpyProgram, OnnxProgram, Program
 from rnnserve_models.network.registry import make_layer
 from rnnserve_models.network.wiring import declared_input
+
+MAX_DEPTH = 100
+"""Of lists and mappings inside one another in a config. A layer inside a layer is two or three of them."""
 
 
 class Source:
@@ -33,6 +36,7 @@ class Source:
         """
         if keras_version not in (None, 2, 3):
             raise ModelError(f"keras_version: expected 2, 3 or None, got {keras_version!r}")
+        _check_depth(config)
         self._document = config
         self._version = keras_version or guess_version(config)
         if isinstance(weights, np.ndarray) or not isinstance(weights, Sequence):
@@ -41,7 +45,8 @@ class Source:
         for index, weight in enumerate(self.weights):
             if weight.dtype.kind not in "biuf":
                 raise ModelError(f"weights.{index}: expected numbers, got dtype {weight.dtype}")
-        layer = self.unbuilt()
+        with reading("config"):
+            layer = self.unbuilt()
         if len(self.weights) != layer.weight_count:
             raise layer.error(f"expected {layer.weight_count} weights, got {len(self.weights)}")
         self.shapes = self._shapes(layer)
@@ -53,8 +58,9 @@ class Source:
         Raises:
             ModelError: they do not fit, or a weight does not; the message names the layer.
         """
-        layer = self.unbuilt()
-        layer.build(infos, self.weights)
+        with reading("config"):
+            layer = self.unbuilt()
+            layer.build(infos, self.weights)
         return layer
 
     def default(self) -> Layer | None:
@@ -115,6 +121,16 @@ def make_program(layer: Layer, source: Source, engine: str, *, threads: int = 1)
         if engine == "onnx":
             raise
         return NumpyProgram(layer), str(error)
+
+
+def _check_depth(config: Any) -> None:
+    waiting = [(config, 1)]
+    while waiting:
+        value, depth = waiting.pop()
+        if depth > MAX_DEPTH:
+            raise ModelError(f"config: has more than {MAX_DEPTH} lists and mappings inside one another")
+        parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+        waiting += [(part, depth + 1) for part in parts]
 
 
 def _array(index: int, weight: ArrayLike) -> np.ndarray:

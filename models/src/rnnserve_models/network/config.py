@@ -138,7 +138,7 @@ class Config:
             return np.dtype(np.float32)
         if isinstance(policy, np.dtype):
             policy = policy.name
-        if policy not in _POLICIES:
+        if not isinstance(policy, str) or policy not in _POLICIES:
             if self.class_name == "InputLayer":  # whose dtype is of its input, and may be anything
                 return np.dtype(np.float32)
             raise self.error(f"dtype: expected one of {list(_POLICIES)}, got {_short(policy)}")

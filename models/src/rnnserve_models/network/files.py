@@ -14,14 +14,14 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
-from safetensors import SafetensorError
-from safetensors.numpy import load, save
+from safetensors.numpy import save
 
 from rnnserve_models.engine.base import Engine
 from rnnserve_models.engine.network import NetworkEngine
 from rnnserve_models.errors import ModelError
 from rnnserve_models.network.build import Source
 from rnnserve_models.spec import ModelSpec
+from rnnserve_models.weights import load_tensors
 
 SETTABLE = ("stateful", "unroll", "return_state", "time_major")
 """The options that a client may set; the others are the layers' own."""
@@ -49,12 +49,7 @@ def load_network(directory: Path, spec: ModelSpec) -> Source:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ModelError(f"{path}: cannot be read as JSON: {error}") from error
-    try:
-        tensors = load(weights_path.read_bytes())
-    except OSError as error:
-        raise ModelError(f"{weights_path}: cannot be read: {error}") from error
-    except (SafetensorError, KeyError) as error:
-        raise ModelError(f"{weights_path}: is not a safetensors file of NumPy's dtypes: {error}") from error
+    tensors = load_tensors(weights_path)
     if not all(name.isdecimal() and name.isascii() for name in tensors):
         raise ModelError(f"{weights_path}: expected tensors named 0, 1, ..., got {sorted(tensors)[:5]}")
     numbered = {int(name): tensor for name, tensor in tensors.items()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -73,6 +73,8 @@ class Network(Layer):
         entry = 0
         for key, call in wiring.calls.items():
             layer = self.layers[call.layer]
+            if len(call.inputs) != (count := len(layer.input_dtypes)):
+                raise layer.error(f"takes {count} input(s), got {len(call.inputs)}")
             given = call.states
             if given and len(given) != len(layer.states):
                 raise layer.error(f"initial_state: expected {len(layer.states)} tensors, got {len(given)}")
@@ -180,7 +182,9 @@ class Network(Layer):
         known = {(name, 0): info for name, info in zip(self.input_names, self.inputs, strict=True)}
         built: set[str] = set()
         for node in self.nodes:
-            infos = [known[ref] for ref in node.call.inputs]
+            infos = [self._known(ref, known) for ref in node.call.inputs]
+            if node.call.mask is not None and len(self._known(node.call.mask, known).shape) != 1:
+                raise node.layer.error(f"mask: expected [batch, time], got {told(known[node.call.mask].shape)}")
             if node.call.layer in built and infos != node.layer.inputs:
                 raise node.layer.error("is called on inputs of different shapes")
             outputs = node.layer.outputs if node.call.layer in built else node.layer.build(infos, own[node.call.layer])
@@ -188,14 +192,20 @@ class Network(Layer):
             if self.class_name == "Sequential" and len(outputs) > 1 and node is not self.nodes[-1]:
                 raise node.layer.error(f"must have one output to stand before another layer, has {len(outputs)}")
             for spec, ref in zip(node.layer.states, node.call.states, strict=False):
-                if known[ref].shape != spec.shape:
+                if self._known(ref, known).shape != spec.shape:
                     expected, got = told(spec.shape), told(known[ref].shape)
                     raise node.layer.error(f"initial_state {spec.name}: expected {expected}, got {got}")
             known.update({(node.key, index): info for index, info in enumerate(outputs)})
         if not self._outputs and self.nodes:
             last = self.nodes[-1]
             self._outputs = [(last.key, index) for index in range(len(last.layer.outputs))]
-        return [known[ref] for ref in self._outputs]
+        return [self._known(ref, known) for ref in self._outputs]
+
+    def _known(self, ref: Ref, known: Mapping[Ref, Info]) -> Info:
+        """What is known of an output that the config names."""
+        if ref not in known:
+            raise self.error(f"layers: {ref[0]!r} has no output {ref[1]}")
+        return known[ref]
 
     def forward(
         self, inputs: list[Masked[np.ndarray]], states: list[np.ndarray]

@@ -153,24 +153,31 @@ def _distinct(name: str, taken: Mapping[str, Any]) -> str:
 
 def _call(part: Config, name: str, node: Any) -> Call:
     """A call, from an inbound node; references name layers, not yet calls."""
+    arguments: Any
+    keywords: Any
     if isinstance(node, Mapping):  # Keras 3
-        arguments, keywords = list(node.get("args", ())), dict(node.get("kwargs", {}))
+        arguments, keywords = node.get("args", ()), node.get("kwargs", {})
+        if not isinstance(arguments, list | tuple) or not isinstance(keywords, Mapping):
+            raise part.error(f"inbound_nodes: expected a list as args and a mapping as kwargs, got {node!r:.80}")
+        keywords = dict(keywords)
     elif isinstance(node, list | tuple):  # Keras 2: [layer, node, tensor, keywords] for each tensor
         if node and isinstance(node[0], str):
             node = [node]
+        if not all(isinstance(tensor, list | tuple) for tensor in node):
+            raise part.error(f"inbound_nodes: expected lists [layer, node, tensor, keywords], got {node!r:.80}")
         arguments = [tuple(tensor[:3]) for tensor in node]
         keywords = {}
         for tensor in node:
             keywords.update(tensor[3] if len(tensor) > 3 and isinstance(tensor[3], Mapping) else {})
     else:
         raise part.error(f"inbound_nodes: expected a list or a mapping, got {node!r:.80}")
-    refs = [ref for argument in arguments for ref in _tensors(argument)]
+    refs = [ref for argument in arguments for ref in _tensors(argument, part)]
     if "inputs" in keywords or "sequences" in keywords:
-        refs = [*_tensors(keywords.pop("inputs", keywords.pop("sequences", None))), *refs]
-    states = tuple(_tensors(keywords.pop("initial_state", None)))
-    mask = next(_tensors(keywords.pop("mask", None)), None)
+        refs = [*_tensors(keywords.pop("inputs", keywords.pop("sequences", None)), part), *refs]
+    states = tuple(_tensors(keywords.pop("initial_state", None), part))
+    mask = next(_tensors(keywords.pop("mask", None), part), None)
     for key, value in keywords.items():
-        if next(_tensors(value), None) is not None:
+        if next(_tensors(value, part), None) is not None:
             raise part.error(f"inbound_nodes: a tensor as {key} is not supported")
     if not refs:
         raise part.error("inbound_nodes: expected an input")
@@ -180,27 +187,41 @@ def _call(part: Config, name: str, node: Any) -> Call:
     return Call(name, tuple(refs), states, mask, bool(part.version == 3 and states and mask is None))
 
 
-def _tensors(value: Any) -> Iterator[Ref]:
-    """The tensors in an argument, as (layer, node, tensor) packed into a Ref "layer/node"."""
+def _tensors(value: Any, part: Config) -> Iterator[Ref]:
+    """The tensors in an argument, as (layer, node, tensor) packed into a Ref "layer/node".
+
+    Raises:
+        ModelError: one does not say of which layer it is.
+    """
     if isinstance(value, Mapping):
-        history = (
-            value.get("config", {}).get("keras_history") if value.get("class_name") == "__keras_tensor__" else None
-        )
-        if history is not None:
-            yield (f"{history[0]}/{history[1]}", int(history[2]))
+        if value.get("class_name") != "__keras_tensor__":
+            return
+        inner = value.get("config")
+        history: Any = inner.get("keras_history") if isinstance(inner, Mapping) else None
+        if not _is_history(history):
+            raise part.error(f"keras_history: expected [layer, node, tensor], got {history!r:.80}")
+        yield (f"{history[0]}/{history[1]}", history[2])
     elif isinstance(value, list | tuple):
-        if len(value) >= 3 and isinstance(value[0], str) and all(isinstance(n, int) for n in value[1:3]):
+        if _is_history(value[:3]):
             if value[0] != "_CONSTANT_VALUE":
                 yield (f"{value[0]}/{value[1]}", value[2])
             return
         for item in value:
-            yield from _tensors(item)
+            yield from _tensors(item, part)
+
+
+def _is_history(value: Any) -> bool:
+    """Whether it is [layer, node, tensor]."""
+    if not isinstance(value, list | tuple) or len(value) != 3:
+        return False
+    numbers = all(isinstance(n, int) and not isinstance(n, bool) for n in value[1:])
+    return isinstance(value[0], str) and numbers
 
 
 def _refs(value: Any, config: Config, key: str) -> list[Ref]:
     if isinstance(value, Mapping):
         value = list(value.values())
-    found = list(_tensors(value))
+    found = list(_tensors(value, config))
     if not found:
         raise config.error(f"{key}: expected at least one of [layer, node, tensor], got {value!r:.80}")
     if key == "input_layers":

@@ -25,6 +25,10 @@ from typing import Annotated, Any
 import yaml
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
+from rnnserve_models.documents import DocumentError, read_yaml
+
+_MAX_BYTES = 4 << 20  # of some ten thousand tokens
+
 _HEAD = """\
 # Who may use the server: see "Security" in README.md. `rnnserve token add NAME` writes here, and keeps no comments.
 # A token itself is not in here, only its SHA-256. The server reads this file again when it changes.
@@ -128,11 +132,9 @@ def read_principals(path: Path) -> Principals:
         PrincipalsError: it cannot be read, or says something else.
     """
     try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise PrincipalsError(f"{path}: cannot be read: {error}") from error
-    except yaml.YAMLError as error:
-        raise PrincipalsError(f"{path}: is not YAML: {error}") from error
+        document = read_yaml(path, most=_MAX_BYTES)
+    except DocumentError as error:
+        raise PrincipalsError(f"{path}: {error}") from error
     try:
         return Principals.model_validate(document or {})
     except ValidationError as error:

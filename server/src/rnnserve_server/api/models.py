@@ -110,19 +110,22 @@ def _parsed(config_json: str) -> dict[str, Any]:
 
 def _write_layer(config: dict[str, Any], weights: list[Array], keras_version: int | None, target: Path) -> list[str]:
     """Writes a model directory of a layer."""
+    from rnnserve_models.importers.apart import load_apart
     from rnnserve_models.importers.files import write_layer  # importers take a while to import
 
-    return write_layer(config, weights, keras_version, target)
+    findings = write_layer(config, weights, keras_version, target)
+    load_apart(target)
+    return findings
 
 
 def _write_file(filename: str, content: bytes, target: Path) -> list[str]:
     """Writes a model directory of a file's content. Only the suffix of the name a client gives is heeded."""
-    from rnnserve_models.importers.files import write_model  # importers take a while to import
+    from rnnserve_models.importers.apart import write_apart
 
     with tempfile.TemporaryDirectory(prefix="rnnserve-") as scratch:
         path = Path(scratch) / f"model{PurePath(filename).suffix}"
         path.write_bytes(content)
         try:
-            return write_model(path, target)
+            return write_apart(path, target)
         except ModelError as error:
             raise ModelError(str(error).replace(str(path), PurePath(filename).name)) from error

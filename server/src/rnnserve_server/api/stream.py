@@ -23,7 +23,6 @@ from rnnserve_server.api.watch import Lanes, LaneWatch, Reason
 from rnnserve_server.blocks import Answers, Failure, Sessions
 from rnnserve_server.column import span
 from rnnserve_server.core import Core
-from rnnserve_server.eager import Eager
 from rnnserve_server.errors import (
     Draining,
     InvalidInput,
@@ -39,6 +38,7 @@ from rnnserve_server.errors import (
 )
 from rnnserve_server.intake import Frame
 from rnnserve_server.sessions import Group
+from rnnserve_server.wire.send import sender
 
 _RESPONSE_BYTES = 1 << 20  # a response is sent once it is so large, although more is ready
 _TAKEN_AT_ONCE = 64  # opens or closes of a stream that are done in one turn of the event loop
@@ -95,7 +95,9 @@ class LaneStream:
         self._closings = 0
         self._partway = False  # a message was taken in part
         self._heard_out = False  # the server drains, and no further message is taken
-        self._writing = False
+        self._send = sender(context)
+        self._sending: list[pb.StreamResponse] = []  # responses on their way, the first of them in gRPC's hands
+        self._taken = self._taken_bytes = 0  # of _unsent and _unsent_bytes, what they hold
         self._lost: Exception | None = None  # why nothing can be sent any more
         self._sent = asyncio.Event()
 
@@ -114,7 +116,7 @@ class LaneStream:
         self._core.watches.add(self._look)
         try:
             await asyncio.wait([reader])
-            while (self._unanswered or self._responses or self._writing) and self._lost is None:
+            while (self._unanswered or self._responses or self._sending) and self._lost is None:
                 self._sent.clear()
                 await self._sent.wait()
             if self._lost is not None:
@@ -578,25 +580,29 @@ class LaneStream:
 
     def flush(self) -> None:
         """Sends what is ready. What becomes ready meanwhile goes together, afterwards."""
-        if self._responses and not (self._writing or self._lost or self.cancelled):
-            self._writing = True
-            Eager(self._write(), self._written)
+        if self._responses and not (self._sending or self._lost or self.cancelled):
+            self._sending, self._responses = self._responses, []
+            self._taken, self._taken_bytes = self._unsent, self._unsent_bytes
+            self._send_first()
 
-    async def _write(self) -> None:
-        while self._responses:
-            responses, self._responses = self._responses, []
-            answers, nbytes = self._unsent, self._unsent_bytes
-            for response in responses:
-                await self._context.write(response)
-            self._unsent -= answers
-            self._unsent_bytes -= nbytes
-            self._sent.set()
+    def _send_first(self) -> None:
+        try:
+            self._send(self._sending[0], self._was_sent)
+        except Exception as error:  # it cannot be put on the wire
+            self._was_sent(error)
 
-    def _written(self, error: Exception | None) -> None:
-        self._writing = False
+    def _was_sent(self, error: Exception | None) -> None:
         if error is not None:
-            self._lost = error
+            self._sending, self._lost = [], error
             self._reader.cancel()
+        else:
+            del self._sending[0]
+            if self._sending:
+                self._send_first()
+                return
+            self._unsent -= self._taken
+            self._unsent_bytes -= self._taken_bytes
+            self.flush()
         self._sent.set()
 
 

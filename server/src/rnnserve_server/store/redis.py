@@ -1,9 +1,10 @@
 """Sessions in Redis, or Valkey, for several servers.
 
 A session is three keys that share a slot: a hash, the list of its replies, and, once it has ended, a note that says
-why. What must hold at once is done by a script on these keys. The indexes, of all sessions and of when to look at each
-next, are sorted sets of their own and only hints: they are written before a session and again after it, and what they
-name is held against the session itself.
+why. What must hold at once is done by a script on these keys. A tick is one entry of its writer's journal, whatever the
+number of its sessions (see `scripts`), but for a cluster, whose scripts may not touch what is elsewhere. The indexes,
+of all sessions and of when to look at each next, are sorted sets of their own and only hints: they are written before a
+session and again after it, and what they name is held against the session itself.
 
 What a commit that was answered is worth is for the server to say: ``appendonly yes`` with ``appendfsync always`` for
 "on disk", ``maxmemory-policy noeviction`` so that no session vanishes. A replica that is promoted may lack the last
@@ -12,6 +13,7 @@ writes; to rule that out, have it promoted by hand or use one server with a disk
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Iterator, Sequence
 from itertools import accumulate, chain, islice, pairwise
 from typing import Any
@@ -53,6 +55,9 @@ from rnnserve_server.store.tick import Tick
 _HEAD = ("meta", "epoch", "revision", "step", "used")
 _FOREVER = 1e300  # what ends at infinity ends here: not every Lua reads "inf"
 _EXACT = 2**53  # of Lua's numbers
+_JOURNAL_TICKS = 64
+_JOURNAL_BYTES = 16 << 20
+_JOURNAL_SESSIONS = 256
 _PER_CALL = 64  # sessions of one call of a script: no other client waits for longer than that takes
 _BATCH = 1000
 _SCHEMES = {"valkey": "redis", "valkeys": "rediss"}
@@ -75,6 +80,9 @@ class RedisStore(Store):
         self._remember = str(max(1, int(remember * 1000)))
         self._remember_seconds = remember
         self._per_call = per_call
+        self._journal = f"{prefix}journal:{secrets.token_hex(8)}"  # of this process
+        self._journal_ticks = self._journal_bytes = 0
+        self._journal_sessions: set[str] = set()
 
     @classmethod
     async def open(
@@ -198,34 +206,54 @@ class RedisStore(Store):
     async def commit_ticks(self, ticks: Sequence[Tick]) -> list[list[bool]]:
         """See `Store`."""
         check_distinct([session_id for tick in ticks for session_id in tick.ids])
-        if any(tick.forget_before or max((*tick.epochs, *tick.revisions, *tick.steps)) >= _EXACT for tick in ticks):
+        if self._per_call == 1 or any(
+            tick.forget_before or max((*tick.epochs, *tick.revisions, *tick.steps)) >= _EXACT for tick in ticks
+        ):
             return await super().commit_ticks(ticks)
         size = self._per_call
-        commands = [
-            self._tick(tick if len(tick.ids) <= size else tick.part(start, start + size))
+        parts = [
+            tick if len(tick.ids) <= size else tick.part(start, start + size)
             for tick in ticks
             for start in range(0, len(tick.ids), size)
         ]
-        answers = iter(b"".join(await self._scripted(scripts.TICK, commands)).decode())
-        applied = [[each == "1" for each in islice(answers, len(tick.ids))] for tick in ticks]
-        for tick, done in zip(ticks, applied, strict=True):
-            if not all(done):  # another's, or sent before: each is looked at
-                late = [position for position, each in enumerate(done) if not each]
-                writes = tick.writes()
-                for position, each in zip(late, await self.commit([writes[at] for at in late]), strict=True):
-                    done[position] = each
-        return applied
+        done = await self._scripted(scripts.TICK, [self._tick(part) for part in parts])
+        if all(done):
+            return [[True] * len(tick.ids) for tick in ticks]
+        late = [part for part, each in zip(parts, done, strict=True) if not each]  # another's, or sent before
+        looked_at = chain.from_iterable(await super().commit_ticks(late))  # each is
+        whole = zip(parts, done, strict=True)
+        applied = chain.from_iterable([True] * len(p.ids) if d else islice(looked_at, len(p.ids)) for p, d in whole)
+        return [list(islice(applied, len(tick.ids))) for tick in ticks]
 
     def _tick(self, tick: Tick) -> tuple[Any, ...]:
         """The call of the script for a tick."""
-        keys = [key for session_id in tick.ids for key in self._keys(session_id)[: scripts.TICK.keys]]
+        keys = [f"{self._prefix}{{{session_id}}}" for session_id in tick.ids]
         columns = np.array([tick.epochs, tick.revisions, tick.steps], np.int64).T - [0, 1, tick.timesteps]  # [N, 3]
         rounds = [f"|{each.timesteps} {each.digests.shape[1]} {each.rest.shape[1]}" for each in tick.rounds]
         common = f"{tick.last_used!r} {tick.keep} {tick.timesteps} {tick.states.shape[1]} {''.join(rounds)}"
-        arguments = [common, columns.tobytes(), tick.states.tobytes()]
+        arguments: list[Any] = []
         for each in tick.rounds:
             arguments += [each.digests.tobytes(), each.head, each.rest.tobytes()]
-        return ("EVALSHA", scripts.TICK.sha, len(keys), *keys, *arguments)
+        arguments += [tick.states.tobytes(), columns.tobytes(), common]
+        fold = self._grown(tick, sum(map(len, arguments)))
+        return ("EVALSHA", scripts.TICK.sha, len(keys) + 1, *keys, self._journal, *arguments, int(fold))
+
+    def _grown(self, tick: Tick, nbytes: int) -> bool:
+        """Whether the journal has grown enough with a tick to be folded, which keeps other clients waiting for some
+        milliseconds.
+        """
+        self._journal_ticks += 1
+        self._journal_bytes += nbytes
+        self._journal_sessions.update(tick.ids)
+        if (
+            self._journal_ticks < _JOURNAL_TICKS
+            and self._journal_bytes < _JOURNAL_BYTES
+            and len(self._journal_sessions) < _JOURNAL_SESSIONS
+        ):
+            return False
+        self._journal_ticks = self._journal_bytes = 0
+        self._journal_sessions.clear()
+        return True
 
     async def delete(self, owned: Sequence[tuple[str, int]], why: End, now: float) -> list[bool]:
         """See `Store`."""

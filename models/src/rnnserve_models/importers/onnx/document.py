@@ -72,7 +72,10 @@ class Document:
             )
         if model.functions:
             model = inliner.inline_local_functions(model)
-        document = cls(model)
+        try:
+            document = cls(model)
+        except ModelError as error:
+            raise ModelError(f"{origin}: {error}") from error
         if not document.inputs:
             raise ModelError(f"{origin}: the graph takes no input")
         return document
@@ -134,16 +137,23 @@ class Document:
 
     def _index(self, graph: Any) -> None:
         for tensor in graph.initializer:
-            self.constants[tensor.name] = onnx.numpy_helper.to_array(tensor)
+            self.constants[tensor.name] = _array(tensor, tensor.name)
         for node in graph.node:
             self._producers.update(dict.fromkeys(node.output, node))
-            if node.op_type == "Constant" and node.attribute and node.attribute[0].name == "value":
-                self.constants[node.output[0]] = onnx.numpy_helper.to_array(node.attribute[0].t)
+            if node.op_type == "Constant" and node.output and [each.name for each in node.attribute][:1] == ["value"]:
+                self.constants[node.output[0]] = _array(node.attribute[0].t, node.output[0])
             for subgraph in subgraphs(node):
                 self._index(subgraph)
                 for value in subgraph.input:
                     self._producers[value.name] = node
                     self._sources[value.name] = list(node.input)
+
+
+def _array(tensor: Any, name: str) -> np.ndarray:
+    try:
+        return np.asarray(onnx.numpy_helper.to_array(tensor))
+    except (TypeError, ValueError, LookupError) as error:  # its elements are not as many as its axes say, or of no type
+        raise ModelError(f"the tensor {name!r:.100} is damaged: {error}") from error
 
 
 def subgraphs(node: Any) -> Iterator[Any]:
@@ -156,7 +166,7 @@ def subgraphs(node: Any) -> Iterator[Any]:
 def attribute(node: Any, name: str, default: Any = None) -> Any:
     """An attribute's value; a string's as str."""
     for each in node.attribute:
-        if each.name == name:
+        if each.name == name and not each.ref_attr_name:  # those of functions, which are inlined
             value = onnx.helper.get_attribute_value(each)
             return value.decode() if isinstance(value, bytes) else value
     return default
@@ -164,7 +174,7 @@ def attribute(node: Any, name: str, default: Any = None) -> Any:
 
 def label(node: Any) -> str:
     """What to call a node in messages."""
-    return f"{node.op_type} node {node.name or node.output[0]!r}"
+    return f"{node.op_type} node {node.name or next(iter(node.output), '')!r}"
 
 
 def dims(value: Any) -> list[int | str | None]:

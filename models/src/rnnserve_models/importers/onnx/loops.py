@@ -54,8 +54,10 @@ def carried(document: Document, node: Any, origin: str) -> tuple[list[Carried], 
         ModelError: the number of steps depends on values, or a carried tensor can be neither shown to be a state nor
             shown not to be.
     """
-    body = next(subgraphs(node))
-    before, after, initial = _signature(node, body)
+    body = next(subgraphs(node), None)
+    before, after, initial = ([], [], 0) if body is None else _signature(node, body)
+    if body is None or len(before) != len(after) or (node.op_type == "Loop" and not body.output):
+        raise ModelError(f"{origin}: the body of the {label(node)} does not give back what it takes")
     reach = {name: _reach(body, name) for name in before}
     floats = [
         k
@@ -90,7 +92,8 @@ def _signature(node: Any, body: Any) -> tuple[list[str], list[str], int]:
     if node.op_type == "Loop":
         count = len(body.input) - 2
         return [v.name for v in body.input[2:]], [v.name for v in body.output[1 : 1 + count]], 2
-    count = len(body.input) - attribute(node, "num_scan_inputs")
+    scanned = attribute(node, "num_scan_inputs")
+    count = len(body.input) - (scanned if isinstance(scanned, int) else 0)
     return [v.name for v in body.input[:count]], [v.name for v in body.output[:count]], 0
 
 

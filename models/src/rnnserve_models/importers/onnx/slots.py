@@ -108,11 +108,13 @@ def find_memory(document: Document, origin: str) -> Memory:
 def _add_operator(
     document: Document, memory: Memory, node: Any, index: int, origin: str, inside: Any | None = None
 ) -> None:
+    if len(node.input) < 3 or not node.output:
+        raise ModelError(f"{origin}: the {label(node)} lacks its weights, or gives nothing")
     weights = document.constants.get(node.input[2])
     if attribute(node, "layout", 0):
         raise ModelError(f"{origin}: the {label(node)} has layout 1, which onnxruntime does not run")
     hidden = attribute(node, "hidden_size") or (None if weights is None else weights.shape[-1])
-    if hidden is None:
+    if not isinstance(hidden, int):
         raise ModelError(f"{origin}: the {label(node)} says nowhere how many hidden units it has")
     direction = attribute(node, "direction", "forward")
     directions = 2 if direction == "bidirectional" else 1

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from rnnserve_models.errors import ModelError
+from rnnserve_models.errors import ModelError, reading
 from rnnserve_models.importers.onnx.axes import (
     Array,
     Axes,
@@ -68,6 +68,11 @@ def import_onnx(content: bytes, *, origin: str = "graph", file: str = "model.onn
     Raises:
         ModelError: the file is no graph, or none that can be made stateful; the message says why.
     """
+    with reading(origin):
+        return _imported(content, origin, file)
+
+
+def _imported(content: bytes, origin: str, file: str) -> Imported:
     document = Document.parse(content, origin)
     memory = find_memory(document, origin)
     layout = find_layout(document, memory, origin)

@@ -1,0 +1,169 @@
+"""Chunks leave in the order in which they were wished, once their lanes are open and the server can remember them.
+
+One that may leave at once is *sent*: it goes with the next message. One on a single lane that is too much for what the
+server remembers of the session waits in the lane's *backlog*. One on a lane that is not open, or behind such a chunk,
+is *parked*, and so is one of several lanes that has to wait.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from rnnserve._chunks import OVERHEAD, Chunk, Gather, Lane, Pending, left_over
+from rnnserve._lanes.numbers import Numbers
+
+if TYPE_CHECKING:
+    from rnnserve._lanes.lanes import Lanes
+
+
+class Account:
+    """What the lanes of one client have in common, wherever they are.
+
+    Attributes:
+        held: bytes that unanswered chunks take, roughly.
+        count: of the chunks that were wished.
+    """
+
+    __slots__ = ("count", "held")
+
+    def __init__(self) -> None:
+        self.held = self.count = 0
+
+
+class Order(Numbers):
+    """The chunks that are wished and not sent."""
+
+    def __init__(self, account: Account | None) -> None:
+        super().__init__()
+        self.account = account or Account()
+        self.woken: Callable[[], None] = _nobody
+        self._chunks: deque[Chunk] = deque()
+        self._parked: list[Chunk] = []  # in order; on lanes that are not open, or behind such a chunk
+        self._crowded = False  # a parked chunk waits for the answers to others
+        self._stale = False  # rows of parked chunks were answered or have another first step
+
+    def step(self, lane: Lane, chunk: Chunk) -> None:
+        """Wishes a chunk on one lane, from the step where the chunks wished before it will have left the session."""
+        first = lane.next_step
+        lane.next_step = first + chunk.timesteps
+        chunk.lanes = [lane]
+        chunk.first_steps = [first]
+        account = self.account
+        chunk.number = account.count = account.count + 1
+        account.held += chunk.nbytes + OVERHEAD
+        lane.pending.append(Pending(first, lane.generation, chunk, 0, None, chunk.ticket))
+        if lane.ready:
+            active = lane.active + chunk.weight
+            if (active <= lane.window or not lane.active) and lane.backlog is None:
+                lane.active = active
+                self._chunks.append(chunk)
+            else:
+                self._queue(lane, chunk)
+        else:
+            self._park(chunk)
+
+    def step_all(self, lanes: list[Lane], chunk: Chunk) -> None:
+        """Wishes a chunk with a row for each of these lanes; it has one answer, when every lane has its own.
+
+        The lanes may be anywhere: each `Lanes` sends the rows of its own.
+        """
+        chunk.lanes = lanes
+        chunk.first_steps = [lane.next_step for lane in lanes]
+        account = self.account
+        chunk.number = account.count = account.count + 1
+        account.held += chunk.nbytes + OVERHEAD
+        gather = Gather(len(lanes))
+        for row, lane in enumerate(lanes):
+            lane.pending.append(Pending(lane.next_step, lane.generation, chunk, row, gather, chunk.ticket))
+            lane.next_step += chunk.timesteps
+        holder = lanes[0].holder
+        if all(lane.holder is holder for lane in lanes):
+            holder._send_all(chunk)
+            return
+        rows: dict[Lanes, list[tuple[int, Lane, int]]] = {}
+        for row, lane in enumerate(lanes):
+            rows.setdefault(lane.holder, []).append((row, lane, chunk.first_steps[row]))
+        for holder, some in rows.items():
+            holder._send_all(chunk.part(some))
+            holder.woken()
+
+    def _send_all(self, chunk: Chunk) -> None:
+        """Sends the rows of a chunk of several lanes, all of which are here, or parks them."""
+        if all(lane.ready and lane.backlog is None and _fits(lane, chunk) for lane in chunk.lanes):
+            self._send(chunk)
+        else:
+            self._park(chunk)
+            self._crowded = True
+
+    def _send(self, chunk: Chunk) -> None:
+        for lane in chunk.lanes:
+            lane.active += chunk.weight
+        self._chunks.append(chunk)
+
+    def _queue(self, lane: Lane, chunk: Chunk) -> None:
+        """Puts a chunk of one lane behind those that are on their way. (A chunk of several is parked.)"""
+        if lane.backlog is None:
+            lane.backlog = deque()
+        lane.backlog.append(chunk)
+
+    def _next(self, lane: Lane, backlog: deque[Chunk]) -> None:
+        """Lets go what waits on a lane for answers to others, as far as there is room."""
+        while backlog and _fits(lane, backlog[0]):
+            self._send(backlog.popleft())
+        if not backlog:
+            lane.backlog = None
+
+    def _park(self, chunk: Chunk) -> None:
+        self._parked.append(chunk)
+        for lane in chunk.lanes:
+            lane.ready = False
+            self._want(lane)
+
+    def _park_all(self) -> None:
+        self._parked = left_over(self._lanes.values())
+        self._stale = False
+
+    def _unpark(self) -> None:
+        """Lets go the parked chunks whose lanes are all open, unless one that is still parked was wished before."""
+        if self._stale:
+            self._stale = False
+            rows = {(chunk.number, lane) for chunk in self._parked for lane in chunk.lanes}
+            self._parked = left_over(self._lanes.values(), rows)
+        parked, self._parked = self._parked, []
+        self._crowded = False
+        behind: set[Lane] = set()
+        for chunk in parked:
+            lanes = chunk.lanes
+            if behind.isdisjoint(lanes) and all(lane.open for lane in lanes):
+                if all(lane.backlog is None and _fits(lane, chunk) for lane in lanes):
+                    self._send(chunk)
+                    continue
+                if len(lanes) == 1:
+                    self._queue(lanes[0], chunk)
+                    continue
+                self._crowded = True
+            self._parked.append(chunk)
+            behind.update(lanes)
+        for chunk in parked:
+            for lane in chunk.lanes:
+                lane.ready = lane.open and lane not in behind
+
+    def _number(self, lane: Lane, step: int) -> None:
+        """Numbers what is wished on a lane from the step at which its session is."""
+        for index, pending in enumerate(lane.pending):
+            if pending.chunk is not None:
+                lane.pending[index] = pending._replace(first_step=step)
+                step += pending.chunk.timesteps
+                self._stale = True
+        lane.next_step = step
+
+
+def _nobody() -> None:
+    pass
+
+
+def _fits(lane: Lane, chunk: Chunk) -> bool:
+    """Whether the server will remember the answer to a chunk beside those that are on their way."""
+    return not lane.active or lane.active + chunk.weight <= lane.window

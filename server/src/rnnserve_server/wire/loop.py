@@ -1,0 +1,135 @@
+"""An event loop whose wait is that for gRPC's completion queue."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import select
+import selectors
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, Literal
+
+import structlog
+from grpc._cython import cygrpc
+
+from rnnserve_server.wire.bell import Bell
+
+log = structlog.get_logger(__name__)
+
+_AT_ONCE = 1024  # events that are told in one turn; timers and tasks have theirs then
+
+Tell = Callable[[BaseException], None]
+
+
+class CompletionLoop(asyncio.SelectorEventLoop):
+    """asyncio's event loop, for whom sockets are the exception and gRPC is the rule.
+
+    The tag of every operation that is started on `queue` is a function, which is called with the event when the
+    operation completes: on the loop's thread, as the first thing of a turn.
+
+    Args:
+        queue: gRPC's completion queue.
+        bell: what wakes whoever waits for it.
+    """
+
+    def __init__(self, queue: Any, bell: Bell) -> None:
+        self.queue = queue
+        self._bell = bell
+        super().__init__(_Completions(queue, bell.ring, self._tell))
+
+    def close(self) -> None:
+        """See `asyncio.AbstractEventLoop.close`. Servers on it must have stopped."""
+        if not self.is_closed():
+            super().close()
+            self.queue.shutdown()
+            while self.queue.poll().completion_type != cygrpc.CompletionType.queue_shutdown:
+                pass
+
+    def _write_to_self(self) -> None:  # what asyncio calls to wake itself from another thread
+        self._bell.ring()
+
+    def _tell(self, error: BaseException) -> None:
+        self.call_exception_handler({"message": "what waited for an operation of gRPC failed", "exception": error})
+
+
+def new_event_loop(kind: Literal["completion", "uvloop"]) -> asyncio.AbstractEventLoop:
+    """An event loop to serve on: uvloop's with ``uvloop``, and where gRPC or the system lacks what `CompletionLoop`
+    stands on.
+    """
+    if kind == "completion":
+        try:
+            queue = cygrpc.CompletionQueue()
+            return CompletionLoop(queue, Bell(queue))
+        except (OSError, AttributeError, TypeError) as error:
+            log.warning("serving with grpc.aio, which is slower", reason=str(error))
+    import uvloop
+
+    loop: asyncio.AbstractEventLoop = uvloop.new_event_loop()
+    return loop
+
+
+class _Completions(selectors.DefaultSelector):
+    """Waits for a completion queue, and for files as `selectors.DefaultSelector` does.
+
+    gRPC does not tell the files that it waits for, nor takes others. So a thread waits for ours, and rings when one is
+    ready: once, until the loop finds none ready any more.
+    """
+
+    def __init__(self, queue: Any, ring: Callable[[], None], tell: Tell) -> None:
+        super().__init__()
+        self._queue = queue
+        self._ring = ring
+        self._tell = tell
+        self._seen = False  # a file was ready, and one may still be
+        self._looking = threading.Semaphore(0)
+        self._ends, self._end = os.pipe()
+        self._lookout = threading.Thread(target=self._look_out, name="files", daemon=True)
+        self._lookout.start()
+        self._looking.release()
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        """See `selectors.BaseSelector.select`; also tells what has completed, before anything else of the turn."""
+        ready: list[tuple[selectors.SelectorKey, int]] = []
+        if self._seen:
+            ready = super().select(0)
+            if ready:
+                timeout = 0
+            else:
+                self._seen = False
+                self._looking.release()
+        poll = self._queue.poll
+        event = poll(deadline=None if timeout is None else 0.0 if timeout <= 0 else time.time() + timeout)
+        left = _AT_ONCE
+        while (told := event.tag) is not None:
+            try:
+                told(event)
+            except (SystemExit, KeyboardInterrupt):
+                raise
+            except BaseException as error:
+                self._tell(error)
+            left -= 1
+            if not left:
+                break
+            event = poll(deadline=0.0)
+        return ready
+
+    def close(self) -> None:
+        """See `selectors.BaseSelector.close`."""
+        os.close(self._end)
+        self._looking.release()
+        self._lookout.join()
+        os.close(self._ends)
+        super().close()
+
+    def _look_out(self) -> None:
+        waiting = select.poll()
+        waiting.register(self.fileno(), select.POLLIN)
+        waiting.register(self._ends, select.POLLIN)
+        while True:
+            self._looking.acquire()
+            if any(number == self._ends for number, _ in waiting.poll()):
+                return
+            self._seen = True
+            self._ring()

@@ -1,0 +1,184 @@
+"""The event loop that waits for gRPC's completion queue, and the servers on it and on grpc.aio."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+import pytest
+
+from compliance.server_suite import ServerSuite
+from rnnserve_server.wire import bell
+from rnnserve_server.wire.loop import CompletionLoop, new_event_loop
+
+T = TypeVar("T")
+
+
+class TestCompletionServer(ServerSuite):
+    """On the completion queue itself."""
+
+    kind = "completion"
+
+
+class TestAioServer(ServerSuite):
+    """On grpc.aio, which is what it falls back to."""
+
+    kind = "uvloop"
+
+
+def run(main: Coroutine[Any, Any, T]) -> T:
+    with asyncio.Runner(loop_factory=lambda: new_event_loop("completion")) as runner:
+        return runner.run(asyncio.wait_for(main, 20))
+
+
+def test_another_thread_wakes_the_loop_at_once():
+    """A loop that has nothing to do hears of work from elsewhere without waiting for anything else."""
+
+    async def main() -> float:
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(None, time.monotonic) - time.monotonic()
+
+    assert abs(run(main())) < 5
+
+
+def test_files_and_sockets_are_watched():
+    """Streams over sockets work as on any loop: what is written arrives, both ways, in order."""
+
+    async def main() -> bytes:
+        async def shout(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            while line := await reader.readline():
+                writer.write(line.upper())
+                await writer.drain()
+            writer.close()
+
+        server = await asyncio.start_server(shout, "127.0.0.1", 0, limit=2 << 20)
+        async with server:
+            reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname(), limit=2 << 20)
+            heard = b""
+            for number in range(100):
+                writer.write(b"line %d\n" % number)
+                heard += await reader.readline()
+            writer.write(bytes(1 << 20) + b"\n")
+            assert len(await reader.readline()) == (1 << 20) + 1
+            writer.close()
+            return heard
+
+    assert run(main()) == b"".join(b"LINE %d\n" % number for number in range(100))
+
+
+def test_a_file_that_stays_ready_does_not_keep_timers_waiting():
+    """A descriptor that nobody reads is told of in every turn, and everything else goes on."""
+
+    async def main() -> int:
+        loop = asyncio.get_running_loop()
+        ours, theirs = socket.socketpair()
+        told = 0
+
+        def tell() -> None:
+            nonlocal told
+            told += 1
+
+        loop.add_reader(ours, tell)
+        theirs.send(b"!")
+        await asyncio.sleep(0.05)
+        loop.remove_reader(ours)
+        ours.close(), theirs.close()
+        return told
+
+    assert run(main()) > 1
+
+
+def test_timers_keep_their_order():
+    """Callbacks come when they are due, the earliest first."""
+
+    async def main() -> list[int]:
+        loop, came = asyncio.get_running_loop(), []
+        for delay in (30, 10, 20, 0):
+            loop.call_later(delay / 1000, came.append, delay)
+        await asyncio.sleep(0.05)
+        return came
+
+    assert run(main()) == [0, 10, 20, 30]
+
+
+def test_an_error_in_what_completes_is_told_and_the_loop_goes_on():
+    """A bug in one call's callback harms no other call."""
+
+    async def main() -> list[dict[str, Any]]:
+        loop = asyncio.get_running_loop()
+        assert isinstance(loop, CompletionLoop)
+        told: list[dict[str, Any]] = []
+        loop.set_exception_handler(lambda _, context: told.append(context))
+
+        def fail(event: object) -> None:
+            raise ValueError("a bug")
+
+        done = asyncio.Event()
+        loop._bell._call.start_server_batch((), fail)
+        loop._bell._call.start_server_batch((), lambda _: done.set())
+        await done.wait()
+        return told
+
+    (context,) = run(main())
+    assert isinstance(context["exception"], ValueError)
+
+
+def test_a_signal_wakes_the_loop():
+    """SIGTERM is heard by a loop that waits for gRPC and nothing else."""
+    script = (
+        "import asyncio, os, signal\n"
+        "from rnnserve_server.wire.loop import new_event_loop\n"
+        "async def main():\n"
+        "    stop = asyncio.Event()\n"
+        "    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)\n"
+        "    print('ready', flush=True)\n"
+        "    await stop.wait()\n"
+        "    print('stopped')\n"
+        "with asyncio.Runner(loop_factory=lambda: new_event_loop('completion')) as runner:\n"
+        "    runner.run(main())\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        os.kill(process.pid, signal.SIGTERM)
+        assert process.stdout.read() == "stopped\n"
+        assert process.wait(20) == 0
+
+
+def test_a_closed_loop_leaves_nothing():
+    """Neither threads nor descriptors are left of loops that were closed."""
+    asyncio.run(asyncio.sleep(0))
+    run(asyncio.sleep(0))
+    before = threading.active_count(), len(os.listdir("/proc/self/fd"))
+    for _ in range(5):
+        run(asyncio.sleep(0))
+    assert (threading.active_count(), len(os.listdir("/proc/self/fd"))) == before
+
+
+def test_without_the_layer_below_grpc_aio_serves(monkeypatch):
+    """Where gRPC is another one than the one that is pinned, the server is slower, not out of order."""
+    monkeypatch.delattr(bell.cygrpc, "Server", raising=False)
+    loop = new_event_loop("completion")
+    try:
+        assert not isinstance(loop, CompletionLoop)
+        assert loop.run_until_complete(asyncio.sleep(0, "ran")) == "ran"
+    finally:
+        loop.close()
+
+
+@pytest.mark.parametrize("kind", ["completion", "uvloop"])
+def test_the_setting_chooses_the_loop(kind):
+    """`event_loop` says which."""
+    loop = new_event_loop(kind)
+    try:
+        assert isinstance(loop, CompletionLoop) == (kind == "completion")
+    finally:
+        loop.close()
