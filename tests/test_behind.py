@@ -342,15 +342,17 @@ async def test_a_chunk_that_is_given_up_before_it_runs_on(house):
     house.worker.submit(block)
     await house.turns()
     assert len(house.engine.calls) == 2
-    behind = house.send("ab", 2)
+    assert session.busy
+    behind, again = house.send("ab", 2), house.send("a", 1)
     await house.turns()
     house.store.gate.set()
     await house.worker.settle()
+    assert again.results[0][1].tolist() == [[2, 2]]
     assert gone.errors[0].reason == "CANCELLED"
     assert stays.results[0][1].tolist() == [[2, 2]]
     assert set(behind.errors) == {0}
     assert behind.results[0][1].tolist() == [[3, 3]]
-    assert house.sessions.get("a").step == 1
+    assert house.sessions.get("a").step == 2
     await house.check_store("a")
     await house.check_store("b")
 
@@ -363,11 +365,15 @@ async def test_an_engine_that_fails_ahead(house):
     await house.turns()
     bad, behind = house.send("a", 1, value=house.engine.poison), house.send("a", 2)
     await house.turns()
+    assert bad.errors[0].reason == "ENGINE_FAILED"
+    assert house.sessions.get("a").busy
+    again = house.send("a", 1)
+    await house.turns()
     house.store.gate.set()
     await house.worker.settle()
     assert good.results
-    assert bad.errors[0].reason == "ENGINE_FAILED"
     assert behind.errors[0].reason == "STEP_AHEAD"
+    assert again.results[0][1].tolist() == [[2, 2]]
     await house.check_store("a")
 
 

@@ -53,7 +53,7 @@ _LEFT_EVERY = 0.01
 #: Lanes that go to another server together: each is waited for by those that come behind. From a server that shuts down
 #: one of so many, if that is more.
 _LEAVE_TOGETHER = 16
-_LEAVE_SHARE = 16
+_LEAVE_SHARE = 8
 
 #: Seconds that those are waited for, at most.
 _TAKEN_WITHIN = 1.0
@@ -138,6 +138,7 @@ class Links:
         self._line: dict[Any, tuple[list[Lane], bool] | None] = {}  # chunks, and futures of those who wait behind them
         self._loop = asyncio.get_running_loop()
         self._turn = 0
+        self._leaving = asyncio.Lock()  # links leave in turns: a server that takes sessions over does nothing else
         self._chores: set[asyncio.Task[None]] = set()
         self._astray: asyncio.Event = asyncio.Event()
         if moves:
@@ -393,11 +394,13 @@ class Links:
         while link.live and (lanes := link.lanes.members):
             going = [lane for lane in lanes if link.lanes.may_go(lane)]
             going = going[: max(_LEAVE_TOGETHER, len(lanes) // _LEAVE_SHARE)]
-            for lane in going:
-                home = self.place(_session_id(lane)) if self._moves else place
-                if home.link is not link:  # or the replica is back, and takes what is left when this stream ends
-                    self._hand_over(lane, home)
-            await self._taken_over(going)
+            async with self._leaving:
+                for lane in going:
+                    home = self.place(_session_id(lane)) if self._moves else place
+                    # Or the replica is back, and takes what is left when this stream ends.
+                    if lane.holder is link.lanes and home.link is not link:
+                        self._hand_over(lane, home)
+                await self._taken_over(going)
         self._prune()
 
     async def _taken_over(self, lanes: list[Lane]) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from operator import attrgetter
 
 import numpy as np
@@ -29,6 +30,7 @@ from rnnserve_server.errors import (
     SessionClosed,
     SessionError,
     SessionEvicted,
+    SessionExists,
     SessionExpired,
     SessionTakenOver,
     SessionUnknown,
@@ -37,6 +39,7 @@ from rnnserve_server.errors import (
 )
 from rnnserve_server.owners import scope_of
 from rnnserve_server.records import (
+    answers_begin,
     limits_of,
     meta_of,
     options_of,
@@ -178,11 +181,15 @@ class Keeper:
         gone = [each for each in ids if each not in taken and each not in failed]
         for session_id, ended in zip(gone, await self.store.ended(gone, now) if gone else (), strict=True):
             failed[session_id] = (SessionUnknown if ended is None else _ERRORS[ended.why])(session_id)
+        alike: dict[tuple[str, str], list[Record]] = {}
         for record in records:  # from here to where they are used nothing is awaited, or they might rest again
-            try:
-                self._adopt(record, models[record.id])
-            except ServiceError as error:
-                failed[record.id] = error
+            if record.id in self._sessions:
+                failed[record.id] = SessionExists(record.id)
+                continue
+            terms = replace(record.meta, create_time=0.0).to_json()
+            alike.setdefault((scope_of(record.id), terms), []).append(record)
+        for some in alike.values():
+            failed |= self._adopt(some, models[some[0].id])
         return failed
 
     async def verify(self, ids: Sequence[str]) -> None:
@@ -205,44 +212,44 @@ class Keeper:
             if (head is None or head.epoch != epoch) and group.generation[slot] == session.generation:
                 await self.lose(group, np.array([slot]))
 
-    def _adopt(self, record: Record, model: LoadedModel) -> None:
-        meta = record.meta
+    def _adopt(self, records: list[Record], model: LoadedModel) -> dict[str, ServiceError]:
+        """Puts sessions that differ by their ids and their past alone into memory: why it could not, by id."""
+        meta = records[0].meta
         rules = rules_of(meta)
-        states = unpack_states((*model.engine.states, *rules.states), meta.batch_size, record.states)
+        specs = (*model.engine.states, *rules.states)
+        states = [unpack_states(specs, meta.batch_size, record.states) for record in records]
         group, slots, full = self._sessions.create_many(
             model,
             meta.batch_size,
             options_of(meta),
-            1,
-            initial_states=states or None,
+            len(records),
+            initial_states=None,
             idle_lifetime=meta.idle_lifetime,
             lifetime=math.inf if meta.lifetime is None else meta.lifetime,
             replay=limits_of(meta),
             rules=rules,
-            session_ids=[record.id],
-            scope=scope_of(record.id),
+            session_ids=[record.id for record in records],
+            scope=scope_of(records[0].id),
             new=False,
         )
+        failed: dict[str, ServiceError] = {}
         if full is not None:
-            raise full
-        self._sessions.fetched[model.name, model.version] += 1
+            failed = {record.id: full for record in records[len(slots) :]}
+        if not len(slots):
+            return failed
+        records, states = records[: len(slots)], states[: len(slots)]
+        group.arena.scatter(slots, {spec.name: np.concatenate([each[spec.name] for each in states]) for spec in specs})
+        self._sessions.fetched[model.name, model.version] += len(slots)
         now, wall = self._clock(), self._wall_clock()
-        group.step[slots] = record.step
-        group.epoch[slots], group.revision[slots] = record.epoch, record.revision
-        group.create_time[slots] = meta.create_time
-        group.last_used[slots] = group.stored_used[slots] = now - max(0.0, wall - record.last_used)
-        self._sessions.age(group, slots, np.array([wall - meta.create_time]))
-        for reply in record.replies:
-            outputs, shown = unpack_answers(reply.payload)
-            group.window.restore(
-                group,
-                slots,
-                np.array([reply.first_step], np.uint64),
-                reply.timesteps,
-                reply.request_digest,
-                outputs,
-                shown,
-            )
+        group.step[slots] = np.array([record.step for record in records], np.uint64)
+        group.epoch[slots] = [record.epoch for record in records]
+        group.revision[slots] = [record.revision for record in records]
+        group.create_time[slots] = created = np.array([record.meta.create_time for record in records])
+        used = np.array([record.last_used for record in records])
+        group.last_used[slots] = group.stored_used[slots] = now - np.maximum(0.0, wall - used)
+        self._sessions.age(group, slots, wall - created)
+        _restore(group, slots, [record.replies for record in records])
+        return failed
 
     async def peek(self, session_id: str) -> Head:
         """Looks at a stored session without taking it.
@@ -526,6 +533,30 @@ def session_bytes(model: LoadedModel, batch_size: int, rules: ResetRules = NO_RU
     """The bytes of a session's states, with what its reset rules need."""
     states = (*model.engine.states, *rules.states)
     return sum(batch_size * spec.dtype.itemsize * int(np.prod(spec.shape)) for spec in states)
+
+
+def _restore(group: Group, slots: Array, replies: Sequence[Sequence[Reply]]) -> None:
+    """Puts what N sessions were answered into their windows: answers that are alike together, the oldest first."""
+    for age in range(max(map(len, replies)), 0, -1):
+        alike: dict[tuple[int, int, int, bytes], list[tuple[int, Reply]]] = {}
+        for position, each in enumerate(replies):
+            if len(each) >= age:
+                reply = each[-age]
+                sizes = len(reply.request_digest), len(reply.payload)
+                key = (reply.timesteps, *sizes, answers_begin(reply.payload))
+                alike.setdefault(key, []).append((position, reply))
+        for (timesteps, *_), some in alike.items():
+            outputs, shown = unpack_answers([reply.payload for _, reply in some])
+            asked = np.frombuffer(b"".join([reply.request_digest for _, reply in some]), np.uint8)
+            group.window.restore(
+                group,
+                slots if len(some) == len(slots) else slots[[position for position, _ in some]],
+                np.array([reply.first_step for _, reply in some], np.uint64),
+                timesteps,
+                asked.reshape(len(some), -1),
+                outputs,
+                shown,
+            )
 
 
 def _pieces(slots: Array) -> list[Array]:

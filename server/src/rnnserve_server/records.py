@@ -88,22 +88,31 @@ def pack_answers(outputs: Mapping[str, Array], states: Mapping[str, Array], coun
     return len(what).to_bytes(_LENGTH_BYTES, "little") + what, _rows([array for _, _, array in arrays], count)
 
 
-def unpack_answers(payload: bytes) -> tuple[Arrays, Arrays]:
-    """Outputs and states of one session, each [1, ...]: what `pack_answers` wrote.
+def unpack_answers(payloads: Sequence[bytes]) -> tuple[Arrays, Arrays]:
+    """Outputs and states of N sessions, each [N, ...]: what `pack_answers` wrote, with the same beginning.
 
     Raises:
         StoreCorrupt: it wrote something else.
     """
     found: tuple[Arrays, Arrays] = ({}, {})
     try:
-        start = _LENGTH_BYTES + int.from_bytes(payload[:_LENGTH_BYTES], "little")
-        for kind, name, dtype, shape in json.loads(payload[_LENGTH_BYTES:start]):
+        what = answers_begin(payloads[0])
+        start = len(what)
+        content = np.frombuffer(b"".join([each[start:] for each in payloads]), np.uint8).reshape(len(payloads), -1)
+        start = 0
+        for kind, name, dtype, shape in json.loads(what[_LENGTH_BYTES:]):
             stop = start + int(np.prod(shape)) * np.dtype(dtype).itemsize
-            found[kind][name] = np.frombuffer(payload[start:stop], dtype).reshape(1, *shape)
+            rows = np.ascontiguousarray(content[:, start:stop])
+            found[kind][name] = rows.reshape(-1).view(dtype).reshape(len(payloads), *shape)
             start = stop
     except (ValueError, TypeError, IndexError) as error:
-        raise StoreCorrupt(f"a stored answer of {len(payload)} bytes cannot be read: {error}") from error
+        raise StoreCorrupt(f"a stored answer of {len(payloads[0])} bytes cannot be read: {error}") from error
     return found
+
+
+def answers_begin(payload: bytes) -> bytes:
+    """What `pack_answers` wrote first: it says what follows."""
+    return payload[: _LENGTH_BYTES + int.from_bytes(payload[:_LENGTH_BYTES], "little")]
 
 
 def _rows(arrays: Sequence[Array], count: int) -> Rows:

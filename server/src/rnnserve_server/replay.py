@@ -103,7 +103,7 @@ class Round:
         timesteps: time steps of each chunk.
         number: int64 [N], how many chunks each session had been answered before.
         before: int64 [N], how many bytes each session had been answered before; [0], if that is not counted.
-        asked: what ran; or the chunk's digest, where that is not known any more and N is 1.
+        asked: what ran; or the chunks' digests, uint8 [N, bytes of each], where that is not known any more.
         start: where in it the chunks began.
         outputs: as `Answers` has them.
         states: as `Answers` has them.
@@ -116,7 +116,7 @@ class Round:
     timesteps: int
     number: Array
     before: Array
-    asked: Run | bytes
+    asked: Run | Array
     start: int
     outputs: Arrays
     states: Arrays
@@ -124,26 +124,26 @@ class Round:
 
     def __post_init__(self) -> None:
         self.nbytes = sum([array.nbytes for array in (*self.outputs.values(), *self.states.values())])
-        if not isinstance(self.asked, bytes):
+        if isinstance(self.asked, Run):
             self.nbytes += self.asked.nbytes * self.timesteps // self.asked.call.timesteps
 
     def digest(self, index: int) -> bytes:
         """What tells one session's chunk from another for the same step."""
-        if isinstance(self.asked, bytes):
-            return self.asked
+        if not isinstance(self.asked, Run):
+            return bytes(self.asked[index])
         return digest(self.asked.part(self.start, self.timesteps), index, len(self.slots))
 
     def digests(self, index: Array) -> Array:
         """The same of some of the N sessions: uint8 [len(index), 16]."""
-        if isinstance(self.asked, bytes):
-            return np.frombuffer(self.asked, np.uint8)[None]
+        if not isinstance(self.asked, Run):
+            return self.asked[index]
         return digests(self.asked.part(self.start, self.timesteps).take(index, len(self.slots)), len(index))
 
     def began(self, index: int) -> tuple[Arrays, Compacted | None] | None:
         """What led to where one session's chunk began: every state, [batch, *shape], and what ran from there, if
         anything did. None: that is not known any more.
         """
-        if isinstance(self.asked, bytes):
+        if not isinstance(self.asked, Run):
             return None
         run = self.asked.take(np.array([index]), len(self.slots))
         if run.states is None:
@@ -174,7 +174,7 @@ class Round:
             self.timesteps,
             self.number[index],
             self.before[index] if len(self.before) else self.before,
-            self.asked if isinstance(self.asked, bytes) else self.asked.thinned(index, len(self.slots)),
+            self.asked.thinned(index, len(self.slots)) if isinstance(self.asked, Run) else self.asked[index],
             self.start,
             {name: y[index] for name, y in self.outputs.items()},
             {name: state[index] for name, state in self.states.items()},
@@ -212,11 +212,14 @@ class Window:
         slots: Array,
         first_steps: Array,
         timesteps: int,
-        asked: bytes,
+        asked: Array,
         outputs: Arrays,
         states: Arrays,
     ) -> None:
-        """Keeps what one session was answered elsewhere, and of which nothing younger is known here."""
+        """Keeps what N sessions were answered elsewhere, and of which nothing younger is known here.
+
+        Arguments as `Round` has them.
+        """
         sessions = Sessions(group, slots, group.generation[slots], first_steps)
         self._keep(sessions, first_steps, timesteps, asked, 0, outputs, states)
 
@@ -225,7 +228,7 @@ class Window:
         sessions: Sessions,
         first_steps: Array,
         timesteps: int,
-        asked: Run | bytes,
+        asked: Run | Array,
         start: int,
         outputs: Arrays,
         states: Arrays,

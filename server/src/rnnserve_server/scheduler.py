@@ -162,7 +162,11 @@ class Scheduler:
 
     def finish(self, work: Block | Barrier) -> None:
         """Forgets work that is done, failed or dropped, and lets what follows it go on."""
-        if followers := self._forget(work):
+        followers = self._forget(work)
+        if isinstance(work, Block) and work.onto is not None:  # what it ran on from is not finished: they wait for that
+            work.onto.followers.remove(work)
+            work.onto.followers += followers
+        elif followers:
             self._release(followers)
 
     def holds(self, block: Block) -> bool:
@@ -173,13 +177,14 @@ class Scheduler:
         """Goes on with some of a block's N chunks: returns a block that takes the place of the one given."""
         rest = block.take(index)
         rest.number, rest.order, rest.followers = block.number, block.order, block.followers
-        if block.onto is not None:
-            rest.onto, block.onto.followers[:] = block.onto, [rest]
+        if (before := block.onto) is not None:
+            rest.onto = before
+            before.followers[before.followers.index(block)] = rest
         self._queued[rest.number] = rest
         self.queued_bytes += rest.nbytes - block.nbytes
         if block.sessions is not None:
             tail, dropped = block.sessions.group.tail, np.delete(block.sessions.slots, index)
-            tail[dropped[tail[dropped] == block.number]] = -1
+            tail[dropped[tail[dropped] == block.number]] = _before(block)
         return rest
 
     def _line(self, block: Block) -> Hashable:
@@ -238,7 +243,7 @@ class Scheduler:
                 tail, slots = work.sessions.group.tail, work.sessions.slots
                 if work.followers:  # they took some of its sessions' tails over
                     slots = slots[tail[slots] == work.number]
-                tail[slots] = -1
+                tail[slots] = _before(work)
         elif work.group.tail[work.slot] == work.number:
             work.group.tail[work.slot] = -1
         return work.followers
@@ -255,6 +260,11 @@ class Scheduler:
                 work.onto = None
             else:
                 self.requeue(work)
+
+
+def _before(block: Block) -> int:
+    """The number of the last work queued for a block's sessions before it, -1 for none."""
+    return -1 if block.onto is None else block.onto.number
 
 
 def _plain(block: Block) -> bool:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterator, Sequence
-from itertools import chain, islice
+from itertools import accumulate, chain, islice, pairwise
 from typing import Any
 
 import numpy as np
@@ -173,7 +173,8 @@ class RedisStore(Store):
                 taken.append(None)
                 continue
             head, states = _head(session_id, result[1][:5]), result[1][5]
-            replies = tuple(map(_unpack, result[2]))
+            ends = list(accumulate(map(int, result[2].split()), initial=0))
+            replies = tuple(_unpack(result[3][start:end]) for start, end in pairwise(ends))
             taken.append(
                 Record(head.id, head.meta, head.epoch, head.revision, head.step, head.last_used, states, replies)
             )
