@@ -25,10 +25,12 @@ class Channel:
     def __init__(self, address: str) -> None:
         unlimited = (("grpc.max_receive_message_length", -1),)  # the answer to a chunk of 10,000 steps is 5 MB
         self._channel = cygrpc.Channel(address.encode(), unlimited, None)
+        self._streams: list[Stream] = []
 
     def stream(self, method: str, heard: Heard) -> Stream:
         """Opens a stream, whose messages are told to a function as they come in."""
-        return Stream(self._channel, method, heard)
+        self._streams.append(Stream(self._channel, method, heard))
+        return self._streams[-1]
 
     def pump(self, wanted: Callable[[], object]) -> None:
         """Tells what comes in, and sends what waits, for as long as it is wanted."""
@@ -38,13 +40,21 @@ class Channel:
 
     def close(self) -> None:
         """Ends the connection and its streams."""
+        for stream in self._streams:
+            stream.cancel()
+        self.pump(lambda: any(not stream.ended for stream in self._streams))
         self._channel.close(cygrpc.StatusCode.cancelled, "closed")
 
 
 class Stream:
-    """A bidirectional stream of a channel."""
+    """A bidirectional stream of a channel.
+
+    Attributes:
+        ended: nothing more comes.
+    """
 
     def __init__(self, channel: Any, method: str, heard: Heard) -> None:
+        self.ended = False
         self._heard = heard
         self._waiting: deque[bytes] = deque()
         self._sending = False
@@ -64,9 +74,13 @@ class Stream:
             self._sending = True
             self._call.operate((cygrpc.SendMessageOperation(message, 0),), self._sent)
 
+    def cancel(self) -> None:
+        """Ends the stream."""
+        self._call.cancel(cygrpc.StatusCode.cancelled, "cancelled")
+
     def _sent(self, event: Any) -> None:
         self._sending = False
-        if self._waiting:
+        if self._waiting and not self.ended:
             self.send(self._waiting.popleft())
 
     def _listen(self) -> None:
@@ -82,6 +96,7 @@ class Stream:
         """Nothing is to be done."""
 
     def _ended(self, event: Any) -> None:
+        self.ended = True
         status = event.batch_operations[0]
         if status.code() not in (cygrpc.StatusCode.ok, cygrpc.StatusCode.cancelled):
             raise RuntimeError(f"the stream ended: {status.code()}, {status.details()}")

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from rnnserve_server.process import Ebb
+from rnnserve_server.process import Ebb, inline_seconds
 
 FLOOD = """
 from pathlib import Path
@@ -55,3 +55,11 @@ def test_onnxruntime_is_told_not_to_report(package: str) -> None:
     kept = {name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"}
     ran = subprocess.run([sys.executable, "-c", program], env=kept, capture_output=True, text=True, check=True)
     assert ran.stdout.split() == ["1", "False"]
+
+
+def test_on_one_core_more_is_run_by_the_event_loop(monkeypatch) -> None:
+    """What the setting says holds; without it, longer runs stay where they are if there is no core to hand them to."""
+    for cores, expected in (({0}, 0.02), ({0, 1}, 0.0005)):
+        monkeypatch.setattr("os.sched_getaffinity", lambda _, cores=cores: cores)
+        assert inline_seconds(None) == expected
+        assert inline_seconds(0.0) == 0.0

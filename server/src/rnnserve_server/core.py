@@ -40,6 +40,7 @@ from rnnserve_server.keeper import Keeper, session_bytes
 from rnnserve_server.layout import answer_bytes, check_call, check_states, faults, signature, timesteps, to_call
 from rnnserve_server.meter import Meter
 from rnnserve_server.observer import Observer
+from rnnserve_server.process import inline_seconds
 from rnnserve_server.replay import Limits
 from rnnserve_server.repository import Repository
 from rnnserve_server.resets import NO_RULES, ResetRules, resets
@@ -488,7 +489,7 @@ class Core:
                 self.sessions,
                 clock=self.clock,
                 on_progress=self._room.set,
-                inline_seconds=self.settings.inline_seconds,
+                inline_seconds=inline_seconds(self.settings.inline_seconds),
                 keeper=self.keeper,
                 meter=self.meter,
                 observer=self.observer,

@@ -56,6 +56,18 @@ def open_as_many_as_allowed() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
+def inline_seconds(setting: float | None) -> float:
+    """How long a run may be expected to take that the event loop does itself, if the setting does not say.
+
+    To hand a run to the engine's thread and back takes two switches of threads, a tenth of a frame of 256 lanes. On
+    one core nothing is gained for them: the loop would only wait for the same core.
+    """
+    if setting is not None:
+        return setting
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return 0.02 if cores == 1 else 0.0005
+
+
 class Ebb:
     """Has glibc give freed memory back to the system after a flood; otherwise it is kept, see `keep_freed_memory`.
 
