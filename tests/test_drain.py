@@ -8,13 +8,20 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 from collections.abc import Callable
 
+import grpc
+import numpy as np
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+import rnnserve
 from fleet.traffic import Traffic
 from redis_server import running_redis
 from rnnserve import aio
+from rnnserve.codec import encode_named
+from rnnserve.v1 import inference_pb2, inference_pb2_grpc
 from serving import RunningServer, running_server
 from tcp_proxy import TcpProxy
 
@@ -57,3 +64,30 @@ async def test_behind_a_proxy_too(caplog: pytest.LogCaptureFixture) -> None:
         assert new.server.core.sessions.fetched.total() == SESSIONS
     assert "is on a server that shuts down" in caplog.text
     assert "no stream to" not in caplog.text
+
+
+def test_what_calls_did_is_stored_before_callers_are_sent_elsewhere() -> None:
+    """Whatever the durability: once a server says that it does not serve, another one goes on where it was."""
+    with (
+        running_redis() as redis,
+        running_server(store=redis.url, durability="interval", store_interval=3600, drain_seconds=20.0) as old,
+        running_server(store=redis.url) as new,
+        rnnserve.Client(old.address) as client,
+        grpc.insecure_channel(old.address) as to_old,
+        grpc.insecure_channel(new.address) as to_new,
+    ):
+        session = client.session("lstm-4")
+        x = np.zeros((1, 3, *session.model.inputs[0].shape), np.float32)
+        request = inference_pb2.PredictRequest(
+            session_id=session.session_id, inputs=encode_named({"input": x}), first_step=0
+        )
+        inference_pb2_grpc.InferenceServiceStub(to_old).Predict(request)
+        told = health_pb2_grpc.HealthStub(to_old).Watch(health_pb2.HealthCheckRequest())
+        assert next(told).status == health_pb2.HealthCheckResponse.SERVING
+        stopping = threading.Thread(target=old.stop)
+        stopping.start()
+        assert next(told).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        request.first_step = 3
+        assert inference_pb2_grpc.InferenceServiceStub(to_new).Predict(request).step == 6
+        told.cancel()
+        stopping.join()

@@ -6,6 +6,7 @@ import asyncio
 import inspect
 import logging
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -51,6 +52,7 @@ def _serve(config: Path | None, **flags: Any) -> None:
     try:
         with asyncio.Runner(loop_factory=lambda: new_event_loop(settings.event_loop)) as runner:
             runner.run(serve(settings))
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it is ending, and well
     except (ConfigError, ModelError, PrincipalsError, TlsError, StoreError, OSError) as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(1) from error

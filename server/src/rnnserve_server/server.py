@@ -7,6 +7,7 @@ import gc
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import grpc
@@ -147,11 +148,13 @@ class Server:
         """
         until = asyncio.get_running_loop().time() + self.settings.drain_seconds
         log.info("draining", seconds=self.settings.drain_seconds, sessions=len(self.core.sessions))
-        self.core.draining.set()
-        await self._health.enter_graceful_shutdown()
         for chore in self._chores:
             chore.cancel()
         await asyncio.gather(*self._chores, return_exceptions=True)  # none may still write when the store is closed
+        with suppress(StoreDown):  # it is tried again
+            await self.core.save_all()  # whoever is sent elsewhere now finds there what was done here
+        self.core.draining.set()
+        await self._health.enter_graceful_shutdown()
         if self._server is not None:
             await self._server.stop(self.settings.drain_seconds)
         stored = await self._hand_over(until)
