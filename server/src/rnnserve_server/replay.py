@@ -239,8 +239,9 @@ class Window:
         number, before = group.answered[at].copy(), _NONE
         group.answered[at] += 1
         nbytes = sum([array.nbytes for array in (*outputs.values(), *states.values())]) // len(slots)
-        if self._bytes_count or nbytes * self.limits.replies > self.limits.bytes:
-            self._bytes_count = True
+        if not self._bytes_count and nbytes * self.limits.replies > self.limits.bytes:
+            self._count_bytes(group)
+        if self._bytes_count:
             before = group.answered_bytes[at].copy()
             group.answered_bytes[at] += nbytes
         round_ = Round(
@@ -249,6 +250,16 @@ class Window:
         self._recent.append(round_)
         self.nbytes += round_.nbytes
         self._forget(group)
+
+    def _count_bytes(self, group: Group) -> None:
+        """Has bytes count from now on, those of the answers that are remembered already too."""
+        self._bytes_count = True
+        group.answered_bytes[:] = 0
+        for round_ in (*self._thinned, *self._recent):  # the oldest first
+            here = group.generation[round_.slots] == round_.generations
+            round_.before = group.answered_bytes[round_.slots]
+            answers = sum([array.nbytes for array in (*round_.outputs.values(), *round_.states.values())])
+            group.answered_bytes[round_.slots[here]] += answers // len(round_.slots)
 
     @property
     def by_count(self) -> bool:
@@ -386,7 +397,7 @@ class Window:
         later = group.answered[slots] - round_.number  # [N], 1 for the last
         within = later <= self.limits.replies
         if self._bytes_count:
-            since = group.answered_bytes[slots] - (round_.before if len(round_.before) else 0)
+            since = group.answered_bytes[slots] - round_.before
             within = (within & (since <= self.limits.bytes)) | (later == 1)
         live: Array = within & (group.generation[slots] == round_.generations)
         return live

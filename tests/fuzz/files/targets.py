@@ -583,7 +583,7 @@ TARGETS = {
         lambda folder: blob.unpack((folder / "blob").read_bytes()),
         BlobInvalid,
     ),
-    "answers": Target(_answers, lambda folder: unpack_answers((folder / "answer").read_bytes()), StoreCorrupt),
+    "answers": Target(_answers, lambda folder: unpack_answers([(folder / "answer").read_bytes()]), StoreCorrupt),
     "principals": Target(_principals, lambda folder: read_principals(folder / "principals.yaml"), PrincipalsError),
     "tls": Target(
         _tls,

@@ -38,7 +38,7 @@ def silence(event: object) -> None:
 
 
 def _ended_call(queue: Any) -> Any:
-    server = cygrpc.Server((), False)
+    server = cygrpc.Server((("grpc.enable_channelz", 0),), False)
     server.register_completion_queue(queue)
     port = server.add_http2_port(b"127.0.0.1:0")
     if not port:
