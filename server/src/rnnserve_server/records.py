@@ -105,7 +105,7 @@ def unpack_answers(payloads: Sequence[bytes]) -> tuple[Arrays, Arrays]:
             rows = np.ascontiguousarray(content[:, start:stop])
             found[kind][name] = rows.reshape(-1).view(dtype).reshape(len(payloads), *shape)
             start = stop
-    except (ValueError, TypeError, IndexError) as error:
+    except (ValueError, TypeError, IndexError, OverflowError) as error:
         raise StoreCorrupt(f"a stored answer of {len(payloads[0])} bytes cannot be read: {error}") from error
     return found
 

@@ -131,11 +131,18 @@ def _manifests() -> tuple[tuple[Any, Files], ...]:
     )
 
 
+def _json(document: Any) -> str:
+    try:
+        return json.dumps(document)
+    except RecursionError:  # by chance it was put into itself again and again
+        return "[" * 100_000
+
+
 def _yaml(document: Any) -> str:
     try:
         return str(yaml.safe_dump(document, sort_keys=False, allow_unicode=True))
     except (yaml.YAMLError, RecursionError):
-        return json.dumps(document)
+        return _json(document)
 
 
 def _text(text: str, chance: Random) -> bytes:
@@ -278,7 +285,7 @@ def _net(chance: Random) -> Files:
     files = dict(chance.choice(_network()))
     config = json.loads(files["network.json"])
     if chance.random() < 0.9:
-        files["network.json"] = json.dumps(trees.changed(config, chance, _LAYERS)).encode("utf-8", "surrogatepass")
+        files["network.json"] = _json(trees.changed(config, chance, _LAYERS)).encode("utf-8", "surrogatepass")
     else:
         files["network.json"] = damaged(files["network.json"], chance)
     return {**files, "model.yaml": b"network: network.json\nweights: weights.safetensors\n"}
@@ -350,7 +357,7 @@ def tensors(content: bytes, chance: Random) -> bytes:
         case _:
             other = header[chance.choice(names)] if names else {}
             entry["data_offsets"] = other.get("data_offsets", [0, 0])
-    text = json.dumps(header).encode("utf-8", "surrogatepass")
+    text = _json(header).encode("utf-8", "surrogatepass")
     if chance.random() < 0.1:
         text = text.replace(b"}", b',"dtype":"F32"}', 1)
     said = (
@@ -380,10 +387,10 @@ def _keras(chance: Random) -> Files:
     kind = chance.random()
     if kind < 0.75:
         config = json.loads(members["config.json"])
-        members["config.json"] = json.dumps(trees.changed(config, chance, _LAYERS)).encode("utf-8", "surrogatepass")
+        members["config.json"] = _json(trees.changed(config, chance, _LAYERS)).encode("utf-8", "surrogatepass")
     elif kind < 0.85:
         metadata = json.loads(members.get("metadata.json", b"{}"))
-        members["metadata.json"] = json.dumps(trees.changed(metadata, chance)).encode("utf-8", "surrogatepass")
+        members["metadata.json"] = _json(trees.changed(metadata, chance)).encode("utf-8", "surrogatepass")
     pairs = list(members.items())
     if chance.random() < 0.2:
         match chance.randrange(4):
@@ -509,7 +516,7 @@ def exported(content: bytes, chance: Random) -> bytes:
             header["__metadata__"] = trees.changed(header["__metadata__"], chance, tuple(header["__metadata__"]))
         if chance.random() < 0.8:
             header["__metadata__"]["checksum"] = "0" * 64
-        text = json.dumps(header).encode("utf-8", "surrogatepass")
+        text = _json(header).encode("utf-8", "surrogatepass")
         content = struct.pack("<Q", len(text)) + text + content[8 + length :]
     except (ValueError, KeyError, TypeError, RecursionError, AttributeError, struct.error):
         return content
@@ -564,7 +571,7 @@ def _answers(chance: Random) -> Files:
     what = [[0, "y", "<f4", [1, 3]], [1, "h", "<f4", [1, 2]]]
     if chance.random() < 0.7:
         what = trees.changed(what, chance, ("<f8", "O", "V4", "U9", "<f4,<f4", "M8", "|S0"))
-    text = json.dumps(what).encode()
+    text = _json(what).encode()
     content = len(text).to_bytes(4, "little") + text + bytes(20)
     return {"answer": damaged(content, chance) if chance.random() < 0.3 else content}
 
