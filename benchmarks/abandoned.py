@@ -39,10 +39,11 @@ class AbandonRow(Row):
     """Opens sessions, steps each once, and breaks the connection off. A measurement's time is their lifetime."""
 
     part = "rnnserve"
+    server = "rnnserve"
 
     @property
-    def server(self) -> str:
-        return "rnnserve"
+    def name(self) -> str:
+        return "sessions abandoned"
 
     async def open(self, address: str, stack: AsyncExitStack) -> Measure:
         config = SessionConfig(model=work.MODEL)

@@ -36,6 +36,10 @@ class OpenRow(Row):
     part = "rnnserve"
     server = "rnnserve"
 
+    @property
+    def name(self) -> str:
+        return f"{IDLE} sessions opened"
+
     async def open(self, address: str, stack: AsyncExitStack) -> Measure:
         channel = await stack.enter_async_context(grpc.aio.insecure_channel(address))
         config = SessionConfig(model=work.MODEL)

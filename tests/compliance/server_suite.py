@@ -28,13 +28,14 @@ class Echo:
         cancelled: set when a handler was cancelled.
         running: set when `Hang` runs.
         release: what `Hang` waits for.
+        ended: what ended `Flood`.
     """
 
     def __init__(self) -> None:
         self.cancelled = threading.Event()
         self.running = threading.Event()
         self.release = asyncio.Event()
-        self.context: Any = None
+        self.ended: BaseException | None = None
 
     async def Unary(self, request: bytes, context: Any) -> bytes:
         context.set_trailing_metadata((("seen", "yes"),))
@@ -64,7 +65,6 @@ class Echo:
         raise ValueError("a bug")
 
     async def Hang(self, request: bytes, context: Any) -> bytes:
-        self.context = context
         self.running.set()
         try:
             await self.release.wait()
@@ -72,6 +72,15 @@ class Echo:
             self.cancelled.set()
             raise
         return b"released"
+
+    async def Flood(self, request: bytes, context: Any) -> None:
+        try:
+            while True:
+                await context.write(bytes(1000))
+        except BaseException as error:
+            self.ended = error
+            self.cancelled.set()
+            raise
 
     async def Left(self, request: bytes, context: Any) -> bytes:
         left = context.time_remaining()
@@ -83,10 +92,11 @@ class Echo:
     def handlers(self) -> grpc.GenericRpcHandler:
         kinds = {
             "Count": grpc.unary_stream_rpc_method_handler,
+            "Flood": grpc.unary_stream_rpc_method_handler,
             "Join": grpc.stream_unary_rpc_method_handler,
             "Talk": grpc.stream_stream_rpc_method_handler,
         }
-        names = ("Unary", "Count", "Join", "Talk", "Refuse", "Coded", "Fail", "Hang", "Left", "Told")
+        names = ("Unary", "Count", "Join", "Talk", "Refuse", "Coded", "Fail", "Hang", "Flood", "Left", "Told")
         return grpc.method_handlers_generic_handler(
             "test.Echo",
             {name: kinds.get(name, grpc.unary_unary_rpc_method_handler)(getattr(self, name)) for name in names},
@@ -241,6 +251,16 @@ class ServerSuite:
                 served.future("Hang", timeout=0.1).result()
             assert failed.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
             assert served.echo.cancelled.wait(SECONDS)
+
+    def test_who_writes_to_nobody_is_told(self) -> None:
+        """A message that cannot be sent any more ends the method that sends it, and no other call."""
+        with self.serving() as served:
+            call = served.channel.unary_stream("/test.Echo/Flood")(b"")
+            assert next(call) == bytes(1000)
+            call.cancel()
+            assert served.echo.cancelled.wait(SECONDS)
+            assert isinstance(served.echo.ended, asyncio.CancelledError | grpc.aio.InternalError)
+            assert served.unary("Unary", b"a") == b"<a>"
 
     def test_a_stop_lets_calls_end(self) -> None:
         """Within the time that it is given, what runs is answered; what comes then is not taken."""
