@@ -44,12 +44,13 @@ def main() -> None:
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # ends the servers too
     where = report.machine()
-    lines = measured(rows, arguments.rounds, arguments.seconds)
-    found = table.findings(lines)
+    beside: list[findings.Finding] = []
     for name, script in SCRIPTS.items():
         if any(text in name for text in only):
             print(f"{name} ...", file=sys.stderr)
-            found += script.findings(arguments.rounds, arguments.seconds)
+            beside += script.findings(arguments.rounds, arguments.seconds)
+    lines = measured(rows, arguments.rounds, arguments.seconds)
+    found = table.findings(lines) + beside
 
     figures = [report.figures(lines, row) for row in rows]
     run = f"{arguments.rounds} rounds of {arguments.seconds} s a row"

@@ -21,7 +21,7 @@ IN_PROCESS = ("manifest", "network", "weights", "numbered", "blob", "answers", "
 """What is read without a library that may loop or crash."""
 
 SHORT = settings(
-    max_examples=25,
+    max_examples=12,
     deadline=None,
     database=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],

@@ -59,7 +59,7 @@ requests = st.builds(
 )
 
 
-@settings(max_examples=100)
+@settings(max_examples=60)
 @given(st.lists(requests, min_size=1, max_size=4))
 def test_no_request_breaks_anything(asked: list[pb.ModelInferRequest]) -> None:
     """Each is answered or refused with a reason, and a sequence beside it never notices."""

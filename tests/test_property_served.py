@@ -47,7 +47,7 @@ def layers(draw: st.DrawFn) -> tuple[dict[str, Any], list[np.ndarray], np.random
     return {"class_name": kind, "config": config}, weights, rng
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(layer=layers(), batch=st.integers(1, 4), lengths=st.lists(st.integers(1, 6), min_size=1, max_size=4))
 def test_a_session_is_the_stateful_layer(
     client: rnnserve.Client,

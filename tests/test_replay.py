@@ -224,7 +224,7 @@ async def test_chunks_that_were_run_together_lose_their_start_together(house):
     assert (window.nbytes, window._thinned_bytes) == (0, 0)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.data())
 async def test_a_window_is_the_last_answers(data):
     """Whoever is stepped with whom, and whatever is asked again: the window holds each session's last chunks, as many
