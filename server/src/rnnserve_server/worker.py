@@ -4,8 +4,8 @@ Everything but the run itself happens on the event loop's thread, so sessions, a
 happens on the model's own thread, where onnxruntime and NumPy let go of the interpreter; but handing it over and back
 costs more than a small run, so one that is known to be small is done where it is.
 
-Where an answer waits for a store, the next ticks run while one is stored: see `behind`. Only when that is done is a
-chunk committed in memory and answered, so that nobody ever sees more than is stored.
+Where an answer waits for another process to store it, the next ticks run meanwhile: see `behind`. Only when that is
+done is a chunk committed in memory and answered, so that nobody ever sees more than is stored.
 """
 
 from __future__ import annotations
@@ -197,6 +197,8 @@ class Worker:
                     self._watched.ended_at = self._clock()
                     self._observer.ticked(self._watched)
                 self._on_progress()
+                if self._storing is not None and self._keeper is not None and self._keeper.store.embedded:
+                    await asyncio.wait([self._storing])  # what comes meanwhile is one tick, and one commit
                 if len(self):  # small runs one after the other must not keep the loop from reading and writing
                     await asyncio.sleep(0)
         finally:

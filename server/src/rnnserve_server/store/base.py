@@ -292,6 +292,8 @@ class Store(ABC):
     """What it is called in settings, logs and metrics."""
     shared: bool
     """Whether other processes can take sessions from it."""
+    embedded: bool = False
+    """Whether a commit is work of this process rather than a wait for another one: then fewer and larger ones pay."""
 
     @abstractmethod
     async def create(self, records: Sequence[Record]) -> list[bool]:

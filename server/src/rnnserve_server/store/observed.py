@@ -35,6 +35,7 @@ class ObservedStore(Store):
     ) -> None:
         self.name = store.name
         self.shared = store.shared
+        self.embedded = store.embedded
         self.seconds: dict[str, Tally] = {}
         self.errors: Counter[str] = Counter()
         self._store = store

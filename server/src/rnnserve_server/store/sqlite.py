@@ -111,6 +111,7 @@ class SqliteStore(Store):
 
     name = "sqlite"
     shared = True
+    embedded = True
 
     def __init__(self, path: Path, *, synchronous: Literal["full", "normal"], remember: float, patience: float) -> None:
         self._path = path
