@@ -141,7 +141,7 @@ async def test_chunks_under_way_at_sigterm_are_answered_or_not_applied(
     models: Path, store: str, tmp_path: Path
 ) -> None:
     """A client that goes on sending while its server drains finds every answered chunk stored, and the rest not."""
-    xs = chunks(400, longest=3)
+    xs = chunks(1200, longest=3)
     starts, expected = first_steps(xs), oracle(xs)
     with killable(models, store, tmp_path, drain_seconds=3.0) as server:
         got: list[np.ndarray] = []
