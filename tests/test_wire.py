@@ -68,7 +68,10 @@ def test_files_and_sockets_are_watched():
                 heard += await reader.readline()
             writer.write(bytes(1 << 20) + b"\n")
             assert len(await reader.readline()) == (1 << 20) + 1
+            writer.write_eof()
+            assert await reader.read() == b""  # the other end is closed too
             writer.close()
+            await writer.wait_closed()
             return heard
 
     assert run(main()) == b"".join(b"LINE %d\n" % number for number in range(100))

@@ -259,7 +259,7 @@ class ServerSuite:
             assert next(call) == bytes(1000)
             call.cancel()
             assert served.echo.cancelled.wait(SECONDS)
-            assert isinstance(served.echo.ended, asyncio.CancelledError | grpc.aio.InternalError)
+            assert isinstance(served.echo.ended, asyncio.CancelledError | grpc.aio.InternalError), served.echo.ended
             assert served.unary("Unary", b"a") == b"<a>"
 
     def test_a_stop_lets_calls_end(self) -> None:

@@ -13,13 +13,13 @@ from typing import Any
 import grpc
 import structlog
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
 
 from rnnserve.v1 import inference_pb2, inference_pb2_grpc, model_pb2, model_pb2_grpc, session_pb2, session_pb2_grpc
 from rnnserve_server.access.access import Access, Defaults
 from rnnserve_server.access.tls import server_credentials
 from rnnserve_server.api.guard import Guard, Sieve
+from rnnserve_server.api.health import HealthServicer
 from rnnserve_server.api.inference import InferenceServicer
 from rnnserve_server.api.models import ModelServicer
 from rnnserve_server.api.oip import service_pb2, service_pb2_grpc
@@ -27,6 +27,7 @@ from rnnserve_server.api.oip.service import OpenInferenceServicer
 from rnnserve_server.api.sessions import SessionServicer
 from rnnserve_server.config import Settings
 from rnnserve_server.core import Core
+from rnnserve_server.ending import end
 from rnnserve_server.errors import StoreDown
 from rnnserve_server.limits import grpc_options
 from rnnserve_server.owners import Owners
@@ -135,8 +136,7 @@ class Server:
         self._chores = [asyncio.create_task(self._sweep())]
         if self.settings.store and self.settings.durability == "interval":
             self._chores.append(asyncio.create_task(self._save()))
-        for service in ("", *self._services):
-            await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
+        self._health.serving("", *self._services)
         watched = {"metrics": f"{self._watch.host}:{self.metrics_port}"} if self.metrics_port else {}
         log.info(
             "serving", address=f"{self.settings.host}:{self.port}", models=len(list(self.core.repository)), **watched
@@ -148,13 +148,11 @@ class Server:
         """
         until = asyncio.get_running_loop().time() + self.settings.drain_seconds
         log.info("draining", seconds=self.settings.drain_seconds, sessions=len(self.core.sessions))
-        for chore in self._chores:
-            chore.cancel()
-        await asyncio.gather(*self._chores, return_exceptions=True)  # none may still write when the store is closed
+        await end(self._chores)  # none may still write when the store is closed
         with suppress(StoreDown):  # it is tried again
             await self.core.save_all()  # whoever is sent elsewhere now finds there what was done here
         self.core.draining.set()
-        await self._health.enter_graceful_shutdown()
+        self._health.ending()
         if self._server is not None:
             await self._server.stop(self.settings.drain_seconds)
         stored = await self._hand_over(until)

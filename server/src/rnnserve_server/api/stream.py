@@ -23,6 +23,7 @@ from rnnserve_server.api.watch import Lanes, LaneWatch, Reason
 from rnnserve_server.blocks import Answers, Failure, Sessions
 from rnnserve_server.column import span
 from rnnserve_server.core import Core
+from rnnserve_server.ending import end
 from rnnserve_server.errors import (
     Draining,
     InvalidInput,
@@ -172,7 +173,7 @@ class LaneStream:
                 closings = self._closings
                 until = leaving = self._loop.time() + _LEAVING_SECONDS
             self._heard_out = self._loop.time() >= until
-        reader.cancel()
+        await end([reader])
 
     async def _receive(self, request: pb.StreamRequest) -> None:
         if request.opens:

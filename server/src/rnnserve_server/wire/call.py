@@ -19,7 +19,7 @@ Parse = Callable[[bytes], Any]
 Metadata = tuple[tuple[str, str | bytes], ...]
 
 
-class Gone(Exception):
+class Gone(grpc.aio.InternalError):
     """The client is not there any more."""
 
 

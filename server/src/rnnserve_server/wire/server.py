@@ -13,6 +13,7 @@ import grpc
 import structlog
 from grpc._cython import cygrpc
 
+from rnnserve_server.ending import end
 from rnnserve_server.wire.call import Call, Gone, Metadata
 from rnnserve_server.wire.loop import CompletionLoop
 
@@ -90,8 +91,7 @@ class CompletionServer(grpc.aio.Server):
         if not self._stopped.done():
             self._server.cancel_all_calls()
         await asyncio.shield(self._stopped)
-        if self._tasks:  # their calls are over, they are about to notice
-            await asyncio.wait(list(self._tasks))
+        await end(self._tasks, told=True)  # their calls are over
 
     async def wait_for_termination(self, timeout: float | None = None) -> bool:  # noqa: ASYNC109
         """Not of use here: whoever serves waits for a signal."""

@@ -14,6 +14,7 @@ from rnnserve_server.api.oip import service_pb2 as pb
 from rnnserve_server.api.oip.infer import Inference
 from rnnserve_server.api.oip.pending import Pending
 from rnnserve_server.core import Core
+from rnnserve_server.ending import end
 from rnnserve_server.errors import Draining, ServiceError
 
 _QUIET_SECONDS = 0.1  # a stream that says nothing for so long while the server drains has said all
@@ -125,7 +126,7 @@ class InferStream:
         while heard != self._received or self._sent:
             heard = self._received
             await asyncio.sleep(_QUIET_SECONDS)
-        reader.cancel()
+        await end([reader])
 
 
 def _failed(request: pb.ModelInferRequest, error: ServiceError) -> pb.ModelStreamInferResponse:
