@@ -19,7 +19,7 @@ from rnnserve.v1 import inference_pb2, inference_pb2_grpc, model_pb2, model_pb2_
 from rnnserve_server.access.access import Access, Defaults
 from rnnserve_server.access.tls import server_credentials
 from rnnserve_server.api.guard import Guard, Sieve
-from rnnserve_server.api.health import HealthServicer
+from rnnserve_server.api.health import Health
 from rnnserve_server.api.inference import InferenceServicer
 from rnnserve_server.api.models import ModelServicer
 from rnnserve_server.api.oip import service_pb2, service_pb2_grpc
@@ -96,7 +96,7 @@ class Server:
         self.port = 0
         self._services = (*SERVICES, OIP_SERVICE) if settings.oip else SERVICES
         self.metrics_port = 0
-        self._health = HealthServicer()
+        self._health = Health()
         self._server: grpc.aio.Server | None = None
         self._chores: list[asyncio.Task[None]] = []
 

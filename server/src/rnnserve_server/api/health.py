@@ -6,7 +6,7 @@ import asyncio
 from typing import Any
 
 import grpc
-from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -15,7 +15,7 @@ NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 _UNKNOWN = health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
 
 
-class HealthServicer(health_pb2_grpc.HealthServicer):
+class Health:
     """``grpc.health.v1.Health``, as its protocol file says.
 
     The servicer of grpcio-health-checking holds a lock while it writes to a watcher, and changes no status without it:
