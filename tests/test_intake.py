@@ -48,8 +48,7 @@ class House:
             self.worker.take_in(each, signature(each.inputs, each.mask))
 
     async def idle(self):
-        while not self.worker.idle:
-            await self.worker._task
+        await self.worker.settle()
 
 
 @pytest.fixture

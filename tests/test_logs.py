@@ -55,10 +55,10 @@ def test_a_bug_in_a_frame_is_logged_with_its_sessions(monkeypatch):
     with running_server() as server, rnnserve.Client(server.address, retry_for=0.0) as client:
         session = client.session("lstm-4", session_id="mine")
 
-        def broken(frame):
+        def broken(frame, key):
             raise ZeroDivisionError
 
-        monkeypatch.setattr(server.server.core, "submit_frame", broken)
+        monkeypatch.setattr(server.server.core, "take_in", broken)
         with capture_logs(processors=[structlog.contextvars.merge_contextvars]) as lines, pytest.raises(ServerError):
             session.step(np.zeros(session.model.inputs[0].shape, np.float32))
     (line,) = [line for line in lines if line["event"] == "request failed"]

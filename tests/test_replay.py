@@ -49,8 +49,7 @@ class House:
         return sink
 
     async def idle(self):
-        while not self.worker.idle:
-            await self.worker._task
+        await self.worker.settle()
 
 
 @pytest.fixture

@@ -390,8 +390,7 @@ async def test_chunks_that_ran_together_are_taken_back_one_by_one(data):
             for slot in chosen:
                 sums[slot, ends[slot] + steps] = sums[slot, ends[slot]] + steps * value
                 ends[slot] += steps
-        while not worker.idle:
-            await worker._task
+        await worker.settle()
     for slot in slots.tolist():
         places = group.window.of(group, slot)
         assert len(places) == min(replies, len([at for each, at in sums if each == slot]) - 1)

@@ -37,7 +37,16 @@ from rnnserve_server.errors import (
 )
 from rnnserve_server.intake import Frame
 from rnnserve_server.keeper import Keeper, session_bytes
-from rnnserve_server.layout import answer_bytes, check_call, check_states, faults, signature, timesteps, to_call
+from rnnserve_server.layout import (
+    Signature,
+    answer_bytes,
+    check_call,
+    check_states,
+    faults,
+    signature,
+    timesteps,
+    to_call,
+)
 from rnnserve_server.meter import Meter
 from rnnserve_server.observer import Observer
 from rnnserve_server.process import inline_seconds
@@ -49,7 +58,7 @@ from rnnserve_server.sessions import Group, Session, SessionTable
 from rnnserve_server.store import open_store
 from rnnserve_server.store.base import Head
 from rnnserve_server.store.observed import ObservedStore
-from rnnserve_server.worker import Worker
+from rnnserve_server.worker import Soon, Worker
 
 if TYPE_CHECKING:
     from rnnserve_server.tracing import Tracing
@@ -87,6 +96,7 @@ class Core:
         wall_clock: Callable[[], float] = time.time,
         observer: Observer | None = None,
         tracing: Tracing | None = None,
+        soon: Soon | None = None,
     ) -> None:
         self.settings = settings
         self.repository = repository
@@ -108,6 +118,7 @@ class Core:
         self.deployer = Deployer(settings, repository)
         self.watches: set[Watch] = set()
         self.meter = Meter() if settings.oip else None
+        self._soon = soon
         self._workers: dict[tuple[str, str, str], Worker] = {}
         self._room = asyncio.Event()
 
@@ -401,20 +412,42 @@ class Core:
             ServiceError: the inputs or the mask do not fit; nothing was queued.
         """
         group = frame.sessions.group
-        key = signature(frame.inputs, frame.mask)
+        key, nbytes = self.fit(group, len(frame.tags), frame.inputs, frame.mask)
+        self.take_in(frame, key)
+        return nbytes
+
+    def fit(self, group: Group, chunks: int, inputs: Arrays, mask: Array | None) -> tuple[Signature, int]:
+        """Checks that N chunks fit sessions of a group. Whether they do depends on N and their signature alone.
+
+        Args:
+            group: the sessions' group.
+            chunks: N.
+            inputs: as `Frame` has them.
+            mask: as `Frame` has it.
+
+        Returns:
+            The signature; and bytes of the answers, if all chunks succeed.
+
+        Raises:
+            ServiceError: the inputs or the mask do not fit.
+        """
+        key = signature(inputs, mask)
         nbytes = group.fitting.get(key)
         if nbytes is None:
-            _check_mask(group.model, frame.mask)
-            check_call(group.model.engine, group.options, frame.inputs, frame.mask, batch_size=group.batch_size)
-            steps = timesteps(group.options, frame.inputs)
+            _check_mask(group.model, mask)
+            check_call(group.model.engine, group.options, inputs, mask, batch_size=group.batch_size)
+            steps = timesteps(group.options, inputs)
             if len(group.fitting) >= _MAX_SIGNATURES:
                 group.fitting.clear()
             nbytes = group.fitting[key] = self._check_steps(group.model, group.options, group.batch_size, steps)
-        nbytes *= len(frame.tags)
+        nbytes *= chunks
         if nbytes > self.settings.max_answer_bytes:
             raise TooLarge("bytes of the answers to a frame", self.settings.max_answer_bytes, nbytes)
-        self.worker(group.model).take_in(frame, key)
-        return nbytes
+        return key, nbytes
+
+    def take_in(self, frame: Frame, key: Signature) -> None:
+        """Queues a frame of chunks that `fit` found to fit, as `submit_frame` does."""
+        self.worker(frame.sessions.group.model).take_in(frame, key)
 
     def submit_call(
         self,
@@ -493,6 +526,7 @@ class Core:
                 keeper=self.keeper,
                 meter=self.meter,
                 observer=self.observer,
+                soon=self._soon,
             )
         return self._workers[key]
 
@@ -510,7 +544,7 @@ class Core:
     @property
     def queued_bytes(self) -> int:
         """Bytes of input that wait or run, of all models."""
-        return sum(worker.queued_bytes for worker in self._workers.values())
+        return sum([worker.queued_bytes for worker in self._workers.values()])
 
     @property
     def has_room(self) -> bool:

@@ -20,7 +20,7 @@ from rnnserve_server.access.access import Access, Defaults
 from rnnserve_server.access.tls import server_credentials
 from rnnserve_server.api.guard import Guard, Sieve
 from rnnserve_server.api.health import Health
-from rnnserve_server.api.inference import InferenceServicer
+from rnnserve_server.api.inference import InferenceServicer, streams_of_bytes
 from rnnserve_server.api.models import ModelServicer
 from rnnserve_server.api.oip import service_pb2, service_pb2_grpc
 from rnnserve_server.api.oip.service import OpenInferenceServicer
@@ -34,7 +34,7 @@ from rnnserve_server.owners import Owners
 from rnnserve_server.process import Ebb
 from rnnserve_server.repository import Repository
 from rnnserve_server.watch import Watch, add_channelz
-from rnnserve_server.wire.loop import CompletionLoop
+from rnnserve_server.wire.loop import CompletionLoop, at_turns_end
 from rnnserve_server.wire.server import CompletionServer
 
 log = structlog.get_logger(__name__)
@@ -83,6 +83,7 @@ class Server:
             repository or Repository.load(settings.models, engine=settings.engine, threads=settings.engine_threads),
             observer=self._watch.observer,
             tracing=self._watch.tracing,
+            soon=at_turns_end,
         )
         if settings.principals is not None:
             access = Access(
@@ -112,7 +113,9 @@ class Server:
         listed: Any = _Unregistered(server)
         model_pb2_grpc.add_ModelServiceServicer_to_server(ModelServicer(self.core), listed)
         session_pb2_grpc.add_SessionServiceServicer_to_server(SessionServicer(self.core), listed)
-        inference_pb2_grpc.add_InferenceServiceServicer_to_server(InferenceServicer(self.core), listed)
+        inference = InferenceServicer(self.core)
+        server.add_generic_rpc_handlers([streams_of_bytes(inference)])  # first, so that it is this one that is found
+        inference_pb2_grpc.add_InferenceServiceServicer_to_server(inference, listed)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         if self.settings.oip:
             servicer = OpenInferenceServicer(self.core)

@@ -37,6 +37,7 @@ class Arena:
         self.capacity = 0
         self._specs = tuple(states)
         self._states = {spec.name: Column((batch_size, *spec.shape), spec.dtype) for spec in states}
+        self._shapes = [(spec.name, self._states[spec.name], spec.shape) for spec in states]
         self._used = Column((), np.bool_)
         self._lowest = 0  # no slot below it is free
         fitting = max(64, _PAGE_BYTES // max(1, self.session_bytes))
@@ -87,17 +88,18 @@ class Arena:
 
     def gather(self, slots: Index) -> Arrays:
         """Copies the states of N slots: each [N * batch_size, *shape]."""
-        found = {}
-        for name, column in self._states.items():
+        found, batch_size = {}, self.batch_size
+        for name, column, shape in self._shapes:
             states = column.array[slots].copy() if isinstance(slots, slice) else column.array.take(slots, axis=0)
-            found[name] = states.reshape(len(states) * self.batch_size, *states.shape[2:])
+            found[name] = states.reshape(len(states) * batch_size, *shape)
         return found
 
     def scatter(self, slots: Index, states: Mapping[str, Array]) -> None:
         """Writes the states of N distinct slots: each [N * batch_size, *shape]."""
-        for name, column in self._states.items():
+        batch_size = self.batch_size
+        for name, column, shape in self._shapes:
             state = states[name]
-            column.array[slots] = state.reshape(len(state) // self.batch_size, self.batch_size, *state.shape[1:])
+            column.array[slots] = state.reshape(len(state) // batch_size, batch_size, *shape)
 
     def trim(self) -> bool:
         """Gives memory that holds no session's states back to the system, a bounded amount at a time.

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
+from typing import NamedTuple
 
 import numpy as np
 import structlog
@@ -22,7 +23,7 @@ import structlog
 from rnnserve_models.engine.base import Array, Arrays, Engine, EngineError
 from rnnserve_models.load import LoadedModel
 from rnnserve_server.behind import Behind, Chain, Ran
-from rnnserve_server.blocks import Barrier, Block, Failure
+from rnnserve_server.blocks import Barrier, Block, Failure, Sink
 from rnnserve_server.errors import (
     Cancelled,
     DeadlinePassed,
@@ -50,8 +51,25 @@ log = structlog.get_logger(__name__)
 Batch = tuple[Arrays, Array, Arrays]
 """The arguments of `Engine.run`: inputs {name: [T, R, ...]}, lengths [R], states {name: [R, ...]}."""
 
+Soon = Callable[[Callable[[], object]], object]
+"""Has a function called on the event loop when what has come so far was taken in, in nobody's context."""
+
 Shown = list[tuple[Block, Arrays, Arrays]]
 """The blocks that a finished one was made of, and the outputs and states of each, as `Answers` has them."""
+
+
+class _Ready(NamedTuple):
+    """A tick that can be run.
+
+    Attributes:
+        tick: what is left of it.
+        batch: the arguments of the engine; None: it need not be asked.
+        began_at: when it was ready, if anybody wants to know.
+    """
+
+    tick: Tick
+    batch: Batch | None
+    began_at: float
 
 
 class Worker:
@@ -67,6 +85,7 @@ class Worker:
         keeper: what keeps the sessions in a store, if there is one.
         meter: who is told of each run, if anybody is.
         observer: who is told of each tick, if anybody is.
+        soon: what has it tick when there is work; None: the event loop's next turn.
 
     Attributes:
         model: what it runs.
@@ -85,6 +104,7 @@ class Worker:
         keeper: Keeper | None = None,
         meter: Meter | None = None,
         observer: Observer | None = None,
+        soon: Soon | None = None,
     ) -> None:
         self.model = model
         self.replayed = 0
@@ -103,7 +123,10 @@ class Worker:
         self._watched: Ticked | None = None  # the tick that runs, if anybody watches
         self._expected: dict[tuple[int, int], float] = {}  # seconds of a run, by the magnitudes of its rows and steps
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
-        self._task: asyncio.Task[None] | None = None
+        self._context = contextvars.Context()  # what it logs and traces is not of the call that happened to wake it
+        self._soon = soon or self._next_turn
+        self._due = False  # it is about to tick
+        self._task: asyncio.Task[None] | None = None  # what ticks, where that has to wait
         self._behind = Behind()
         self._storing: asyncio.Task[None] | None = None
 
@@ -119,7 +142,7 @@ class Worker:
     @property
     def idle(self) -> bool:
         """Whether nothing is queued."""
-        return self._task is None and self._storing is None
+        return not self._due and self._task is None and self._storing is None
 
     def take_in(self, frame: Frame, signature: Signature) -> None:
         """Queues a frame. Called on the event loop's thread; frames of one turn of the loop are joined."""
@@ -160,14 +183,20 @@ class Worker:
                 barrier.held = False
 
     def _wake(self) -> None:
-        if self._task is None:
-            # In a context of its own: what it logs and traces is not of the call that happened to wake it.
-            self._task = asyncio.get_running_loop().create_task(self._loop(), context=contextvars.Context())
+        if self._task is None and not self._due:
+            self._due = True
+            self._soon(self._turn)
+
+    def _next_turn(self, callback: Callable[[], object]) -> None:
+        asyncio.get_running_loop().call_soon(callback, context=self._context)
 
     async def settle(self) -> None:
         """Waits for what is queued."""
-        while task := self._task or self._storing:
-            await task
+        while not self.idle:
+            if task := self._task or self._storing:
+                await task
+            else:
+                await asyncio.sleep(0)
 
     async def close(self) -> None:
         """Waits for what is queued, and ends the model's thread."""
@@ -178,31 +207,79 @@ class Worker:
         """Ends the model's thread, which must be idle."""
         self._thread.shutdown()
 
-    async def _loop(self) -> None:
-        """Ticks for as long as something is ready."""
+    def _turn(self) -> None:
+        """Ticks once, here and now if nothing has to be waited for; else a task does, as long as something is ready."""
+        self._due = False
+        tick = self._next_tick()
+        if tick is None:
+            return
+        if self._keeper is not None:
+            self._task = asyncio.get_running_loop().create_task(self._loop(tick), context=contextvars.Context())
+            return
+        self._begins()
+        sinks = _sinks(tick.blocks)
         try:
-            while tick := self._next_tick():
-                sinks = {sink for block in tick.blocks for sink, _ in block.sinks}
-                if self._observer is not None:
-                    self._watched = Ticked(self.model, self._clock())
+            ready = self._ready(tick)
+            if not self._is_short(ready):
+                loop = asyncio.get_running_loop()
+                self._task = loop.create_task(self._loop(tick, ready, sinks), context=contextvars.Context())
+                return
+            self._ran(ready, None if ready.batch is None else self._compute(ready.batch))
+        except Exception:
+            self._failed(tick)
+        self._ends(sinks)
+        if len(self):  # small runs one after the other must not keep the loop from reading and writing
+            self._due = True
+            self._next_turn(self._turn)
+
+    async def _loop(self, tick: Tick | None, ready: _Ready | None = None, sinks: Collection[Sink] = ()) -> None:
+        """Ticks for as long as something is ready, beginning with a tick that may be ready too."""
+        try:
+            while tick is not None:
+                if ready is None:
+                    self._begins()
+                    sinks = _sinks(tick.blocks)
                 try:
-                    await self._tick(tick)
-                except Exception:  # a bug; no one is left waiting for it
-                    log.exception("tick failed", **self._facts(tick.blocks))
-                    for block in filter(self._scheduler.holds, tick.blocks):
-                        self._drop(block, _internal())
-                for sink in sinks:
-                    sink.flush()
-                if self._observer is not None and self._watched is not None:
-                    self._watched.ended_at = self._clock()
-                    self._observer.ticked(self._watched)
-                self._on_progress()
+                    if ready is None:
+                        if self._keeper is not None:
+                            await self._verify(tick.blocks, self._keeper)
+                        ready = self._ready(tick)
+                    if ready.batch is None or self._is_short(ready):
+                        result = None if ready.batch is None else self._compute(ready.batch)
+                    else:
+                        run_in_thread = asyncio.get_running_loop().run_in_executor
+                        result = await run_in_thread(self._thread, self._compute, ready.batch)
+                    self._ran(ready, result)
+                except Exception:
+                    self._failed(tick)
+                self._ends(sinks)
                 if self._storing is not None and self._keeper is not None and self._keeper.store.embedded:
                     await asyncio.wait([self._storing])  # what comes meanwhile is one tick, and one commit
-                if len(self):  # small runs one after the other must not keep the loop from reading and writing
+                if len(self):  # as in `_turn`
                     await asyncio.sleep(0)
+                tick, ready = self._next_tick(), None
         finally:
             self._task = None
+
+    def _begins(self) -> None:
+        """A tick begins."""
+        if self._observer is not None:
+            self._watched = Ticked(self.model, self._clock())
+
+    def _failed(self, tick: Tick) -> None:
+        """A tick has met a bug: no one is left waiting for it."""
+        log.exception("tick failed", **self._facts(tick.blocks))
+        for block in filter(self._scheduler.holds, tick.blocks):
+            self._drop(block, _internal())
+
+    def _ends(self, sinks: Collection[Sink]) -> None:
+        """A tick is over."""
+        for sink in sinks:
+            sink.flush()
+        if self._observer is not None and self._watched is not None:
+            self._watched.ended_at = self._clock()
+            self._observer.ticked(self._watched)
+        self._on_progress()
 
     def _next_tick(self) -> Tick | None:
         self.line_up()
@@ -238,37 +315,38 @@ class Worker:
                 with suppress(StoreDown):
                     await keeper.verify([group.ids[slot] for slot in slots[ahead].tolist()])
 
-    async def _tick(self, tick: Tick) -> None:
-        if self._keeper is not None:
-            await self._verify(tick.blocks, self._keeper)
+    def _ready(self, tick: Tick) -> _Ready:
+        """Begins the blocks of a tick that have not begun, and puts together what the engine is to run."""
         tick.blocks[:] = [begun for block in tick.blocks if (begun := self._begin(block))]
         if len(tick.blocks) == 1 and not tick.blocks[0].done:
-            self._scheduler.absorb(tick.blocks[0], lambda block: not self._gone(block))
-            if tick.blocks[0].rounds:
-                tick = Tick(tick.blocks, tick.blocks[0].steps)
+            block = tick.blocks[0]
+            self._scheduler.absorb(block, lambda block: not self._gone(block))
+            if block.rounds:
+                tick = Tick(tick.blocks, block.steps)
                 if self._resetting:
-                    self._plan_resets(tick.blocks[0])
+                    self._plan_resets(block)
         if self._resetting:
             tick = self._cut(tick)
+        if not (tick.steps and tick.blocks):
+            return _Ready(tick, None, 0.0)
         watched = self._watched
-        if tick.steps and tick.blocks:
-            started = 0.0 if self._meter is None and watched is None else self._clock()
-            if watched is not None:
-                watched.runs(tick.blocks, tick.steps, started)
-            try:
-                batch = _assemble(tick)
-                if len(batch[1]):
-                    outputs, states = await self._run(batch, tick.steps)
-                else:  # the rows that had steps left were dropped, and no engine need compute nothing
-                    outputs, states = _nothing(self._engine, tick.steps), batch[2]
-            except EngineError as error:
-                self._engine_failed(tick.blocks, error)
-                return
+        began_at = 0.0 if self._meter is None and watched is None else self._clock()
+        if watched is not None:
+            watched.runs(tick.blocks, tick.steps, began_at)
+        return _Ready(tick, _assemble(tick), began_at)
+
+    def _ran(self, ready: _Ready, result: tuple[Arrays, Arrays] | EngineError | None) -> None:
+        """Goes on with a tick when the engine has run it: commits and answers the blocks that are done."""
+        tick, watched = ready.tick, self._watched
+        if isinstance(result, EngineError):
+            self._engine_failed(tick.blocks, result)
+            return
+        if result is not None:
             if self._meter is not None:
-                self._meter.ran(self.model, tick.blocks, started, self._clock())
+                self._meter.ran(self.model, tick.blocks, ready.began_at, self._clock())
             if watched is not None:
                 watched.ran_at = self._clock()
-            _advance(tick, outputs, states)
+            _advance(tick, *result)
             if self._resetting:
                 self._reset(tick.blocks)
         finished = []
@@ -378,21 +456,28 @@ class Worker:
                 await keeper.lose(group, slots[lost])
         return kept
 
-    async def _run(self, batch: Batch, steps: int) -> tuple[Arrays, Arrays]:
-        magnitude = (len(batch[1]).bit_length(), steps.bit_length())
+    def _is_short(self, ready: _Ready) -> bool:
+        """Whether the run of a tick is expected to take less than to hand it over."""
+        if ready.batch is None:
+            return True
+        expected = self._expected.get((len(ready.batch[1]).bit_length(), ready.tick.steps.bit_length()))
+        return expected is not None and expected < self._inline_seconds
+
+    def _compute(self, batch: Batch) -> tuple[Arrays, Arrays] | EngineError:
+        """Runs the engine, here: what it gave, or why it could not."""
+        inputs, lengths, states = batch
+        steps, rows = len(next(iter(inputs.values()))), len(lengths)
+        if not rows:  # those that had steps left were dropped, and no engine need compute nothing
+            return _nothing(self._engine, steps), states
+        began_at = self._clock()
+        try:
+            result = self._engine.run(inputs, lengths, states)
+        except EngineError as error:
+            return error
+        seconds, magnitude = self._clock() - began_at, (rows.bit_length(), steps.bit_length())
         before = self._expected.get(magnitude)
-        if before is not None and before < self._inline_seconds:
-            result, seconds = self._timed(batch)
-        else:
-            loop = asyncio.get_running_loop()
-            result, seconds = await loop.run_in_executor(self._thread, self._timed, batch)
         self._expected[magnitude] = seconds if before is None else before + 0.2 * (seconds - before)
         return result
-
-    def _timed(self, batch: Batch) -> tuple[tuple[Arrays, Arrays], float]:
-        start = self._clock()
-        result = self._engine.run(*batch)
-        return result, self._clock() - start
 
     def _begin(self, block: Block) -> Block | None:
         """Readies a block for its next slice: what is left of it to run, or None."""
@@ -594,6 +679,13 @@ class Worker:
             else:
                 block.solo = True
                 self._scheduler.requeue(block)
+
+
+def _sinks(blocks: Sequence[Block]) -> Collection[Sink]:
+    """The sinks of blocks, each once."""
+    if len(blocks) == 1 and len(blocks[0].sinks) == 1:
+        return (blocks[0].sinks[0][0],)
+    return {sink for block in blocks for sink, _ in block.sinks}
 
 
 def _internal() -> InternalError:

@@ -15,6 +15,9 @@ class Axes:
 
     ``leading`` is ("time", "batch") for inputs and outputs, ("batch",) for states and for tensors without time. What
     can be known beforehand is worked out once: a run of a small graph takes microseconds.
+
+    Attributes:
+        same: the graph has the engine's axes.
     """
 
     def __init__(self, name: str, axes: Sequence[Axis], *leading: str) -> None:
@@ -26,6 +29,7 @@ class Axes:
         self._order = tuple(order) if moved else None
         self._inverse = tuple(int(axis) for axis in np.argsort(order)) if moved else None
         self._squeezed = tuple(index for index, axis in enumerate(axes) if axis == "squeeze")
+        self.same = not (moved or self._squeezed)
         self._insert = tuple(None if axis == "squeeze" else slice(None) for axis in axes)
         self._remove = tuple(0 if axis == "squeeze" else slice(None) for axis in axes)
 
@@ -35,14 +39,14 @@ class Axes:
             x = x.transpose(self._order)
         return x[self._insert] if self._squeezed else x
 
-    def from_graph(self, y: Array, *shape: int) -> Array:
+    def from_graph(self, y: Array, shape: tuple[int, ...]) -> Array:
         """The graph's axes to [*leading, *features], which must be of that shape.
 
         Raises:
             EngineError: it is of another.
         """
         came = y.shape
-        if came == shape and not self._squeezed and self._inverse is None:
+        if came == shape and self.same:
             return y
         if y.ndim == len(self._axes) and all(came[index] == 1 for index in self._squeezed):
             if self._squeezed:

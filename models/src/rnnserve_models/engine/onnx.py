@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import onnxruntime as ort
@@ -81,13 +82,16 @@ class OnnxEngine(Engine):
         self._lengths_dtype = next(
             (_DTYPES[node.type] for node in self._session.get_inputs() if node.name == spec.lengths), "int32"
         )
+        # The wrapper's `run` checks again what `_check_graph` has, and would fall back to other providers: that takes
+        # as long as a small graph.
+        self._run_graph = getattr(self._session, "_sess", self._session).run
         self._fetches = [tensor.tensor or tensor.name for tensor in spec.outputs]
         self._fetches += [state.output for state in spec.states]
-        self._input_axes = [(t, Axes(t.name, t.axes, *_leading(t))) for t in spec.inputs]
-        self._output_axes = [(t, Axes(t.name, t.axes, *_leading(t))) for t in spec.outputs]
+        self._fed = [_Tensor(t.name, t.tensor or t.name, _axes(t), t.has_time, t.shape) for t in spec.inputs]
+        self._given = [_Tensor(t.name, t.tensor or t.name, _axes(t), t.has_time, t.shape) for t in spec.outputs]
         self._carried = [state.name for state in spec.states]
         self._carried += [each.tensor for each in spec.controls if each.kind in ("start", "corrid")]
-        self._state_axes = [(state, Axes(state.name, state.axes, "batch")) for state in spec.states]
+        self._states = [_Tensor(t.name, t.input, Axes(t.name, t.axes, "batch"), False, t.shape) for t in spec.states]
         self._contexts = [tensor for tensor in spec.inputs if tensor.context]
         self._controls = [Control(control) for control in spec.controls]
         self.bit_identical = spec.bit_identical
@@ -109,11 +113,15 @@ class OnnxEngine(Engine):
         for control in self._controls:
             self.inputs += control.inputs
             self.states += control.states(len(self.states))
+        # Whatever the batch, it takes one run of the graph and nothing else.
+        self._plain = spec.lengths is not None and spec.rows is None and not (self._stepwise or self._contexts)
 
     def run(self, inputs: Mapping[str, Array], lengths: Array, states: Mapping[str, Array]) -> tuple[Arrays, Arrays]:
         """See `Engine.run`."""
         if not len(lengths):  # at no row at all, onnxruntime's LSTM and GRU end the process
             raise EngineError("there is no row to compute")
+        if self._plain:
+            return self._run_once(inputs, lengths, states)
         inputs, contexts = self._with_contexts(inputs, lengths, states)
         steps = len(next(iter(inputs.values())))
         whole = self._spec.lengths is not None or bool((lengths == steps).all())
@@ -205,40 +213,55 @@ class OnnxEngine(Engine):
         self, inputs: Mapping[str, Array], lengths: Array, states: Mapping[str, Array]
     ) -> tuple[Arrays, Arrays]:
         """One run of the graph."""
-        spec = self._spec
-        feeds = dict(self._constants)
-        for tensor, axes in self._input_axes:
-            x = inputs[tensor.name]
-            feeds[tensor.tensor or tensor.name] = axes.to_graph(x if tensor.has_time else x[0])
-        for state, axes in self._state_axes:
-            feeds[state.input] = axes.to_graph(states[state.name])
+        feeds = self._constants.copy()
+        for name, tensor, axes, has_time, _ in self._fed:
+            x = inputs[name] if has_time else inputs[name][0]
+            feeds[tensor] = x if axes.same else axes.to_graph(x)
+        for name, tensor, axes, _, _ in self._states:
+            feeds[tensor] = states[name] if axes.same else axes.to_graph(states[name])
         for control in self._controls:
             control.feed(feeds, inputs, lengths, states)
-        if spec.lengths is not None:
-            feeds[spec.lengths] = lengths.astype(self._lengths_dtype)
+        if self._spec.lengths is not None:
+            feeds[self._spec.lengths] = lengths.astype(self._lengths_dtype)
         try:
-            results = self._session.run(self._fetches, feeds)
+            results = iter(self._run_graph(self._fetches, feeds, None))
         except Exception as error:  # onnxruntime raises a dozen types of its own
             raise EngineError(f"onnxruntime failed: {error}") from error
         steps, rows = next(iter(inputs.values())).shape[:2]
-        outputs = {}
-        for (output, axes), y in zip(self._output_axes, results, strict=False):
-            if output.has_time:
-                outputs[output.name] = axes.from_graph(y, steps, rows, *output.shape)
+        outputs, after = {}, {}
+        for name, _, axes, has_time, shape in self._given:
+            if has_time:
+                outputs[name] = axes.from_graph(next(results), (steps, rows, *shape))
             else:  # it is of the last step
-                y = axes.from_graph(y, rows, *output.shape)
-                outputs[output.name] = y[None] if steps == 1 else np.broadcast_to(y, (steps, *y.shape))
-        after = {
-            state.name: axes.from_graph(y, rows, *state.shape)
-            for (state, axes), y in zip(self._state_axes, results[len(spec.outputs) :], strict=True)
-        }
+                y = axes.from_graph(next(results), (rows, *shape))
+                outputs[name] = y[None] if steps == 1 else np.broadcast_to(y, (steps, *y.shape))
+        for name, _, axes, _, shape in self._states:
+            after[name] = axes.from_graph(next(results), (rows, *shape))
         for control in self._controls:
             control.follow(after, states)
         return outputs, after
 
 
-def _leading(tensor: GraphTensor) -> tuple[str, ...]:
-    return ("time", "batch") if tensor.has_time else ("batch",)
+class _Tensor(NamedTuple):
+    """What is to be known of a tensor in every run.
+
+    Attributes:
+        name: the engine's.
+        tensor: the graph's; of a state, what takes it.
+        axes: between the two.
+        has_time: whether one run has many time steps of it.
+        shape: its features.
+    """
+
+    name: str
+    tensor: str
+    axes: Axes
+    has_time: bool
+    shape: tuple[int, ...]
+
+
+def _axes(tensor: GraphTensor) -> Axes:
+    return Axes(tensor.name, tensor.axes, *(("time", "batch") if tensor.has_time else ("batch",)))
 
 
 def _context_name(tensor: GraphInput) -> str:

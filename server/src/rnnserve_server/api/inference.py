@@ -115,7 +115,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         return pb.RolloutResponse(outputs=encode_named(outputs), inputs=encode_named(inputs))
 
     async def Stream(self, request_iterator: Any, context: Context) -> None:  # type: ignore[override]
-        """See InferenceService.Stream."""
+        """See InferenceService.Stream. Messages are bytes: it is served by `streams_of_bytes`."""
         with bound_contextvars(peer=context.peer()):
             log.debug("stream opened")
             try:
@@ -124,6 +124,14 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
                 await abort(context, error, method="Stream")
             finally:
                 log.debug("stream ended")
+
+
+def streams_of_bytes(servicer: InferenceServicer) -> grpc.GenericRpcHandler:
+    """Serves `Stream` with messages as they are on the wire, which `LaneStream` reads and writes itself."""
+    service = pb.DESCRIPTOR.services_by_name["InferenceService"].full_name
+    return grpc.method_handlers_generic_handler(
+        service, {"Stream": grpc.stream_stream_rpc_method_handler(servicer.Stream)}
+    )
 
 
 def _feedback(message: pb.Feedback) -> Feedback:

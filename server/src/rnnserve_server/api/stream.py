@@ -7,12 +7,13 @@ from collections import Counter
 from collections.abc import AsyncIterator, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import count
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import grpc
 import numpy as np
 
-from rnnserve.codec import TensorError, decode, decode_named, encode_into
+from rnnserve.codec import TensorError, decode, decode_named
+from rnnserve.frames import Buffer, FrameReader, FrameWriter, Outline
 from rnnserve.v1 import inference_pb2 as pb
 from rnnserve.v1 import session_pb2
 from rnnserve_models.engine.base import Array
@@ -38,7 +39,9 @@ from rnnserve_server.errors import (
     TooLarge,
 )
 from rnnserve_server.intake import Frame
+from rnnserve_server.layout import Signature
 from rnnserve_server.sessions import Group
+from rnnserve_server.wire.call import Call
 from rnnserve_server.wire.send import sender
 
 _RESPONSE_BYTES = 1 << 20  # a response is sent once it is so large, although more is ready
@@ -86,7 +89,10 @@ class LaneStream:
         self._found: dict[tuple[int, ...], list[_Part]] = {}  # what `_find` found, by a frame's lanes
         self._found_lanes = 0
         self._watch = LaneWatch(core)
-        self._responses: list[pb.StreamResponse] = []
+        self._era = 0  # changes when lanes are opened or closed
+        self._frames = FrameReader()
+        self._results = FrameWriter()
+        self._responses: list[list[Buffer]] = []  # each in pieces
         self._response_bytes = 0
         self._unsent_bytes = 0  # of answers that wait to be sent
         self._owed_bytes = 0  # of those that will, if what is unanswered succeeds
@@ -97,10 +103,12 @@ class LaneStream:
         self._partway = False  # a message was taken in part
         self._heard_out = False  # the server drains, and no further message is taken
         self._send = sender(context)
-        self._sending: list[pb.StreamResponse] = []  # responses on their way, the first of them in gRPC's hands
+        self._sending: list[list[Buffer]] = []  # responses on their way, the first of them in gRPC's hands
         self._taken = self._taken_bytes = 0  # of _unsent and _unsent_bytes, what they hold
         self._lost: Exception | None = None  # why nothing can be sent any more
         self._sent = asyncio.Event()
+        if isinstance(context, Call):
+            context.take = self.take
 
     async def run(self) -> None:
         """Reads, runs and answers until the client has said all and was answered.
@@ -138,16 +146,16 @@ class LaneStream:
     # Reading
 
     async def _read(self) -> None:
-        while (request := await self._context.read()) is not grpc.aio.EOF:
-            self._received += 1
-            await self._receive(request)
-            if self._heard_out:
-                raise _leaving()
+        while (content := await self._context.read()) is not grpc.aio.EOF:
             if not self._core.has_room:
                 await self._core.wait_for_room()
             while self._is_behind():
                 self._sent.clear()
                 await self._sent.wait()
+            self._received += 1
+            await self._receive(pb.StreamRequest.FromString(content))
+            if self._heard_out:
+                raise _leaving()
 
     def _is_behind(self) -> bool:
         """Whether the client has asked for more than it has read, by more than it may."""
@@ -159,11 +167,34 @@ class LaneStream:
             or self._owed_bytes + self._unsent_bytes > settings.stream_queue_bytes
         )
 
+    def take(self, content: bytes) -> bool:
+        """Queues what a message asks for, if that is steps of sessions that are all here, and there is room: whether it
+        was. Any other message is to be read, in its turn.
+        """
+        if self._heard_out or self._core.tracing is not None or self._is_behind() or not self._core.has_room:
+            return False
+        outline = self._frames.read(content)
+        if outline is None or (plan := self._plan(outline)) is None or not plan.part.alive():
+            return False
+        part = plan.part
+        try:
+            first_steps = outline.first_steps(content)
+            inputs = outline.arrays(content, 3)
+            if self._bucket is not None:
+                self._bucket.take(plan.rows)
+            self._core.take_in(Frame(self, part.tags, part.sessions(first_steps), inputs, None), plan.signature)
+        except Exception:  # whatever it is, it comes again, and is told, in the message's turn
+            return False
+        self._unanswered += len(part.tags)
+        self._owed_bytes += plan.owed
+        self._received += 1
+        return True
+
     async def _drain(self, reader: asyncio.Task[None]) -> None:
         """Once the server drains: lets the client say what it was saying, then stops listening."""
         await self._core.draining.wait()
         left = duration(self._core.settings.drain_seconds)
-        self._response(0).notices.add(reason=pb.NOTICE_REASON_DRAINING, time_left=left)
+        self._tell(pb.StreamResponse(notices=[pb.LaneNotice(reason=pb.NOTICE_REASON_DRAINING, time_left=left)]))
         heard, closings, leaving = -1, self._closings, 0.0
         until = self._loop.time() + _HEARD_SECONDS
         while heard != self._received or self._partway or (self._groups and self._loop.time() < leaving):
@@ -315,11 +346,12 @@ class LaneStream:
         """Puts N sessions that differ by their ids alone on N lanes, and says so."""
         self._put(lanes, group, slots)
         opened = pb.LaneOpened(session=session_message(self._core.sessions.at(group, int(slots[0]))))
-        session, response = opened.session, self._response(len(lanes), len(lanes) * opened.ByteSize())
+        session, response = opened.session, pb.StreamResponse()
         for lane in lanes:
             opened.lane = lane
             session.session_id = self._caller.shown(self._ids[lane])
             response.opened.append(opened)  # a copy
+        self._tell(response, len(lanes))
 
     def _put(self, lanes: Sequence[int], group: Group, slots: Array) -> None:
         """Puts N sessions of a group on N lanes."""
@@ -359,9 +391,7 @@ class LaneStream:
             group = self._groups[int(self._group[lanes[0]])]
             self._vacate(lanes)
             self._core.sessions.delete_many(group, slots)
-            closed = self._response(len(lanes)).closed
-            for lane in lanes:
-                closed.add(lane=lane)
+            self._tell(pb.StreamResponse(closed=[pb.LaneClosed(lane=lane) for lane in lanes]), len(lanes))
             return
         for closing in closings:
             self._close_one(closing.lane, closing.delete_session)
@@ -398,7 +428,7 @@ class LaneStream:
             except ServiceError as error:
                 self._fail(lane, pb.LANE_OPERATION_CLOSE, error)
             else:
-                self._response(1).closed.add(lane=lane)
+                self._tell(pb.StreamResponse(closed=[pb.LaneClosed(lane=lane)]), 1)
 
         self._unanswered += 1
         self._core.when_idle(group, slot, close)
@@ -466,6 +496,25 @@ class LaneStream:
                 )
                 self._fail_chunks(lanes, range(chunks) if index is None else index.tolist(), first_steps, told)
 
+    def _plan(self, outline: Outline) -> _Plan | None:
+        """What to do with frames of an outline; None if it is not the same for all of its lanes, or an error."""
+        plan: _Plan | None = outline.kept
+        if plan is not None and plan.era == self._era:
+            return plan
+        try:
+            found = self._found.get(outline.lanes) or self._find(outline.lanes, ())
+            if len(found) != 1 or (group := found[0].group) is None:
+                return None
+            chunks = len(outline.lanes)
+            shapes = {each.name: each.like() for each in outline.tensors}
+            for field, array in shapes.items():
+                _check_first_axis(f"inputs.{field}", array, chunks)
+            key, owed = self._core.fit(group, chunks, shapes, None)
+        except ServiceError:
+            return None
+        plan = outline.kept = _Plan(self._era, found[0], key, owed, rows_of(shapes, 3))
+        return plan
+
     def _find(self, lanes: tuple[int, ...], away: Collection[int]) -> list[_Part]:
         """The sessions of a frame's lanes, group by group. A stream says the same lanes again and again.
 
@@ -501,6 +550,7 @@ class LaneStream:
         """Lanes were opened or closed: what `_find` found may be so no more."""
         self._found.clear()
         self._found_lanes = 0
+        self._era += 1
 
     # Answering: the sink of this stream's blocks
 
@@ -514,17 +564,11 @@ class LaneStream:
         self._unanswered -= chunks
         if self.cancelled:
             return
-        nbytes = sum([y.nbytes for y in (*answers.outputs.values(), *answers.states.values())])
+        tensors = [(4, name, y) for name, y in answers.outputs.items()]
+        tensors += [(5, name, state) for name, state in answers.states.items()]
+        nbytes = sum([array.nbytes for _, _, array in tensors])
         self._owed_bytes -= nbytes
-        assert answers.first_steps is not None
-        # Filled in place: a large frame that is made elsewhere and appended is copied twice more.
-        frame = self._response(chunks, nbytes).frames.add(
-            lanes=answers.tags.tolist(), first_steps=answers.first_steps.tolist(), timesteps=answers.timesteps
-        )
-        for name, y in answers.outputs.items():
-            encode_into(frame.outputs.add(name=name).tensor, y, name)
-        for name, state in answers.states.items():
-            encode_into(frame.states.add(name=name).tensor, state, name)
+        self._say(self._results.write(answers.tags, answers.first_steps, answers.timesteps, tensors), chunks, nbytes)
 
     def failed(self, failures: Sequence[Failure]) -> None:
         """See `Sink.failed`."""
@@ -546,38 +590,48 @@ class LaneStream:
     ) -> None:
         told = status(error, self._caller)
         failure = pb.LaneError(lane=lane, operation=operation, first_step=first_step, status=told)
-        self._response(1, failure.ByteSize()).errors.append(failure)
+        self._tell(pb.StreamResponse(errors=[failure]), 1)
 
     async def _look(self) -> None:
         """Tells the client what it should know of its sessions."""
         columns = Lanes(self._groups, self._group, self._slot, self._generation, self._ids)
         for notice in await self._watch.look(columns):
-            self._response(0, 5 * len(notice.lanes)).notices.add(
+            told = pb.LaneNotice(
                 lanes=notice.lanes,
                 reason=_NOTICES[notice.reason],
                 ended=notice.ended,
                 time_left=None if notice.left is None else duration(notice.left),
             )
+            self._tell(pb.StreamResponse(notices=[told]))
 
     def _fail_opens(self, lanes: Sequence[int], error: ServiceError) -> None:
         """The same error for N lanes."""
         failure = pb.LaneError(operation=pb.LANE_OPERATION_OPEN, status=status(error, self._caller))
         rejections[error.reason] += len(lanes) - 1  # `status` has counted one
-        response = self._response(len(lanes), len(lanes) * failure.ByteSize())
+        response = pb.StreamResponse()
         for lane in lanes:
             failure.lane = lane
             response.errors.append(failure)  # a copy
+        self._tell(response, len(lanes))
 
-    def _response(self, answers: int, nbytes: int = 0) -> pb.StreamResponse:
-        """The response that so many answers, and bytes, go into."""
+    def _tell(self, response: pb.StreamResponse, answers: int = 0) -> None:
+        """Has a response, with so many answers in it, sent in this turn of the event loop."""
+        if not self._responses:
+            self._loop.call_soon(self.flush)
+        content = response.SerializeToString()
+        self._say([content], answers, len(content))
+
+    def _say(self, parts: Sequence[Buffer], answers: int, nbytes: int) -> None:
+        """Puts a response in pieces, with so many answers in it, among what the next `flush` sends. Responses end to
+        end are one with all that is in them.
+        """
         if not self._responses or self._response_bytes > _RESPONSE_BYTES:
-            self._responses.append(pb.StreamResponse())
-            self._loop.call_soon(self.flush)  # at the latest; a worker flushes at the end of its tick
+            self._responses.append([])
             self._response_bytes = 0
+        self._responses[-1] += parts
         self._response_bytes += nbytes
         self._unsent_bytes += nbytes
         self._unsent += answers
-        return self._responses[-1]
 
     def flush(self) -> None:
         """Sends what is ready. What becomes ready meanwhile goes together, afterwards."""
@@ -588,7 +642,7 @@ class LaneStream:
 
     def _send_first(self) -> None:
         try:
-            self._send(self._sending[0], self._was_sent)
+            self._send(b"".join(cast("list[bytes]", self._sending[0])), self._was_sent)
         except Exception as error:  # it cannot be put on the wire
             self._was_sent(error)
 
@@ -605,6 +659,24 @@ class LaneStream:
             self._unsent_bytes -= self._taken_bytes
             self.flush()
         self._sent.set()
+
+
+class _Plan(NamedTuple):
+    """What is to be done with frames of one outline.
+
+    Attributes:
+        era: of the stream's lanes, for which it holds.
+        part: the frame's sessions.
+        signature: that of its inputs.
+        owed: bytes of the answers.
+        rows: rows of time steps.
+    """
+
+    era: int
+    part: _Part
+    signature: Signature
+    owed: int
+    rows: int
 
 
 class _Part:

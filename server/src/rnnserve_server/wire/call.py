@@ -35,6 +35,8 @@ class Call(grpc.aio.ServicerContext[Any, Any]):
         parse: what makes a message of bytes; None: they stay what they are.
         pack: what makes bytes of a message, likewise.
         on_cancelled: called when the client has gone before the call had ended.
+        take: what each message is shown to, as bytes, when somebody waits to read it: whether it has dealt with it, so
+            that it need not be read. It must not raise. It saves a future, and a turn of a task, for each message.
     """
 
     def __init__(self, event: Any, loop: asyncio.AbstractEventLoop) -> None:
@@ -42,6 +44,7 @@ class Call(grpc.aio.ServicerContext[Any, Any]):
         self.parse: Parse | None = None
         self.pack: Callable[[Any], bytes] | None = None
         self.on_cancelled: Callable[[], object] | None = None
+        self.take: Callable[[bytes], bool] | None = None
         self._call = event.call
         self._deadline: float = event.call_details.deadline
         self._metadata: Metadata = event.invocation_metadata
@@ -71,8 +74,13 @@ class Call(grpc.aio.ServicerContext[Any, Any]):
         return reader
 
     def _received(self, event: Any) -> None:
+        content: bytes | None = event.batch_operations[0].message()
+        reader, take = self._reader, self.take
+        if take is not None and content is not None and reader is not None and not reader.done() and take(content):
+            self._call.start_server_batch((cygrpc.ReceiveMessageOperation(0),), self._received)
+            return
         self._reading = False
-        self._give(event.batch_operations[0].message())
+        self._give(content)
 
     def _give(self, content: bytes | None) -> None:
         reader = self._reader

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import os
 import select
 import selectors
@@ -37,7 +38,18 @@ class CompletionLoop(asyncio.SelectorEventLoop):
     def __init__(self, queue: Any, bell: Bell) -> None:
         self.queue = queue
         self._bell = bell
-        super().__init__(_Completions(queue, bell.ring, self._tell))
+        self._completions = _Completions(queue, bell.ring, self._tell)
+        self._nobodys = contextvars.Context()
+        super().__init__(self._completions)
+
+    def at_turns_end(self, callback: Callable[[], object]) -> None:
+        """Has a function called, in nobody's context, once all that has completed so far was told: in this turn of the
+        loop, if called while that is told, else in its next one. On the loop's thread.
+        """
+        if self._completions.telling:
+            self._completions.ends.append(callback)
+        else:
+            self.call_soon(callback, context=self._nobodys)
 
     def close(self) -> None:
         """See `asyncio.AbstractEventLoop.close`. Servers on it must have stopped."""
@@ -70,11 +82,24 @@ def new_event_loop(kind: Literal["completion", "uvloop"]) -> asyncio.AbstractEve
     return loop
 
 
+def at_turns_end(callback: Callable[[], object]) -> None:
+    """See `CompletionLoop.at_turns_end`; in any other loop that runs, in its next turn."""
+    loop = asyncio.get_running_loop()
+    if isinstance(loop, CompletionLoop):
+        loop.at_turns_end(callback)
+    else:
+        loop.call_soon(callback, context=contextvars.Context())
+
+
 class _Completions(selectors.DefaultSelector):
     """Waits for a completion queue, and for files as `selectors.DefaultSelector` does.
 
     gRPC does not tell the files that it waits for, nor takes others. So a thread waits for ours, and rings when one is
     ready: once, until the loop finds none ready any more.
+
+    Attributes:
+        telling: it tells what has completed.
+        ends: what to call when all of that was told.
     """
 
     def __init__(self, queue: Any, ring: Callable[[], None], tell: Tell) -> None:
@@ -82,6 +107,8 @@ class _Completions(selectors.DefaultSelector):
         self._queue = queue
         self._ring = ring
         self._tell = tell
+        self.telling = False
+        self.ends: list[Callable[[], object]] = []
         self._seen = False  # a file was ready, and one may still be
         self._looking = threading.Semaphore(0)
         self._ends, self._end = os.pipe()
@@ -102,18 +129,32 @@ class _Completions(selectors.DefaultSelector):
         poll = self._queue.poll
         event = poll(deadline=None if timeout is None else 0.0 if timeout <= 0 else time.time() + timeout)
         left = _AT_ONCE
-        while (told := event.tag) is not None:
-            try:
-                told(event)
-            except (SystemExit, KeyboardInterrupt):
-                raise
-            except BaseException as error:
-                self._tell(error)
-            left -= 1
-            if not left:
-                break
-            event = poll(deadline=0.0)
+        self.telling = True
+        try:
+            while event.tag is not None or self.ends:
+                while event.tag is not None and left:
+                    self._do(event.tag, event)
+                    left -= 1
+                    event = poll(deadline=0.0) if left else event
+                if not self.ends:
+                    break
+                ends, self.ends = self.ends, []
+                for end in ends:
+                    self._do(end)
+                if not left:
+                    break
+                event = poll(deadline=0.0)  # what they have sent may be on its way already
+        finally:
+            self.telling = False
         return ready
+
+    def _do(self, told: Callable[..., object], *event: object) -> None:
+        try:
+            told(*event)
+        except (SystemExit, KeyboardInterrupt):
+            raise
+        except BaseException as error:
+            self._tell(error)
 
     def close(self) -> None:
         """See `selectors.BaseSelector.close`."""
