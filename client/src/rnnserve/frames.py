@@ -311,9 +311,9 @@ class FrameWriter:
         parts: list[Buffer] = [b"".join(said)]
         size = len(parts[0])
         for field, name, array in tensors:
-            head, array = self._tensor(field, name, array)
-            size += len(head) + array.nbytes
-            parts += (head, array)
+            head, elements = self._tensor(field, name, array)
+            size += len(head) + elements.nbytes
+            parts += (head, elements)
         parts.insert(0, _FRAMES + varint(size))
         return parts
 

@@ -15,7 +15,7 @@ import numpy as np
 from rnnserve_models.errors import InputError
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True, eq=False)
 class Compacted:
     """The valid steps of a batch, first in each row, in the order in which a layer iterates over them.
 

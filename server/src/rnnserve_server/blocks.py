@@ -8,7 +8,7 @@ many clients many blocks: those that came at the same time and are of one shape 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
@@ -89,10 +89,6 @@ class Trace(Protocol):
         """32 hexadecimal digits."""
 
 
-_UNKNOWN = slice(0, 0)
-
-
-@dataclass(slots=True, eq=False)
 class Sessions:
     """Which sessions a block's N chunks belong to, as columns.
 
@@ -106,17 +102,25 @@ class Sessions:
         at: the slots as an index, see `span`; worked out if it is not given.
     """
 
-    group: Group
-    slots: Array
-    generations: Array
-    first_steps: Array | None
-    ended: int = -1
-    distinct: bool = False
-    at: Index = field(default_factory=lambda: _UNKNOWN)
+    __slots__ = ("at", "distinct", "ended", "first_steps", "generations", "group", "slots")
 
-    def __post_init__(self) -> None:
-        if self.at is _UNKNOWN:
-            self.at = span(self.slots)
+    def __init__(
+        self,
+        group: Group,
+        slots: Array,
+        generations: Array,
+        first_steps: Array | None,
+        ended: int = -1,
+        distinct: bool = False,
+        at: Index | None = None,
+    ) -> None:
+        self.group = group
+        self.slots = slots
+        self.generations = generations
+        self.first_steps = first_steps
+        self.ended = ended
+        self.distinct = distinct
+        self.at: Index = span(slots) if at is None else at
 
     def goes_on(self, following: Sessions, timesteps: int) -> bool:
         """Whether the following chunks are of the very same sessions, so many steps later. Fills in their steps."""
@@ -135,7 +139,7 @@ class Sessions:
         """Some of them."""
         first_steps = None if self.first_steps is None else self.first_steps[index]
         slots, generations = self.slots[index], self.generations[index]
-        return replace(self, slots=slots, generations=generations, first_steps=first_steps, at=_UNKNOWN)
+        return Sessions(self.group, slots, generations, first_steps, self.ended, self.distinct)
 
 
 @dataclass(slots=True, eq=False)

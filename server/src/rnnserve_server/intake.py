@@ -38,11 +38,6 @@ class Frame:
     mask: Array | None
     trace: Trace | None = None
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of input that it holds."""
-        return sum(x.nbytes for x in self.inputs.values())
-
 
 @dataclass(slots=True, eq=False)
 class _Pile:
@@ -70,7 +65,7 @@ class Intake:
         self._last: dict[Sink, int] = {}  # the number of the last pile that has a frame of the sink
 
     def __len__(self) -> int:
-        return sum(len(pile.frames) for pile in self._piles)
+        return sum([len(pile.frames) for pile in self._piles])
 
     def add(self, frame: Frame, signature: Signature) -> None:
         """Takes a frame, whose inputs and mask are known to fit and have that signature."""
@@ -81,7 +76,8 @@ class Intake:
             self._piles.append(pile)
         pile.frames.append(frame)
         self._last[frame.sink] = pile.number
-        self.queued_bytes += frame.nbytes
+        for x in frame.inputs.values():
+            self.queued_bytes += x.nbytes
 
     def empty(self) -> list[list[Frame]]:
         """Takes everything out: the frames to be joined, in the order in which they run."""

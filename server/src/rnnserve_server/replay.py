@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -62,12 +62,11 @@ class Run:
     _thinned: tuple[bytes, Run] | None = None
 
     def __post_init__(self) -> None:
-        states = {} if self.states is None else self.states
-        self.nbytes = sum([array.nbytes for array in (*self.call.inputs.values(), *states.values())])
+        self.nbytes = _bytes(self.call.inputs) + (0 if self.states is None else _bytes(self.states))
 
     def forget_states(self) -> None:
         """Lets go of what it started from."""
-        self.nbytes -= sum([state.nbytes for state in (self.states or {}).values()])
+        self.nbytes -= _bytes(self.states or {})
         self.states = None
 
     def part(self, start: int, timesteps: int) -> Compacted:
@@ -108,6 +107,7 @@ class Round:
         outputs: as `Answers` has them.
         states: as `Answers` has them.
         nbytes: of inputs, states and answers that it holds: its part, where it shares a run.
+        alike: how many rounds up to this one, one after the other, are of the very same column of sessions.
     """
 
     slots: Array
@@ -121,9 +121,10 @@ class Round:
     outputs: Arrays
     states: Arrays
     nbytes: int = field(init=False)
+    alike: int = field(init=False, default=1)
 
     def __post_init__(self) -> None:
-        self.nbytes = sum([array.nbytes for array in (*self.outputs.values(), *self.states.values())])
+        self.nbytes = _bytes(self.outputs) + _bytes(self.states)
         if isinstance(self.asked, Run):
             self.nbytes += self.asked.nbytes * self.timesteps // self.asked.call.timesteps
 
@@ -238,7 +239,7 @@ class Window:
         group, slots, at = sessions.group, sessions.slots, sessions.at
         number, before = group.answered[at].copy(), _NONE
         group.answered[at] += 1
-        nbytes = sum([array.nbytes for array in (*outputs.values(), *states.values())]) // len(slots)
+        nbytes = (_bytes(outputs) + _bytes(states)) // len(slots)
         if not self._bytes_count and nbytes * self.limits.replies > self.limits.bytes:
             self._count_bytes(group)
         if self._bytes_count:
@@ -247,6 +248,8 @@ class Window:
         round_ = Round(
             slots, sessions.generations, first_steps, timesteps, number, before, asked, start, outputs, states
         )
+        if self._recent and self._recent[-1].slots is slots:
+            round_.alike += self._recent[-1].alike
         self._recent.append(round_)
         self.nbytes += round_.nbytes
         self._forget(group)
@@ -258,7 +261,7 @@ class Window:
         for round_ in (*self._thinned, *self._recent):  # the oldest first
             here = group.generation[round_.slots] == round_.generations
             round_.before = group.answered_bytes[round_.slots]
-            answers = sum([array.nbytes for array in (*round_.outputs.values(), *round_.states.values())])
+            answers = _bytes(round_.outputs) + _bytes(round_.states)
             group.answered_bytes[round_.slots[here]] += answers // len(round_.slots)
 
     @property
@@ -405,7 +408,7 @@ class Window:
     def _forget(self, group: Group) -> None:
         """Lets go of rounds that are in no window, and of what is in none in rounds that few windows hold on to."""
         while len(self._recent) > self.limits.replies:  # before that, the oldest is in everybody's window
-            if sum([each.slots is self._recent[0].slots for each in self._recent]) > self.limits.replies:
+            if self._recent[-1].alike >= len(self._recent) or self._alike() > self.limits.replies:
                 self.nbytes -= self._recent.popleft().nbytes  # the same frame came again often enough
                 continue
             live = self._live(group, self._recent[0])
@@ -418,6 +421,10 @@ class Window:
                 self._thin(round_, self._live(group, round_))
             self._look_again = 2 * self._thinned_bytes + _SLACK
 
+    def _alike(self) -> int:
+        """How many rounds are of the column of sessions that the oldest is of."""
+        return sum([each.slots is self._recent[0].slots for each in self._recent])
+
     def _thin(self, round_: Round, live: Array) -> None:
         self.nbytes -= round_.nbytes
         if not live.any():
@@ -426,6 +433,13 @@ class Window:
         self.nbytes += thinned.nbytes
         self._thinned_bytes += thinned.nbytes
         self._thinned.append(thinned)
+
+
+def _bytes(arrays: Mapping[str, Array]) -> int:
+    nbytes = 0
+    for array in arrays.values():
+        nbytes += array.nbytes
+    return nbytes
 
 
 def digest(call: Compacted, position: int, chunks: int) -> bytes:

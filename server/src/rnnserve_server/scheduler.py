@@ -17,7 +17,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -25,9 +26,10 @@ from rnnserve_models.engine.base import Array
 from rnnserve_models.masking import Compacted
 from rnnserve_server.blocks import Barrier, Block, goes_on
 
+_LARGE_RUN = 4  # ticks of one step: a run of more row-steps gains nothing, for its arrays leave the core's cache
 
-@dataclass(frozen=True, slots=True)
-class Tick:
+
+class Tick(NamedTuple):
     """What runs next: some blocks, and for how many time steps."""
 
     blocks: list[Block]
@@ -60,6 +62,10 @@ class Scheduler:
         """Queues a block, or does a barrier's action when its turn comes, which may be at once."""
         if isinstance(work, Barrier):
             self._queue(work, int(work.group.tail[work.slot]))
+            return
+        if not self._queued and work.rows <= self.max_batch_rows and (work.sessions is None or work.sessions.distinct):
+            self.queued_bytes += work.nbytes
+            self._queue(work, -1)
             return
         for block in _distinct(work):
             for part, predecessor in self._parts(block):
@@ -101,6 +107,9 @@ class Scheduler:
         if sessions is None or not block.followers or self._whole or not _plain(block):
             return
         assert sessions.first_steps is not None
+        most = min(self.slice_steps, _LARGE_RUN * self.max_batch_rows // block.rows)
+        if 2 * block.steps > most:
+            return
         own = replace(block, states={}, initial={}, outputs=[], followers=[])
         rounds, followers, steps = [own], block.followers, block.steps
         while len(followers) == 1:
@@ -108,7 +117,7 @@ class Scheduler:
             if not (
                 isinstance(following, Block)
                 and following.sessions is not None
-                and steps + following.steps <= self.slice_steps
+                and steps + following.steps <= most
                 and _plain(following)
                 and sessions.goes_on(following.sessions, steps)
                 and wanted(following)
@@ -219,7 +228,7 @@ class Scheduler:
         if isinstance(work, Barrier):
             work.group.tail[work.slot] = work.number
         elif work.sessions is not None:
-            work.sessions.group.tail[work.sessions.slots] = work.number
+            work.sessions.group.tail[work.sessions.at] = work.number
         if before := self._queued.get(predecessor):
             before.followers.append(work)
             if isinstance(before, Block) and before.ran and len(before.followers) == 1:
@@ -240,10 +249,11 @@ class Scheduler:
         if isinstance(work, Block):
             self.queued_bytes -= work.nbytes
             if work.sessions is not None:
-                tail, slots = work.sessions.group.tail, work.sessions.slots
+                tail, at = work.sessions.group.tail, work.sessions.at
                 if work.followers:  # they took some of its sessions' tails over
-                    slots = slots[tail[slots] == work.number]
-                tail[slots] = _before(work)
+                    slots = work.sessions.slots
+                    at = slots[tail[slots] == work.number]
+                tail[at] = _before(work)
         elif work.group.tail[work.slot] == work.number:
             work.group.tail[work.slot] = -1
         return work.followers

@@ -569,19 +569,17 @@ class Worker:
             each.sessions.group.window.remember(each.sessions, each.call.timesteps, run, start, outputs, states)
             start += each.call.timesteps
 
-    def _rounds(self, block: Block) -> Iterator[tuple[Block, Arrays]]:
-        """The blocks that a finished block was made of, and what the engine gave for each: [T', R, *shape]."""
-        ys = _joined(block, self._engine)
-        if not block.rounds:
-            yield block, ys
-        start = 0
-        for each in block.rounds:
-            yield each, {name: y[start : start + each.steps] for name, y in ys.items()}
-            start += each.steps
-
     def _shown(self, block: Block) -> Shown:
         """What a finished block answers."""
-        return [(each, *self._wire(each, ys, block)) for each, ys in self._rounds(block)]
+        ys = _joined(block, self._engine)
+        if not block.rounds:
+            return [(block, *self._wire(block, ys, block))]
+        shown, start = [], 0
+        for each in block.rounds:
+            part = {name: y[start : start + each.steps] for name, y in ys.items()}
+            shown.append((each, *self._wire(each, part, block)))
+            start += each.steps
+        return shown
 
     def _wire(self, block: Block, ys: Arrays, whole: Block) -> tuple[Arrays, Arrays]:
         """The outputs and states of a block, as `Answers` has them; the states are those of the whole."""
@@ -694,6 +692,9 @@ def _internal() -> InternalError:
 
 def _assemble(tick: Tick) -> Batch:
     """One batch of the next steps of every block's live rows."""
+    first = tick.blocks[0]
+    if len(tick.blocks) == 1 and first.steps == tick.steps and first.call.mask is None:  # the whole of it, as it is
+        return dict(first.call.inputs), same_lengths(first.rows, tick.steps), first.states
     inputs: list[Arrays] = []
     lengths: list[Array] = []
     states: list[Arrays] = []
@@ -723,6 +724,9 @@ def _nothing(engine: Engine, steps: int) -> Arrays:
 
 def _advance(tick: Tick, outputs: Arrays, states: Arrays) -> None:
     """Gives every block its part of a batch's results."""
+    if len(tick.blocks) == 1:
+        tick.blocks[0].advance(tick.steps, outputs, states)
+        return
     start = 0
     for block in tick.blocks:
         live = block.live
