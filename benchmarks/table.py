@@ -22,9 +22,9 @@ ONE = ServerRow()
 STREAMS = [ServerRow(streams=n) for n in (4, 16, 64, 256)]
 CHUNKS = ServerRow(streams=64, steps=20)
 FRAMES_16, FRAMES_64, FRAMES_256 = (ServerRow(lanes=n, depth=4) for n in (16, 64, 256))
-DEEP_64 = ServerRow(lanes=64, depth=16)
+DEEP_64, DEEP_256 = (ServerRow(lanes=n, depth=16) for n in (64, 256))
 FRAMES_OF_CHUNKS = ServerRow(lanes=64, steps=20, depth=4)
-SERVER = [ONE, *STREAMS, CHUNKS, FRAMES_16, FRAMES_64, DEEP_64, FRAMES_256, FRAMES_OF_CHUNKS]
+SERVER = [ONE, *STREAMS, CHUNKS, FRAMES_16, FRAMES_64, DEEP_64, FRAMES_256, DEEP_256, FRAMES_OF_CHUNKS]
 TASKS = [TasksRow(streams=n) for n in (1, 16, 64, 256)]
 SDK = [ThreadsRow(), ThreadsRow(streams=64), *TASKS, GroupRow(lanes=64), GroupRow(lanes=64, steps=20)]
 STORES = [*stores.rows(DEEP_64), *stores.rows(FRAMES_64)]
@@ -51,14 +51,16 @@ Seen = Callable[[Lines], NDArray[Any]]
 def targets() -> list[tuple[Callable[..., Finding], str, float, Seen]]:
     """What the table must show: at least or at most, what, how much, and how it is found."""
     streams = {row.streams: row for row in STREAMS}
-    shapes: list[Row] = [ONE, streams[64], streams[256], CHUNKS, FRAMES_64, FRAMES_256, FRAMES_OF_CHUNKS]
+    shapes: list[Row] = [ONE, streams[64], streams[256], CHUNKS, FRAMES_64, DEEP_64, FRAMES_256, DEEP_256]
+    shapes += [FRAMES_OF_CHUNKS]
     shapes += [TasksRow(streams=256), ThreadsRow(streams=64)]
     return [
         *((at_least, f"{row.name}: of the sum of its parts", 0.80, _parts(row)) for row in shapes),
-        # By rates, which is what a user sees, and by CPU, which neighbours on the core do not distort.
+        # By rates, which is what a user sees, and by CPU, which neighbours on the core do not distort. With so many
+        # frames under way that the server's core is never idle.
         *(
             (at_least, f"{row.name}: of the engine, by {by}", wanted, seen(row))
-            for row, wanted in ((FRAMES_256, 0.85), (FRAMES_64, 0.65), (FRAMES_OF_CHUNKS, 0.85))
+            for row, wanted in ((DEEP_256, 0.85), (DEEP_64, 0.65), (FRAMES_OF_CHUNKS, 0.85))
             for by, seen in (("rate", _engine), ("CPU", _engine_cpu))
         ),
         (at_most, "one session: p50 over the echo's", 1.30, _trips(ONE, 0.50, EchoRow())),
@@ -71,8 +73,8 @@ def targets() -> list[tuple[Callable[..., Finding], str, float, Seen]]:
         ),
         *((at_least, f"{n} streams over Triton", 2.0, _triton(streams[n], n)) for n in (16, 64, 256)),
         (at_least, "64 streams, 20 steps, over Triton", 1.5, _triton(CHUNKS, 64, 20)),
-        (at_least, "frames of 64 over Triton's 64 sequences", 30.0, _triton(FRAMES_64, 64)),
-        (at_least, "frames of 256 over Triton's 256 sequences", 30.0, _triton(FRAMES_256, 256)),
+        (at_least, "frames of 64 over Triton's 64 sequences", 30.0, _triton(DEEP_64, 64)),
+        (at_least, "frames of 256 over Triton's 256 sequences", 30.0, _triton(DEEP_256, 256)),
         (at_most, "one session: p50 over Triton's", 1.0, _trips(ONE, 0.50, *_ways(1, 1))),
     ]
 

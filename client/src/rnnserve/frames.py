@@ -73,13 +73,14 @@ class Outline:
         kept: what the reader wants to keep with it; None at first.
     """
 
-    __slots__ = ("_head", "_size", "_steps", "_stop", "kept", "lanes", "tensors", "timesteps")
+    __slots__ = ("_at", "_heads", "_size", "_steps", "_stop", "kept", "lanes", "tensors", "timesteps")
 
     def __init__(
         self, content: bytes, lanes: tuple[int, ...], steps: int, stop: int, timesteps: int, tensors: list[TensorAt]
     ) -> None:
         self._size = len(content)
-        self._head = content[:steps]
+        self._heads = [content[:steps], *(each.head for each in tensors)]
+        self._at = [0, *(each.start - len(each.head) for each in tensors)]
         self._steps = steps
         self._stop = stop
         self.lanes = lanes
@@ -89,9 +90,7 @@ class Outline:
 
     def fits(self, content: bytes) -> bool:
         """Whether a message is like this one."""
-        if len(content) != self._size or not content.startswith(self._head):
-            return False
-        return all(content.startswith(each.head, each.start - len(each.head)) for each in self.tensors)
+        return len(content) == self._size and all(map(content.startswith, self._heads, self._at))
 
     def first_steps(self, content: bytes) -> Array | None:
         """The first steps of a message that fits: uint64 [N], or None if it says none.

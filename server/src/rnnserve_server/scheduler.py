@@ -210,8 +210,9 @@ class Scheduler:
         fitting = max(1, self.max_batch_rows // block.batch_size)
         if not self._queued and chunks <= fitting:
             return [(block, -1)]
-        tails = block.sessions.group.tail[block.sessions.slots]  # [N]
-        if chunks <= fitting and (tails == tails[0]).all():
+        tails = block.sessions.group.tail[block.sessions.at]  # [N]
+        said = tails.tobytes()
+        if chunks <= fitting and said == said[: tails.itemsize] * chunks:  # all follow the same one
             return [(block, int(tails[0]))]
         parts = []
         for tail in np.unique(tails):

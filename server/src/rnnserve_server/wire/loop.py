@@ -132,29 +132,31 @@ class _Completions(selectors.DefaultSelector):
         self.telling = True
         try:
             while event.tag is not None or self.ends:
-                while event.tag is not None and left:
-                    self._do(event.tag, event)
+                while (told := event.tag) is not None and left:
+                    try:
+                        told(event)
+                    except (SystemExit, KeyboardInterrupt):
+                        raise
+                    except BaseException as error:
+                        self._tell(error)
                     left -= 1
                     event = poll(deadline=0.0) if left else event
                 if not self.ends:
                     break
                 ends, self.ends = self.ends, []
                 for end in ends:
-                    self._do(end)
+                    try:
+                        end()
+                    except (SystemExit, KeyboardInterrupt):
+                        raise
+                    except BaseException as error:
+                        self._tell(error)
                 if not left:
                     break
                 event = poll(deadline=0.0)  # what they have sent may be on its way already
         finally:
             self.telling = False
         return ready
-
-    def _do(self, told: Callable[..., object], *event: object) -> None:
-        try:
-            told(*event)
-        except (SystemExit, KeyboardInterrupt):
-            raise
-        except BaseException as error:
-            self._tell(error)
 
     def close(self) -> None:
         """See `selectors.BaseSelector.close`."""
