@@ -74,7 +74,7 @@ def test_no_frame_overtakes_another_of_its_sink(arrivals):
     for each in frames:
         taken_in(intake, each)
     assert len(intake) == len(frames)
-    assert intake.queued_bytes == sum(each.nbytes for each in frames)
+    assert intake.queued_bytes == sum(x.nbytes for each in frames for x in each.inputs.values())
     piles = intake.empty()
     assert (len(intake), intake.queued_bytes, intake.empty()) == (0, 0, [])
     for pile in piles:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import os
 import signal
 import socket
@@ -13,11 +14,13 @@ import time
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
+import grpc
 import pytest
 
 from compliance.server_suite import ServerSuite
 from rnnserve_server.wire import bell
-from rnnserve_server.wire.loop import CompletionLoop, new_event_loop
+from rnnserve_server.wire.loop import CompletionLoop, at_turns_end, new_event_loop
+from rnnserve_server.wire.server import CompletionServer
 
 T = TypeVar("T")
 
@@ -132,6 +135,83 @@ def test_an_error_in_what_completes_is_told_and_the_loop_goes_on():
 
     (context,) = run(main())
     assert isinstance(context["exception"], ValueError)
+
+
+def test_a_turns_end_comes_when_all_that_has_completed_was_told():
+    """What is to be done at a turn's end is done once, behind everything that had completed, and in nobody's context; a
+    bug in it is told, and what comes behind it is done all the same.
+    """
+    whose = contextvars.ContextVar("whose", default="nobody")
+
+    async def main() -> tuple[list[str], list[dict[str, Any]]]:
+        loop, came = asyncio.get_running_loop(), []
+        assert isinstance(loop, CompletionLoop)
+        told: list[dict[str, Any]] = []
+        loop.set_exception_handler(lambda _, context: told.append(context))
+        done = asyncio.Event()
+
+        def end(name: str) -> None:
+            came.append(f"end of {name}, {whose.get()}'s")
+            if name == "1":
+                raise ValueError("a bug")
+            if name == "main":
+                done.set()
+
+        def complete(number: int) -> None:
+            came.append(f"event {number}")
+            at_turns_end(lambda: end(str(number)))
+
+        whose.set("main")
+        for number in (1, 2):
+            loop._bell._call.start_server_batch((), lambda _, number=number: complete(number))
+        await asyncio.sleep(0)
+        at_turns_end(lambda: end("main"))
+        await done.wait()
+        return came, told
+
+    came, told = run(main())
+    assert came == ["event 1", "event 2", "end of 1, nobody's", "end of 2, nobody's", "end of main, nobody's"]
+    assert [str(context["exception"]) for context in told] == ["a bug"]
+
+
+def test_messages_that_are_taken_are_not_read():
+    """Of a stream of messages some are taken as they come and the others are read; each is seen once, in order."""
+    seen: list[tuple[str, bytes]] = []
+
+    async def serve(requests: Any, context: Any) -> None:
+        def take(message: bytes) -> bool:
+            if taken := message.startswith(b"t"):
+                seen.append(("taken", message))
+            return taken
+
+        context.take = take
+        async for message in requests:
+            seen.append(("read", message))
+            await asyncio.sleep(0)  # others come meanwhile
+        await context.write(b"done")
+
+    async def main() -> list[bytes]:
+        loop = asyncio.get_running_loop()
+        assert isinstance(loop, CompletionLoop)
+        server = CompletionServer(loop)
+        handler = grpc.stream_stream_rpc_method_handler(serve)
+        server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler("a.Service", {"Method": handler})])
+        port = server.add_insecure_port("127.0.0.1:0")
+        await server.start()
+
+        def ask() -> list[bytes]:
+            with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+                return list(channel.stream_stream("/a.Service/Method")(iter(messages), timeout=20))
+
+        answers = await asyncio.to_thread(ask)
+        await server.stop(None)
+        return answers
+
+    messages = [b"%c%d" % (b"rtttr"[number % 5], number) for number in range(500)]
+    assert run(main()) == [b"done"]
+    assert [message for _, message in seen] == messages
+    assert {how for how, message in seen if message.startswith(b"r")} == {"read"}
+    assert ("taken", messages[1]) in seen or ("taken", messages[2]) in seen
 
 
 def test_a_signal_wakes_the_loop():
