@@ -1274,9 +1274,9 @@ async def test_a_client_that_does_not_read_is_not_read(name):
         await worker.settle()
         for _ in range(10):
             await asyncio.sleep(0)
-    assert stream._unanswered + stream._unsent <= limit + 4
+    assert stream._unanswered + stream._outbox.answers <= limit + 4
     assert context.read_requests <= limit // 4 + 3
-    assert sum(len(bytes(piece)) for response in stream._responses for piece in response) < limit * 1000
+    assert sum(len(bytes(piece)) for response in stream._outbox._responses for piece in response) < limit * 1000
     context.reading.set()
     await asyncio.wait_for(running, 30)
     answers = sum(
@@ -1287,7 +1287,7 @@ async def test_a_client_that_does_not_read_is_not_read(name):
         for response in context.written
     )
     assert answers == 4 + 4 * messages
-    assert (stream._unanswered, stream._unsent) == (0, 0)
+    assert (stream._unanswered, stream._outbox.answers) == (0, 0)
     await core.close()
 
 

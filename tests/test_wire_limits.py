@@ -235,7 +235,7 @@ def test_who_reads_slowly_is_held_back(server):
                 asked += 1
         assert asked < 1000
         kept = server.call(
-            lambda: [each._unsent_bytes + each._owed_bytes for each in live_streams_here() if id(each) not in known]
+            lambda: [each._outbox.nbytes + each._owed_bytes for each in live_streams_here() if id(each) not in known]
         )
         assert len(kept) == 1
         assert kept[0] <= LIMITS["stream_queue_bytes"] + 80_000

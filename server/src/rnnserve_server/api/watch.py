@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple
@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from rnnserve_models.engine.base import Array
+from rnnserve_server.api.lanes import Lanes
 from rnnserve_server.core import Core
 from rnnserve_server.errors import (
     SessionAged,
@@ -64,16 +65,6 @@ class Notice:
     ended: bool
     lanes: list[int]
     left: float | None = None
-
-
-class Lanes(NamedTuple):
-    """The lanes of a stream, as columns: see `LaneStream`."""
-
-    groups: Mapping[int, Group]
-    group: Array
-    slot: Array
-    generation: Array
-    ids: Sequence[str]
 
 
 _Found = dict[tuple[Reason, bool], Notice]
