@@ -76,6 +76,7 @@ class Lane:
         heard_at: when that was answered last, by the clock of `pace`.
         prompt: the last one was wished soon after the answer to the one before.
         turn: of `pace`, when the lane was awaited; -1 if it is not.
+        frame: of `pace`, that its last paced chunk left with.
     """
 
     __slots__ = (
@@ -86,6 +87,7 @@ class Lane:
         "close_ticket",
         "closing",
         "delete_session",
+        "frame",
         "fresh",
         "generation",
         "ghost",
@@ -131,7 +133,7 @@ class Lane:
         self.pace: Pace | None = None
         self.heard_at = 0.0
         self.prompt = False
-        self.turn = -1
+        self.turn = self.frame = -1
 
 
 class Form:

@@ -113,6 +113,7 @@ class Answers(Order):
                 self.in_flight -= 1
                 lane.active -= pending.chunk.form.weight
                 if lane.pace is not None:
+                    lane.pace.touched(lane)
                     self._heard.append(lane.pace)
                 if lane.backlog is not None:
                     self._next(lane, lane.backlog)

@@ -48,6 +48,8 @@ class Messages(Resends):
 
     def flush(self) -> inference_pb2.StreamRequest | None:
         """The next message: everything wished since the last one, or as much as one message takes; None: nothing."""
+        if self.leaving:
+            self.account.collect()  # what came too late to be woken for
         if not (self._opens or self._chunks or self._closes):
             return None
         request = inference_pb2.StreamRequest()

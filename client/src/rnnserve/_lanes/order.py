@@ -147,7 +147,7 @@ class Order(Numbers):
         pace = self._paces.get(form)
         if pace is None:
             pace = self._paces[form] = Pace(form, self, timing)
-        lane.pace, lane.turn = pace, -1
+        lane.pace, lane.turn, lane.frame = pace, -1, -1
         return pace
 
     def _queue(self, lane: Lane, chunk: Chunk) -> None:

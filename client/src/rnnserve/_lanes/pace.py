@@ -2,7 +2,9 @@
 
 A chunk of one time step on a lane that owes nothing else is *paced*. It leaves at once if no frame of its form is on
 its way. While one is, the server has what it can do: the chunk is *held*, and leaves with all that came meanwhile when
-any answer comes. So a caller who is alone never waits, and neither does a chunk of another form behind this one.
+the first answer to that frame comes. So a caller who is alone never waits, and neither does a chunk of another form
+behind this one. Answers to frames before the last let nothing go: if they did, as many small frames as once got on
+their way would follow one another for ever.
 
 An answer sets callers free who may come with their next step right away, but not all in the same instant. Those who
 did so last time are *awaited*: the next frame leaves when the last of them has come. Else the first would leave alone,
@@ -33,6 +35,9 @@ _LOOKS = 4
 _WEIGHT = 1 / 8
 _OUTLIER = 4
 
+#: Frames whose answers tell what a round trip takes, of those that are on their way.
+_FRAMES = 64
+
 #: Seconds: event loops keep no time that is shorter.
 _SHORTEST = 0.001
 
@@ -59,16 +64,17 @@ class Pace:
 
     __slots__ = (
         "__weakref__",
+        "_alarm",
         "_call_later",
         "_clock",
         "_limit",
         "_order",
         "_seen",
-        "_sent_at",
+        "_sent",
         "_soon",
-        "_timer",
         "_turn",
         "_under_way",
+        "_until",
         "awaited",
         "form",
         "held",
@@ -83,10 +89,11 @@ class Pace:
         self._order = order
         self._clock = timing.time
         self._call_later = timing.call_later
-        self._timer: Any = None
+        self._alarm: Any = None  # while something is held, but for what the event loop has not seen yet
+        self._until = 0.0  # when nothing is waited for any more
         self._turn = 0  # counts the frames: who is awaited since another one is not awaited now
         self._under_way = False
-        self._sent_at = 0.0  # of a frame none of whose answers has come, or 0
+        self._sent: dict[int, float] = {}  # when the last frames were sent, but for those that were answered
         self._soon = 0.0  # seconds: PATIENCE round trips, or 0: not known
         self._limit = 0.0  # when those who are awaited are given up
         self._seen = 0  # how many there were when the timer was set
@@ -95,9 +102,9 @@ class Pace:
     def patience(self) -> float:
         """How many wishes may gather in other threads until the event loop has to see them. Any thread may ask.
 
-        Above 0 the event loop comes by itself. Whoever makes it less has to take in the wishes of other threads then.
+        Above 0 there is an alarm, or there was one and the next message is about to be made: either takes them in.
         """
-        if self.leaving:
+        if self._alarm is None:
             return 0
         return float("inf") if self._under_way else self.awaited
 
@@ -106,54 +113,69 @@ class Pace:
         if lane.turn == self._turn:
             lane.turn = -1
             self.awaited -= 1
-        lane.prompt = self._clock() - lane.heard_at <= self._soon
+        now = self._clock()
+        lane.prompt = now - lane.heard_at <= self._soon
         if self.leaving:
+            lane.frame = self._turn
             self._order.send(chunk)
             return
         self.held.append(chunk)
-        if not (self._under_way or self.awaited):
+        if now >= self._until or not (self._under_way or self.awaited):
             self.release()
+        elif self._alarm is None:  # for the first; most frames are made without one
+            self._set_alarm(now)
 
     def answered(self, lanes: Iterable[Lane]) -> None:
         """The only chunks of these lanes are answered; `heard` and `settle` have to follow."""
-        now, turn = self._clock(), self._turn
+        now, turn, frame = self._clock(), self._turn, -1
         for lane in lanes:
             lane.heard_at = now
             if lane.prompt and lane.turn != turn:
                 lane.turn = turn
                 self.awaited += 1
+            if lane.frame != frame:
+                frame = lane.frame
+                self.touched(lane)
+
+    def touched(self, lane: Lane) -> None:
+        """Something became of the last chunk of a lane; `heard` and `settle` have to follow."""
+        sent_at = self._sent.pop(lane.frame, None)
+        if sent_at is not None:
+            took, usual = PATIENCE * (self._clock() - sent_at), self._soon
+            self._soon = usual + (min(took, _OUTLIER * usual) - usual) * _WEIGHT if usual else took
+        if lane.frame == self._turn:
+            self._under_way = False
 
     def release(self) -> None:
         """Lets go what is held, with the next message."""
         if not self.leaving:
             self.leaving = True
             self._order.leaving.append(self)
+        self._go_on()
         for chunk in self.held:
             self._order.send(chunk)
+            chunk.lanes[0].frame = self._turn
         self.held.clear()
-        self._go_on()
         self._order.woken()
 
     def sent(self) -> None:
         """The message has been made."""
         self.leaving = False
-        self._sent_at = self._clock()
+        now = self._clock()
+        self._sent[self._turn] = now
+        if len(self._sent) > _FRAMES:
+            del self._sent[next(iter(self._sent))]
         if self._soon:
             self._under_way = True
-            self._set_timer(self._soon)
+            self._wait(now, self._soon)
 
     def heard(self) -> None:
-        """There is an answer; `settle` has to follow."""
-        now = self._clock()
-        if self._sent_at:
-            took, usual = PATIENCE * (now - self._sent_at), self._soon
-            self._soon = usual + (min(took, _OUTLIER * usual) - usual) * _WEIGHT if usual else took
-            self._sent_at = 0.0
-        self._under_way = False
-        if self.awaited:
+        """There are answers; `settle` has to follow."""
+        if self.awaited and not self._under_way:
+            now = self._clock()
             self._seen = self.awaited
             self._limit = now + self._soon
-            self._set_timer(self._soon / _LOOKS)
+            self._wait(now, self._soon / _LOOKS)
 
     def settle(self) -> None:
         """Lets go what is held, unless there is something to wait for."""
@@ -164,33 +186,41 @@ class Pace:
         """The stream is lost: what is held is a wish that others keep, and nothing is under way."""
         self.held.clear()
         self.leaving = self._under_way = False
-        self._sent_at = 0.0
+        self._sent.clear()
         self._go_on()
 
     def _go_on(self) -> None:
         """Waits for nobody any more."""
         self._turn += 1
         self.awaited = 0
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        self._until = 0.0
+        if self._alarm is not None:
+            self._alarm.cancel()
+            self._alarm = None
 
-    def _set_timer(self, delay: float) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-        self._timer = self._call_later(max(delay, _SHORTEST), self._look)
+    def _wait(self, now: float, seconds: float) -> None:
+        """Chunks may be held for so many seconds from now on."""
+        self._until = now + max(seconds, _SHORTEST)
+        if self._alarm is not None:
+            self._alarm.cancel()
+            self._alarm = None
+        if self.held:
+            self._set_alarm(now)
 
-    def _look(self) -> None:
-        """It is time."""
-        self._timer = None
+    def _set_alarm(self, now: float) -> None:
+        self._alarm = self._call_later(self._until - now, self._ring)
+
+    def _ring(self) -> None:
+        """What is held has waited long enough, unless some of the awaited have come meanwhile and more may."""
+        self._alarm = None
         self._under_way = False
         self._order.account.collect()
-        if self._timer is not None or self.leaving:
-            return  # somebody has come
-        if 0 < self.awaited < self._seen and self._clock() < self._limit:
-            self._seen = self.awaited
-            self._set_timer(self._soon / _LOOKS)
+        if self.leaving:
             return
-        self._go_on()
-        self._order.account.collect()
-        self.settle()
+        now = self._clock()
+        if 0 < self.awaited < self._seen and now < self._limit:
+            self._seen = self.awaited
+            self._wait(now, self._soon / _LOOKS)
+        else:
+            self._go_on()
+            self.settle()
