@@ -155,6 +155,20 @@ def test_threads_share_one_stream(server, client):
     assert server.streams == 1
 
 
+def test_steps_of_threads_share_frames(server, client):
+    """Threads that step again and again, with no appointment, send a fraction of a message for each step."""
+    threads, steps = 16, 50
+    sessions = [client.session("sum") for _ in range(threads)]
+    before = len(server.requests)
+
+    def work(number):
+        for step in range(1, steps + 1):
+            np.testing.assert_array_equal(sessions[number].step(row(number)), row(number * step))
+
+    in_threads(threads, work)
+    assert len(server.requests) - before < threads * steps / 3
+
+
 def test_threads_may_share_one_session(client):
     """Steps of one session from several threads are all taken, each once."""
     with client.session("sum") as session:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from fake_server import failure
 from rnnserve import codec
-from rnnserve._chunks import Chunk
+from rnnserve._chunks import Chunk, Form
 from rnnserve._lanes import Lanes, ProtocolViolation
 from rnnserve.errors import GroupError, InvalidInput, SessionNotFound, StepMismatch
 from rnnserve.v1 import inference_pb2 as pb
@@ -25,7 +25,7 @@ def chunk(ticket, value=0.0, time=1, rows=1, features=2, mask=None):
     x = np.full((1, time, features), value, "f4")
     x = np.stack([x + row for row in range(rows)]) if rows > 1 else x
     shape = (1, time, features)
-    return Chunk(("x",), [x], mask, (shape,), time, (shape, mask is not None), ticket)
+    return Chunk(Form(("x",), (shape,), time, (shape, mask is not None)), [x], mask, ticket)
 
 
 def opened(lanes, count, step=0):

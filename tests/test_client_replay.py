@@ -287,7 +287,7 @@ def test_no_more_is_asked_than_the_server_remembers():
 
     def wish(ticket, share):
         made_of = chunk(ticket, ticket)
-        made_of.weight = int(REPLAY_WINDOW * share)
+        made_of.form.weight = int(REPLAY_WINDOW * share)
         return made_of
 
     for ticket, share in enumerate([0.4, 0.4, 0.4, 0.1, 5.0, 0.1]):

@@ -78,16 +78,16 @@ def test_masks():
 def test_time_major():
     """With time_major the batch is the second axis."""
     assert signature(time_major=True).call(np.ones((4, 2, 3)))[2] == 2
-    assert signature(time_major=True, batch_size=2).chunk(np.ones((4, 2, 3))).timesteps == 4
+    assert signature(time_major=True, batch_size=2).chunk(np.ones((4, 2, 3))).form.timesteps == 4
 
 
 def test_steps():
     """A step is without the time axis, and without the batch axis too for a batch size of 1."""
     chunk = signature(batch_size=1).step(np.ones(3))
-    assert (chunk.shapes, chunk.timesteps) == (((1, 1, 3),), 1)
-    assert signature(batch_size=2).step(np.ones((2, 3))).shapes == ((2, 1, 3),)
-    assert signature(batch_size=2, time_major=True).step(np.ones((2, 3))).shapes == ((1, 2, 3),)
-    assert signature(SCALAR, 1).step(4).shapes == ((1, 1),)
+    assert (chunk.form.shapes, chunk.form.timesteps) == (((1, 1, 3),), 1)
+    assert signature(batch_size=2).step(np.ones((2, 3))).form.shapes == ((2, 1, 3),)
+    assert signature(batch_size=2, time_major=True).step(np.ones((2, 3))).form.shapes == ((1, 2, 3),)
+    assert signature(SCALAR, 1).step(4).form.shapes == ((1, 1),)
     for batch_size, shape in ((1, (1, 3)), (2, (3,)), (2, (3, 3)), (1, (2,))):
         with pytest.raises(InvalidInput, match=f"got shape {list(shape)}".replace("[", r"\[")):
             signature(batch_size=batch_size).step(np.ones(shape))
@@ -96,9 +96,9 @@ def test_steps():
 def test_steps_share_frames_with_chunks_of_the_same_shape():
     """What may share a frame has equal keys: the shapes, the types, the mask and the order of the axes decide."""
     one = signature(batch_size=1)
-    assert one.step(np.ones(3)).key == one.chunk(np.ones((1, 1, 3))).key
-    assert one.chunk(np.ones((1, 1, 3)), [[1]]).key != one.chunk(np.ones((1, 1, 3))).key
-    assert signature(batch_size=1, time_major=True).step(np.ones(3)).key != one.step(np.ones(3)).key
+    assert one.step(np.ones(3)).form.key == one.chunk(np.ones((1, 1, 3))).form.key
+    assert one.chunk(np.ones((1, 1, 3)), [[1]]).form.key != one.chunk(np.ones((1, 1, 3))).form.key
+    assert signature(batch_size=1, time_major=True).step(np.ones(3)).form.key != one.step(np.ones(3)).form.key
 
 
 def test_fixed_batch_size():

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Container, Hashable, Iterable, Sequence
+from collections.abc import Callable, Container, Hashable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from functools import partial
+from sys import modules
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, cast
 
 import numpy as np
 
@@ -17,6 +19,7 @@ from rnnserve.v1 import inference_pb2, session_pb2
 
 if TYPE_CHECKING:
     from rnnserve._lanes import Lanes
+    from rnnserve._lanes.pace import Pace
 
 
 @dataclass(slots=True)
@@ -38,6 +41,9 @@ class Answer(NamedTuple):
     value: Any
     error: RequestError | None = None
 
+
+#: An Answer of a tuple of its fields, in a third of the time.
+new_answer = cast("Callable[[tuple[Any, Any, RequestError | None]], Answer]", partial(tuple.__new__, Answer))
 
 #: What a server remembers of a session, unless told otherwise: so many answers, and bytes of them, but at least one.
 #: No more may be asked of it at once, or an answer that is lost may be forgotten when it is asked for again.
@@ -66,6 +72,11 @@ class Lane:
         closing: a close is wished or sent.
         ghost: what is left, until it is closed, of a lane that went elsewhere.
         notice: what the server told of the session last, or None.
+        pace: of its last paced chunk, or None.
+        heard_at: when that was answered last, by the clock of `pace`.
+        prompt: the last one was wished soon after the answer to the one before.
+        turn: of `pace`, when the lane was awaited; -1 if it is not.
+        frame: of `pace`, that its last paced chunk left with.
     """
 
     __slots__ = (
@@ -76,9 +87,11 @@ class Lane:
         "close_ticket",
         "closing",
         "delete_session",
+        "frame",
         "fresh",
         "generation",
         "ghost",
+        "heard_at",
         "holder",
         "known",
         "next_step",
@@ -87,10 +100,13 @@ class Lane:
         "open",
         "open_ticket",
         "opening",
+        "pace",
         "pending",
+        "prompt",
         "ready",
         "request",
         "tries",
+        "turn",
         "window",
     )
 
@@ -114,56 +130,65 @@ class Lane:
         self.tries = self.active = 0
         self.backlog: deque[Chunk] | None = None
         self.claim: tuple[session_pb2.SessionConfig, RequestError] | None = None
+        self.pace: Pace | None = None
+        self.heard_at = 0.0
+        self.prompt = False
+        self.turn = self.frame = -1
+
+
+class Form:
+    """What chunks of one kind have in common.
+
+    Attributes:
+        names: of the inputs.
+        shapes: of one row of each input, [batch, time, ...].
+        timesteps: of a chunk.
+        key: equal for chunks that may share a frame.
+        weight: bytes of `REPLAY_WINDOW` that the answer to one row takes.
+        paced: such chunks may wait for one another, see `Pace`.
+    """
+
+    __slots__ = ("key", "names", "paced", "shapes", "timesteps", "weight")
+
+    def __init__(
+        self,
+        names: tuple[str, ...],
+        shapes: tuple[tuple[int, ...], ...],
+        timesteps: int,
+        key: Hashable,
+        reply_bytes: int = 0,
+        *,
+        paced: bool = False,
+    ) -> None:
+        self.names = names
+        self.shapes = shapes
+        self.timesteps = timesteps
+        self.key = key
+        self.weight = max(reply_bytes, REPLAY_WINDOW // REPLAY_CHUNKS)
+        self.paced = paced
 
 
 class Chunk:
     """A chunk for one lane or for several, a row of each input for each lane.
 
     `inputs` are [N, batch, time, ...] and `mask` is bool [N, batch, time], in C order, little-endian; the leading axis
-    may be left out when N is 1. `key` is equal for chunks that may share a frame. `ticket` comes back in the answer,
-    which has `reply_bytes` for each lane. `trace` is the span that it was made within.
+    may be left out when N is 1. `ticket` comes back in the answer. `trace` is the span that it was made within.
     """
 
-    __slots__ = (
-        "first_steps",
-        "inputs",
-        "key",
-        "lanes",
-        "mask",
-        "names",
-        "nbytes",
-        "number",
-        "shapes",
-        "ticket",
-        "timesteps",
-        "trace",
-        "weight",
-    )
+    __slots__ = ("first_steps", "form", "inputs", "lanes", "mask", "nbytes", "number", "ticket", "trace")
 
-    def __init__(
-        self,
-        names: tuple[str, ...],
-        inputs: Sequence[Array],
-        mask: Array | None,
-        shapes: tuple[tuple[int, ...], ...],
-        timesteps: int,
-        key: Hashable,
-        ticket: Any = None,
-        reply_bytes: int = 0,
-    ) -> None:
-        self.names = names
+    lanes: Sequence[Lane]
+    first_steps: Sequence[int]
+
+    def __init__(self, form: Form, inputs: Sequence[Array], mask: Array | None = None, ticket: Any = None) -> None:
+        self.form = form
         self.inputs = inputs
         self.mask = mask
-        self.shapes = shapes  # of one row of each input
-        self.timesteps = timesteps
-        self.key = key
         self.ticket = ticket
-        self.nbytes = sum([array.nbytes for array in inputs])
-        self.lanes: list[Lane] = []
-        self.first_steps: list[int] = []
+        self.nbytes = inputs[0].nbytes if len(inputs) == 1 else sum([array.nbytes for array in inputs])
+        self.lanes = self.first_steps = ()
         self.number = 0  # counts the wishes of a connection
-        self.trace = _trace.traceparent() if _trace.active() else ""
-        self.weight = max(reply_bytes, REPLAY_WINDOW // REPLAY_CHUNKS)  # of REPLAY_WINDOW
+        self.trace = _trace.traceparent() if _trace.MODULE in modules else ""
 
     def own(self) -> Chunk:
         """Copies the arrays, for a caller who may write to them before the chunk has left."""
@@ -178,7 +203,7 @@ class Chunk:
             chosen = [row for row, _, _ in rows]
             inputs = [array[chosen] for array in self.inputs]
             mask = None if self.mask is None else self.mask[chosen]
-            part = Chunk(self.names, inputs, mask, self.shapes, self.timesteps, self.key, self.ticket, self.weight)
+            part = Chunk(self.form, inputs, mask, self.ticket)
             part.number, part.trace = self.number, self.trace
         part.lanes, part.first_steps = lanes, first_steps
         return part
@@ -232,6 +257,10 @@ class Pending(NamedTuple):
     ticket: Any
 
 
+#: A Pending of a tuple of its fields, in a third of the time.
+_Fields: TypeAlias = "tuple[int, int, Chunk | None, int, Gather | None, Any]"
+new_pending = cast("Callable[[_Fields], Pending]", partial(tuple.__new__, Pending))
+
 #: What an unanswered chunk takes beside its inputs, roughly: itself, its arrays' headers and whoever waits for it.
 OVERHEAD = 1024
 
@@ -259,10 +288,10 @@ def write_frame(frame: inference_pb2.StepFrame, chunks: list[Chunk]) -> None:
     if _trace.active():
         frame.traceparent = next((chunk.trace for chunk in chunks if chunk.trace), "")
     count = len(frame.lanes)
-    first = chunks[0]
-    for index, name in enumerate(first.names):
+    form = chunks[0].form
+    for index, name in enumerate(form.names):
         named = frame.inputs.add(name=name)
-        encode_joined(named.tensor, [chunk.inputs[index] for chunk in chunks], (count, *first.shapes[index]))
-    if first.mask is not None:
+        encode_joined(named.tensor, [chunk.inputs[index] for chunk in chunks], (count, *form.shapes[index]))
+    if chunks[0].mask is not None:
         masks = [chunk.mask for chunk in chunks if chunk.mask is not None]
-        encode_joined(frame.mask, masks, (count, *first.shapes[0][:2]))
+        encode_joined(frame.mask, masks, (count, *form.shapes[0][:2]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeVar
+from weakref import WeakValueDictionary
 
 import grpc
 import grpc.aio
@@ -15,8 +16,10 @@ from rnnserve._links import REPLAY_BYTES, Links, Place, Routing
 from rnnserve._notices import OnNotice
 from rnnserve._resolve import Replica, fixed, resolve
 from rnnserve._retry import RETRY_FOR, Retry
+from rnnserve._signature import Signature
 from rnnserve.errors import ClientClosed, DeadlineExceeded, RequestError, Unavailable, from_rpc_error
 from rnnserve.models import Model, SessionInfo
+from rnnserve.options import LayerOptions
 from rnnserve.tls import Tls, Token, check_token, tls_of
 from rnnserve.v1 import inference_pb2, model_pb2, session_pb2
 from rnnserve.v1.inference_pb2_grpc import InferenceServiceStub
@@ -59,6 +62,7 @@ class Connection:
 
     Attributes:
         target: what the client was given, for messages.
+        collect: takes in what other threads wish, where there are any. To be set before the first call.
     """
 
     def __init__(
@@ -110,7 +114,9 @@ class Connection:
         self._watch: asyncio.Task[None] | None = None
         self._models: dict[tuple[str, str], Model] = {}
         self._newest: dict[str, Model] = {}
+        self._signatures: WeakValueDictionary[tuple[str, str, LayerOptions, int], Signature] = WeakValueDictionary()
         self._closed = False
+        self.collect: Callable[[], None] | None = None
 
     async def close(self) -> None:
         """Ends the stream and the channel; calls that are not answered fail with ClientClosed. Closes once."""
@@ -168,6 +174,8 @@ class Connection:
             moves=self._spread,
             on_notice=self._on_notice,
         )
+        if self.collect is not None:
+            links.account.collect = self.collect
         if self._streams > 1:
             replicas = {f"{name}#{number}": each for name, each in replicas.items() for number in range(self._streams)}
         links.set(replicas)
@@ -268,6 +276,14 @@ class Connection:
         if model is None or model.digest != session.digest:
             model = await self.newest(session.model, session.version, limit)
         return model
+
+    def signature(self, model: Model, options: LayerOptions, batch_size: int) -> Signature:
+        """The signature of a session: the same one for all sessions of a kind, whose steps then are of one form."""
+        key = (model.name, model.version, options, batch_size)
+        signature = self._signatures.get(key)
+        if signature is None or signature.model is not model:
+            signature = self._signatures[key] = Signature(model, options, batch_size)
+        return signature
 
     async def models(self, limit: float | None) -> list[Model]:
         """Every loaded model."""

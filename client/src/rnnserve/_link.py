@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
 import copy
 import logging
+import time
 from collections.abc import Callable, Iterable
-from typing import Any, Protocol, TypeAlias, cast
+from typing import Protocol, TypeAlias, cast
 
 import grpc
 import grpc.aio
@@ -17,6 +17,7 @@ from rnnserve._chunks import Answer, Lane
 from rnnserve._lanes import Account, Lanes, ProtocolViolation
 from rnnserve._notices import OnNotice
 from rnnserve._retry import Retry, Trial
+from rnnserve._tickets import deliver, deliver_all
 from rnnserve.codec import TensorError
 from rnnserve.errors import ClientClosed, RequestError, RnnserveError, ServerError, Unavailable, from_lost_stream
 from rnnserve.v1 import inference_pb2, session_pb2
@@ -28,19 +29,6 @@ LOG = logging.getLogger("rnnserve")
 
 #: Seconds that a closing client waits for the server to end the stream in good order.
 _PARTING = 2.0
-
-
-def deliver(ticket: Any, value: Any, error: BaseException | None = None) -> None:
-    """Answers a ticket, an asyncio or a concurrent future, unless whoever held it has stopped waiting."""
-    if ticket.done():
-        return
-    try:
-        if error is None:
-            ticket.set_result(value)
-        else:
-            ticket.set_exception(error)
-    except concurrent.futures.InvalidStateError:  # given up in another thread since the line above
-        pass
 
 
 class Host(Protocol):
@@ -60,6 +48,15 @@ class Host(Protocol):
 
     def leave(self, link: Link) -> None:
         """The server at the other end shuts down, and still answers."""
+
+
+class _Timing:
+    """An event loop's alarms, with a clock that does not stand still during a turn, or count in milliseconds."""
+
+    time = staticmethod(time.monotonic)
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.call_later = loop.call_later
 
 
 class Link:
@@ -95,7 +92,8 @@ class Link:
         account: Account | None = None,
         on_notice: OnNotice | None = None,
     ) -> None:
-        self.lanes = Lanes(resume=retry.limit != 0, account=account)
+        self._loop = asyncio.get_running_loop()
+        self.lanes = Lanes(resume=retry.limit != 0, account=account, timing=_Timing(self._loop))
         self.lanes.woken = self.wake
         self.key = ""
         self.closed = False
@@ -108,7 +106,6 @@ class Link:
         self._host = host
         self._on_notice = on_notice
         self._trials: dict[Lane, tuple[Trial, int]] = {}  # of the lanes that are put off
-        self._loop = asyncio.get_running_loop()
         self._call: _Call | None = None
         self._idle: asyncio.Future[None] | None = None
         self._fault: RequestError | None = None
@@ -178,6 +175,7 @@ class Link:
     async def close(self) -> None:
         """Sends what is still to be sent, and ends the stream; what is then unanswered fails with ClientClosed."""
         self.closed = True
+        self.lanes.hurry()
         self.wake()
         if self._call is not None and self.trouble is None:
             await asyncio.wait([self._task], timeout=_PARTING)
@@ -198,6 +196,7 @@ class Link:
             if self.closed:
                 return
             self._answer(self.lanes.lost())
+            self.lanes.account.collect()  # nothing is under way that would let them in
             if self._retry.limit != 0 and await self._move(failure):
                 trial, gave_up = None, False
                 continue
@@ -252,8 +251,7 @@ class Link:
                     if limit is not None:
                         limit.cancel()
                 answers = self.lanes.receive(cast("inference_pb2.StreamResponse", response))
-                for ticket, value, error in answers:
-                    deliver(ticket, value, error)
+                deliver_all(answers)
                 if answers:
                     self._progress = True
                 if self.lanes.broken is not None:
@@ -263,6 +261,7 @@ class Link:
                 if self.lanes.notices:
                     self._notify()
                 self._host.admit()
+                self.lanes.settle()
                 self.wake()  # answers make room for wishes that were held back
         except grpc.RpcError as error:
             return from_lost_stream(error)
@@ -343,8 +342,7 @@ class Link:
         self._host.tell(self, error)
 
     def _answer(self, answers: Iterable[Answer]) -> None:
-        for ticket, value, error in answers:
-            deliver(ticket, value, error)
+        deliver_all(answers)
         self._host.admit()
 
 

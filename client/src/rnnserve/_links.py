@@ -21,11 +21,12 @@ import grpc.aio
 
 from rnnserve._chunks import Chunk, Lane
 from rnnserve._lanes import Account
-from rnnserve._link import LOG, Link, deliver
+from rnnserve._link import LOG, Link
 from rnnserve._notices import OnNotice
 from rnnserve._rendezvous import choose
 from rnnserve._resolve import Replica
 from rnnserve._retry import Retry
+from rnnserve._tickets import deliver
 from rnnserve.errors import ClientClosed, RequestError, RnnserveError
 from rnnserve.v1 import session_pb2
 
@@ -107,6 +108,8 @@ class Links:
 
     Attributes:
         closed: they were closed for good.
+        account: what all of them have in common.
+        loop: where they run.
     """
 
     def __init__(
@@ -132,17 +135,17 @@ class Links:
         self._drop = drop
         self._moves = moves
         self._on_notice = on_notice
-        self._account = Account()
+        self.account = Account()
         self._places: dict[str, Place] = {}  # those that new sessions are placed at
         self._of: dict[Link, Place] = {}  # every link, those of replicas that are gone too
         self._line: dict[Any, tuple[list[Lane], bool] | None] = {}  # chunks, and futures of those who wait behind them
-        self._loop = asyncio.get_running_loop()
+        self.loop = asyncio.get_running_loop()
         self._turn = 0
         self._leaving = asyncio.Lock()  # links leave in turns: a server that takes sessions over does nothing else
         self._chores: set[asyncio.Task[None]] = set()
         self._astray: asyncio.Event = asyncio.Event()
         if moves:
-            self._chores |= {self._loop.create_task(self._tend()), self._loop.create_task(self._listen())}
+            self._chores |= {self.loop.create_task(self._tend()), self.loop.create_task(self._listen())}
 
     # Places
 
@@ -156,7 +159,7 @@ class Links:
         for name, replica in replicas.items():
             place = back.get(name)
             if place is None:
-                link = Link(replica.target, self._stream, self._retry, self, self._account, self._on_notice)
+                link = Link(replica.target, self._stream, self._retry, self, self.account, self._on_notice)
                 place = self._of[link] = Place(name, replica, link)
             place.gone = False
             self._places.setdefault(name, place)
@@ -176,13 +179,13 @@ class Links:
             await self._drop(place.replica)
 
     def _chore(self, work: Coroutine[Any, Any, None]) -> None:
-        task = self._loop.create_task(work)
+        task = self.loop.create_task(work)
         self._chores.add(task)
         task.add_done_callback(self._chores.discard)
 
     def _link(self, place: Place) -> Link:
         """A new link to a place, which new sessions go to from now on."""
-        link = Link(place.replica.target, self._stream, self._retry, self, self._account, self._on_notice)
+        link = Link(place.replica.target, self._stream, self._retry, self, self.account, self._on_notice)
         self._of[link] = place
         return link
 
@@ -249,14 +252,14 @@ class Links:
         """Closes a lane behind its chunks, and ends its session too if asked."""
         if self.closed:
             raise ClientClosed("the client is closed")
-        ticket: asyncio.Future[None] = self._loop.create_future()
+        ticket: asyncio.Future[None] = self.loop.create_future()
         if lane.holder.close(lane, delete_session, ticket):
             lane.holder.woken()
             await ticket
 
     async def settled(self, lane: Lane) -> None:
         """Waits until every chunk sent on the lane so far is answered."""
-        ticket: asyncio.Future[None] = self._loop.create_future()
+        ticket: asyncio.Future[None] = self.loop.create_future()
         if lane.holder.barrier(lane, ticket):
             lane.holder.woken()
             await ticket
@@ -266,14 +269,17 @@ class Links:
     @property
     def full(self) -> bool:
         """Whether chunks have to wait in line."""
-        return bool(self._line) or self._account.held >= self._replay_bytes
+        return bool(self._line) or self.account.held >= self._replay_bytes
 
     def step(self, lanes: list[Lane], chunk: Chunk, together: bool) -> None:
         """Sends a chunk on one lane, or on several together; the answer goes to its ticket."""
-        if self._line or self._account.held >= self._replay_bytes:
+        if self._line or self.account.held >= self._replay_bytes:
             self._line[chunk] = lanes, together
             return
-        self._submit(lanes, chunk, together)
+        if together:
+            lanes[0].holder.step_all(lanes, chunk)
+        else:
+            lanes[0].holder.step(lanes[0], chunk)
 
     def withdraw(self, chunk: Chunk) -> bool:
         """Takes back a chunk that waits in line. False: it does not, and keeps its place in its session."""
@@ -282,29 +288,23 @@ class Links:
     async def admitted(self) -> None:
         """Waits until nothing that was asked for before waits in line."""
         if self._line:
-            ticket = self._loop.create_future()
+            ticket = self.loop.create_future()
             self._line[ticket] = None
             await ticket
 
-    @staticmethod
-    def _submit(lanes: list[Lane], chunk: Chunk, together: bool) -> None:
-        holder = lanes[0].holder
-        if together:
-            holder.step_all(lanes, chunk)
-        else:
-            holder.step(lanes[0], chunk)
-        holder.woken()
-
     def admit(self) -> None:
         """Sends what waits in line, as far as there is room."""
-        while self._line and self._account.held < self._replay_bytes:
+        while self._line and self.account.held < self._replay_bytes:
             waiting = next(iter(self._line))
             entry = self._line.pop(waiting)
             if entry is None:
                 deliver(waiting, None)
             elif not waiting.ticket.done():
                 lanes, together = entry
-                self._submit(lanes, waiting, together)
+                if together:
+                    lanes[0].holder.step_all(lanes, waiting)
+                else:
+                    lanes[0].holder.step(lanes[0], waiting)
 
     def tell(self, link: Link, error: Callable[[], RnnserveError]) -> None:
         """Fails the chunks in line that are for a link, and whoever waits for the line."""
@@ -364,7 +364,7 @@ class Links:
             closed.exception()  # whatever became of it, nothing more can come of it
             lane.holder.open_held(lane)
 
-        ticket, was_open = self._loop.create_future(), lane.open
+        ticket, was_open = self.loop.create_future(), lane.open
         if not lane.holder.let_go(lane, ticket):
             return False
         self._adopt(place, [lane], held=was_open)

@@ -10,10 +10,11 @@ from typing import Any
 from rnnserve import nest
 from rnnserve._chunks import Chunk, Columns, Lane
 from rnnserve._connection import Connection
-from rnnserve._link import deliver, forget
+from rnnserve._link import forget
 from rnnserve._links import Links
 from rnnserve._notices import Notice
-from rnnserve._signature import Signature, flat_states
+from rnnserve._signature import flat_states
+from rnnserve._tickets import deliver
 from rnnserve.codec import Array, encode_named
 from rnnserve.errors import (
     ClientClosed,
@@ -77,8 +78,10 @@ class Live:
         self.connection = connection
         self.session_ids = [session.session_id for _, session in opened]
         first = opened[0][1]
-        self.signature = Signature(model, LayerOptions.from_message(first.options), first.batch_size)
+        self.signature = connection.signature(model, LayerOptions.from_message(first.options), first.batch_size)
         self.closed = False
+        #: A future of the event loop, for a chunk whose answer is awaited there.
+        self.new_ticket = links.loop.create_future
         self._links = links
         self._lanes = [lane for lane, _ in opened]
         self._group = group
@@ -138,6 +141,12 @@ class Live:
     def notices(self) -> list[Notice | None]:
         """What the server told of each session last without being asked."""
         return [lane.notice for lane in self._lanes]
+
+    @property
+    def patience(self) -> float:
+        """How many steps may gather before the event loop has to see one of this session. Any thread may ask."""
+        pace = self._lanes[0].pace
+        return 0 if pace is None else pace.patience
 
     @property
     def full(self) -> bool:

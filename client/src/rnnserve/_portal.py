@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
 import contextlib
 import threading
 from collections import deque
@@ -12,6 +11,7 @@ from typing import Any, TypeVar
 
 from rnnserve._chunks import Chunk
 from rnnserve._live import Live
+from rnnserve._tickets import deliver
 from rnnserve.errors import ClientClosed
 
 T = TypeVar("T")
@@ -43,11 +43,13 @@ class Portal:
 
     def submit(self, live: Live, chunk: Chunk) -> None:
         """Hands a chunk to the loop; the answer goes to its ticket. Chunks of one thread keep their order."""
-        if self._closed:
-            raise ClientClosed("the client is closed")
         self._inbox.append((live, chunk))
-        # Threads that find the loop woken but not yet run add to what it will find. Two that wake it do no harm.
-        if not self._woken:
+        if self._closed:  # asked only now that whoever closes it can see the chunk
+            raise ClientClosed("the client is closed")
+        # Threads that find the loop woken but not yet run add to what it will find. Two that wake it do no harm. One
+        # whose step would have to wait for others lets it sleep. It looks only now that the loop can see the step:
+        # who makes others wait less takes in what is here afterwards.
+        if not self._woken and not (chunk.form.paced and chunk.ticket.waited and len(self._inbox) < live.patience):
             self._woken = True
             try:
                 self._loop.call_soon_threadsafe(self._empty)
@@ -69,6 +71,15 @@ class Portal:
         """Does the same without waiting to hear of it."""
         with contextlib.suppress(RuntimeError):  # closed: nothing is kept
             self._loop.call_soon_threadsafe(live.abandon, chunk)
+
+    def collect(self) -> None:
+        """Takes in what other threads have submitted. Belongs to the loop."""
+        while self._inbox:
+            live, chunk = self._inbox.popleft()
+            try:
+                live.submit(chunk)
+            except Exception as error:  # whoever waits must hear of it
+                deliver(chunk.ticket, None, error)
 
     def close(self, last: Coroutine[Any, Any, None]) -> None:
         """Runs a last coroutine, stops the loop and joins the thread. Closes once."""
@@ -97,15 +108,4 @@ class Portal:
 
     def _empty(self) -> None:
         self._woken = False  # before looking: who comes after this wakes the loop again
-        while self._inbox:
-            live, chunk = self._inbox.popleft()
-            try:
-                live.submit(chunk)
-            except Exception as error:  # whoever waits must hear of it
-                if not chunk.ticket.done():
-                    chunk.ticket.set_exception(error)
-
-
-def new_ticket() -> concurrent.futures.Future[Any]:
-    """A ticket for a chunk, to be waited for in the calling thread."""
-    return concurrent.futures.Future()
+        self.collect()

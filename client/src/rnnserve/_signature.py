@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from rnnserve import nest
-from rnnserve._chunks import Chunk, Columns
+from rnnserve._chunks import Chunk, Columns, Form
 from rnnserve.codec import Array
 from rnnserve.errors import InvalidInput, ServerError
 from rnnserve.models import Model, StateSpec, TensorSpec
@@ -34,13 +34,14 @@ class Signature:
         rows = batch_size or 1
         lead = (1, rows) if options.time_major else (rows, 1)
         bare = () if rows == 1 else (rows,)
-        self._step_shapes = tuple([(*lead, *spec.shape) for spec in model.inputs])
+        shapes = tuple([(*lead, *spec.shape) for spec in model.inputs])
         self._step_bare = tuple([(*bare, *spec.shape) for spec in model.inputs])
-        self._step_key = self._key(self._step_shapes, masked=False)
+        self._step_dtype = model.inputs[0].dtype if self._one is not None else None
         reply = sum([_nbytes(spec) for spec in model.outputs]) * rows
         states = sum([_nbytes(spec) for spec in model.states]) * rows if options.return_state else 0
         self._reply = (states, reply) if options.return_sequences else (states + reply, 0)  # and for each time step
-        self._step_reply = sum(self._reply)
+        key = self._key(shapes, masked=False)
+        self._step_form = Form(self._names, shapes, 1, key, sum(self._reply), paced=True)
         # Where one step of one row stands in a result: without the axes of length 1 that the step did not have.
         every: tuple[Any, ...] = (0,) if rows == 1 else (slice(None),)
         timed = (0, *every) if options.time_major else (*every, 0)
@@ -50,11 +51,18 @@ class Signature:
 
     def step(self, x: Any, ticket: Any = None) -> Chunk:
         """One time step for one session: each input [*features] for a batch size of 1, else [batch, *features]."""
+        if (
+            type(x) is np.ndarray
+            and x.dtype is self._step_dtype
+            and x.shape == self._step_bare[0]
+            and x.flags.c_contiguous
+        ):
+            return Chunk(self._step_form, (x,), None, ticket)  # as it is to be: most often
         arrays = self._arrays(x)
         for array, spec, shape in zip(arrays, self.model.inputs, self._step_bare, strict=True):
             if array.shape != shape:
                 raise self._wrong_shape(spec, shape, array, "a step" if self.batch_size == 1 else "a step [batch, ...]")
-        return Chunk(self._names, arrays, None, self._step_shapes, 1, self._step_key, ticket, self._step_reply)
+        return Chunk(self._step_form, arrays, None, ticket)
 
     def step_all(self, x: Any, sessions: int, ticket: Any = None) -> Chunk:
         """One time step for each of several sessions: each input as for `step`, with a leading axis of sessions."""
@@ -62,7 +70,7 @@ class Signature:
         for array, spec, shape in zip(arrays, self.model.inputs, self._step_bare, strict=True):
             if array.shape != (sessions, *shape):
                 raise self._wrong_shape(spec, (sessions, *shape), array, "a step [sessions, ...]")
-        return Chunk(self._names, arrays, None, self._step_shapes, 1, self._step_key, ticket, self._step_reply)
+        return Chunk(self._step_form, arrays, None, ticket)
 
     def chunk(self, x: Any, mask: Any = None, ticket: Any = None) -> Chunk:
         """Time steps for one session: each input [batch, time, *features], mask [batch, time]."""
@@ -80,7 +88,7 @@ class Signature:
         self, arrays: list[Array], valid: Array | None, shapes: tuple[tuple[int, ...], ...], time: int, ticket: Any
     ) -> Chunk:
         key, (once, each) = self._key(shapes, masked=valid is not None), self._reply
-        return Chunk(self._names, arrays, valid, shapes, time, key, ticket, once + each * time)
+        return Chunk(Form(self._names, shapes, time, key, once + each * time), arrays, valid, ticket)
 
     def call(self, x: Any, mask: Any = None) -> tuple[dict[str, Array], Array | None, int]:
         """A call without a session: the inputs by name, the mask as bool [batch, time], and the batch size."""
@@ -171,6 +179,8 @@ class Signature:
         place = (row, *self._step_place)
         name = self._output
         try:
+            if name is not None and not self.options.return_state:
+                return columns.outputs[name][place]
             output = (
                 columns.outputs[name][place]
                 if name is not None

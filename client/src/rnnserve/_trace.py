@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import sys
 
-_MODULE = "opentelemetry.trace"
+#: Loaded by whoever traces.
+MODULE = "opentelemetry.trace"
 
 
 def active() -> bool:
     """Whether there may be a span."""
-    return _MODULE in sys.modules
+    return MODULE in sys.modules
 
 
 def headers() -> list[tuple[str, str]]:
     """The caller's trace context, as the metadata of a call; empty outside of any span."""
-    if _MODULE not in sys.modules:
+    if MODULE not in sys.modules:
         return []
     from opentelemetry import propagate
 
@@ -28,9 +29,9 @@ def headers() -> list[tuple[str, str]]:
 
 def traceparent() -> str:
     """The span that the caller is within, as W3C Trace Context has it; empty if there is none or it is not sampled."""
-    if _MODULE not in sys.modules:
+    if MODULE not in sys.modules:
         return ""
-    span = sys.modules[_MODULE].get_current_span().get_span_context()
+    span = sys.modules[MODULE].get_current_span().get_span_context()
     if not (span.is_valid and span.trace_flags.sampled):
         return ""
     return f"00-{span.trace_id:032x}-{span.span_id:016x}-{span.trace_flags:02x}"

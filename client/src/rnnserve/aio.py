@@ -16,7 +16,6 @@ Arrays that come back are read-only views of what arrived.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterable, AsyncIterator, Generator, Iterable, Mapping, Sequence
 from os import PathLike
 from types import TracebackType
@@ -460,7 +459,7 @@ class Session(_Entered, SessionFace):
         [batch, ...]. Several inputs or outputs are mappings by name.
         """
         live = self._live
-        ticket = asyncio.get_running_loop().create_future()
+        ticket = live.new_ticket()
         chunk = live.signature.step(x, ticket)
         live.submit(chunk)
         columns, row = await live.answer(chunk, timeout)
@@ -469,7 +468,7 @@ class Session(_Entered, SessionFace):
     async def __call__(self, x: Any, *, mask: Any = None, timeout: float | None = None) -> Any:
         """A chunk of time steps: arrays and results as for `RNN.__call__`."""
         live = self._live
-        ticket = asyncio.get_running_loop().create_future()
+        ticket = live.new_ticket()
         chunk = live.signature.chunk(x, mask, ticket)
         live.submit(chunk)
         columns, row = await live.answer(chunk, timeout)
@@ -487,7 +486,7 @@ class Session(_Entered, SessionFace):
         live = self._live
 
         def chunk_of(frame: Any) -> Chunk:
-            return live.signature.step(frame, asyncio.get_running_loop().create_future()).own()
+            return live.signature.step(frame, live.new_ticket()).own()
 
         async for columns, row in pipelined(live, frames, chunk_of, window, timeout):
             yield live.signature.step_result(columns, row)
@@ -578,13 +577,13 @@ class SessionGroup(_Entered, GroupFace):
     async def step(self, x: Any, *, timeout: float | None = None) -> Any:
         """One time step of every session: arrays as for `Session.step`, with a leading axis of sessions."""
         live = self._live
-        ticket = asyncio.get_running_loop().create_future()
+        ticket = live.new_ticket()
         return await self._run(live.signature.step_all(x, len(self), ticket), timeout, step=True)
 
     async def __call__(self, x: Any, *, mask: Any = None, timeout: float | None = None) -> Any:
         """A chunk of every session: arrays as for `Session.__call__`, with a leading axis of sessions."""
         live = self._live
-        ticket = asyncio.get_running_loop().create_future()
+        ticket = live.new_ticket()
         return await self._run(live.signature.chunk_all(x, len(self), mask, ticket), timeout, step=False)
 
     async def get_states(self, *, timeout: float | None = None) -> list[Nest]:

@@ -34,9 +34,10 @@ from rnnserve._links import REPLAY_BYTES
 from rnnserve._live import Live, Wish
 from rnnserve._notices import NoticeThread, OnNotice
 from rnnserve._pipeline import WINDOW, check_window
-from rnnserve._portal import Portal, new_ticket
+from rnnserve._portal import Portal
 from rnnserve._retry import RETRY_FOR
 from rnnserve._states import Rollout
+from rnnserve._tickets import Ticket
 from rnnserve.errors import GroupError, RequestError, RnnserveError
 from rnnserve.models import Model, SessionInfo
 from rnnserve.nest import Nest
@@ -116,6 +117,7 @@ class Client:
         )
         self._notices = notices
         self._portal = Portal()
+        self._connection.collect = self._portal.collect
         self.models = Models(self._portal, Catalogue(self._connection))
 
     def __enter__(self) -> Self:
@@ -438,8 +440,12 @@ class _Entered(LiveFace):
         self._portal.run(self._live.reset(states, timeout))
 
     def _run(self, chunk: Chunk, timeout: float | None) -> Any:
-        self._portal.submit(self._live, chunk)
-        return self._wait(chunk, timeout)
+        try:
+            self._portal.submit(self._live, chunk)
+            return self._wait(chunk, timeout)
+        except BaseException:
+            chunk.ticket.leave()
+            raise
 
     def _wait(self, chunk: Chunk, timeout: float | None) -> Any:
         seconds = self._live.connection.seconds(timeout)
@@ -477,13 +483,13 @@ class Session(_Entered, SessionFace):
         [batch, ...]. Several inputs or outputs are mappings by name.
         """
         signature = self._live.signature
-        columns, row = self._run(signature.step(x, new_ticket()), timeout)
+        columns, row = self._run(signature.step(x, Ticket()), timeout)
         return signature.step_result(columns, row)
 
     def __call__(self, x: Any, *, mask: Any = None, timeout: float | None = None) -> Any:
         """A chunk of time steps: arrays and results as for `RNN.__call__`."""
         signature = self._live.signature
-        columns, row = self._run(signature.chunk(x, mask, new_ticket()), timeout)
+        columns, row = self._run(signature.chunk(x, mask, Ticket()), timeout)
         return signature.chunk_result(columns, row)
 
     def stream(self, frames: Iterable[Any], *, window: int = WINDOW, timeout: float | None = None) -> Iterator[Any]:
@@ -498,7 +504,7 @@ class Session(_Entered, SessionFace):
         sent: deque[Chunk] = deque()
         try:
             for frame in frames:
-                chunk = signature.step(frame, new_ticket()).own()
+                chunk = signature.step(frame, Ticket(waited=False)).own()
                 self._portal.submit(self._live, chunk)
                 sent.append(chunk)
                 while sent and (len(sent) >= window or sent[0].ticket.done() or self._live.full):
@@ -507,7 +513,6 @@ class Session(_Entered, SessionFace):
                 yield signature.step_result(*self._wait(sent.popleft(), timeout))
         finally:
             for chunk in sent:
-                chunk.ticket.cancel()
                 self._portal.forget(self._live, chunk)
 
     def info(self, *, timeout: float | None = None) -> SessionInfo:
@@ -598,11 +603,11 @@ class SessionGroup(_Entered, GroupFace):
 
     def step(self, x: Any, *, timeout: float | None = None) -> Any:
         """One time step of every session: arrays as for `Session.step`, with a leading axis of sessions."""
-        return self._group(self._live.signature.step_all(x, len(self), new_ticket()), timeout, step=True)
+        return self._group(self._live.signature.step_all(x, len(self), Ticket()), timeout, step=True)
 
     def __call__(self, x: Any, *, mask: Any = None, timeout: float | None = None) -> Any:
         """A chunk of every session: arrays as for `Session.__call__`, with a leading axis of sessions."""
-        return self._group(self._live.signature.chunk_all(x, len(self), mask, new_ticket()), timeout, step=False)
+        return self._group(self._live.signature.chunk_all(x, len(self), mask, Ticket()), timeout, step=False)
 
     @property
     def states(self) -> list[Nest]:

@@ -2,7 +2,8 @@
 
 `Lanes` holds everything that is wished and not yet sent, and everything that is sent and not yet answered. Its caller
 asks `flush` for the next message whenever the stream can take one, so whatever was wished since the last message
-leaves in one; and gives `receive` every message that comes. It has no clock, no socket and no thread.
+leaves in one; and gives `receive` every message that comes, and then `settle`. It has no socket, no thread, and no
+clock but the one that it is given.
 
 Lanes may move from one `Lanes` to another, each with what is wished on it: `part` and `let_go` give them away, and
 `adopt` takes them in. A chunk of several lanes whose lanes are not all in one place is sent in parts, and answered when
@@ -17,6 +18,7 @@ which nothing is wished is opened again with the next wish, and not before.
 `Lanes` is built of layers, a file each, that know only those above them in this list:
 
 * `numbers`: lanes by their numbers;
+* `pace`: short chunks that wait for one another, to share a frame;
 * `order`: chunks that are wished, and when each may leave;
 * `answers`: chunks that are sent, and what becomes of them;
 * `opens`: lanes that open and close;

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from rnnserve._chunks import OVERHEAD, Answer, Columns, Gather, Lane, Pending
+from rnnserve._chunks import OVERHEAD, Answer, Columns, Gather, Lane, Pending, new_answer
 from rnnserve._lanes.numbers import ProtocolViolation
 from rnnserve._lanes.order import Account, Order
+from rnnserve._lanes.pace import Pace, Timing
 from rnnserve.codec import decode_named
 from rnnserve.errors import RequestError, StepMismatch
 from rnnserve.v1 import inference_pb2
@@ -18,9 +19,10 @@ DOOMED = -1
 class Answers(Order):
     """The chunks that are sent and not answered, and the answers that are known."""
 
-    def __init__(self, account: Account | None) -> None:
-        super().__init__(account)
+    def __init__(self, account: Account | None, timing: Timing | None) -> None:
+        super().__init__(account, timing)
         self._answers: list[Answer] = []
+        self._heard: list[Pace] = []  # those that were answered and are not settled
         self.in_flight = 0
 
     def barrier(self, lane: Lane, ticket: Any) -> bool:
@@ -37,20 +39,51 @@ class Answers(Order):
                 if array.ndim < 2 or len(array) != len(lanes):
                     raise ProtocolViolation(f"{name!r} has shape {array.shape} for {len(lanes)} lanes")
         gathered: dict[Gather, tuple[Pending, list[int], list[int]]] = {}
+        known, answers = self._lanes, self._answers
+        paced: dict[Pace, list[Lane]] = {}
+        pace, same = None, []
         for source, (number, first_step) in enumerate(zip(lanes, frame.first_steps, strict=True)):
+            lane = known.get(number)
+            if lane is not None and lane.pace is not None and len(lane.pending) == 1:
+                # What is most often answered, in a few lines: the only chunk of a lane. All else is the way below.
+                first, _, chunk, _, gather, ticket = lane.pending[0]
+                if first == first_step and gather is None and chunk is not None and lane.backlog is None:
+                    lane.pending.clear()
+                    self.in_flight -= 1
+                    lane.active = 0
+                    self.account.held -= chunk.nbytes + OVERHEAD
+                    answers.append(new_answer((ticket, (columns, source), None)))
+                    if lane.pace is not pace:
+                        pace = lane.pace
+                        same = paced.setdefault(pace, [])
+                    same.append(lane)
+                    continue
             pending = self._take(self._lane(number), first_step)
             if pending.gather is None:
                 self.account.held -= pending.chunk.nbytes + OVERHEAD  # type: ignore[union-attr]  # not a barrier
-                self._answers.append(Answer(pending.ticket, (columns, source)))
+                answers.append(Answer(pending.ticket, (columns, source)))
             else:
                 _, rows, sources = gathered.setdefault(pending.gather, (pending, [], []))
                 rows.append(pending.row)
                 sources.append(source)
+        for pace, same in paced.items():
+            pace.answered(same)
+            self._heard.append(pace)
         for gather, (pending, rows, sources) in gathered.items():
             gather.put(columns, rows, sources)
             if not gather.left:
                 self.account.held -= pending.chunk.nbytes + OVERHEAD  # type: ignore[union-attr]
                 self._answers.append(gather.answer(pending.ticket))
+
+    def settle(self) -> None:
+        """Lets go chunks that were held until these answers. Whom they set free may wish on before it is called."""
+        if self._heard:
+            heard, self._heard = self._heard, []
+            for pace in heard:
+                pace.heard()
+            self.account.collect()
+            for pace in heard:
+                pace.settle()
 
     def _receive_failure(self, lane: Lane, first_step: int | None, cause: RequestError) -> None:
         past = isinstance(cause, StepMismatch) and cause.past
@@ -78,7 +111,10 @@ class Answers(Order):
                 else:
                     waiting.popleft()
                 self.in_flight -= 1
-                lane.active -= pending.chunk.weight
+                lane.active -= pending.chunk.form.weight
+                if lane.pace is not None:
+                    lane.pace.touched(lane)
+                    self._heard.append(lane.pace)
                 if lane.backlog is not None:
                     self._next(lane, lane.backlog)
                 while waiting and waiting[0].chunk is None:

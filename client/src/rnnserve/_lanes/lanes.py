@@ -7,6 +7,7 @@ from typing import Any
 from rnnserve._chunks import REPLAY_WINDOW, Lane, left_over
 from rnnserve._lanes.messages import Messages
 from rnnserve._lanes.order import Account
+from rnnserve._lanes.pace import Timing
 from rnnserve.v1 import inference_pb2, session_pb2
 
 #: A message takes chunks up to this size, well under gRPC's usual limit of 4 MiB; a larger chunk travels alone.
@@ -22,6 +23,7 @@ class Lanes(Messages):
     No more of a session's chunks are on their way than their answers fit into `window`, or what the server says that it
     remembers if that is less, where a chunk's weight is the bytes of its answer, or a share of the window: the server
     must still have all of them if the stream is lost.
+    With `timing`, an event loop or what is like one, short chunks wait for one another: see `pace`.
     With `resume` False nothing is asked again for the server's sake: UNAVAILABLE on a lane is an answer like others.
 
     Attributes:
@@ -41,8 +43,9 @@ class Lanes(Messages):
         *,
         resume: bool = True,
         account: Account | None = None,
+        timing: Timing | None = None,
     ) -> None:
-        super().__init__(message_bytes, rows_in_flight, window, resume=resume, account=account)
+        super().__init__(message_bytes, rows_in_flight, window, resume=resume, account=account, timing=timing)
 
     def open(self, target: session_pb2.SessionConfig | str, ticket: Any) -> Lane:
         """Wishes a lane for a new session, or for a live one by its id.
@@ -105,7 +108,7 @@ class Lanes(Messages):
             request = inference_pb2.LaneOpen()
             request.CopyFrom(lane.request)
             request.lane = lane.number = self._new_number()
-            lane.request, lane.holder, lane.window = request, self, self._window
+            lane.request, lane.holder, lane.window, lane.pace = request, self, self._window, None
             self._lanes[lane.number] = lane
             if lane.closing:
                 self._closes.append(lane)

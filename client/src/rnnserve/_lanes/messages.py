@@ -8,6 +8,7 @@ import grpc
 
 from rnnserve._chunks import Answer, Chunk, Lane, write_frame
 from rnnserve._lanes.order import Account
+from rnnserve._lanes.pace import Timing
 from rnnserve._lanes.resends import Resends
 from rnnserve.errors import Unavailable, from_status
 from rnnserve.v1 import inference_pb2
@@ -22,16 +23,23 @@ class Messages(Resends):
     """The two ways of a stream."""
 
     def __init__(
-        self, message_bytes: int, rows_in_flight: int, window: int, *, resume: bool, account: Account | None
+        self,
+        message_bytes: int,
+        rows_in_flight: int,
+        window: int,
+        *,
+        resume: bool,
+        account: Account | None,
+        timing: Timing | None,
     ) -> None:
-        super().__init__(window, resume=resume, account=account)
+        super().__init__(window, resume=resume, account=account, timing=timing)
         self._message_bytes = message_bytes
         self._rows_allowed = rows_in_flight
 
     @property
     def wishes(self) -> bool:
         """Whether something is to be sent, be it now or on the next stream."""
-        return bool(self._opens or self._chunks or self._closes)
+        return bool(self._opens or self._chunks or self._closes or self._held_back)
 
     @property
     def waiting(self) -> bool:
@@ -40,6 +48,8 @@ class Messages(Resends):
 
     def flush(self) -> inference_pb2.StreamRequest | None:
         """The next message: everything wished since the last one, or as much as one message takes; None: nothing."""
+        if self.leaving:
+            self.account.collect()  # what came too late to be woken for
         if not (self._opens or self._chunks or self._closes):
             return None
         request = inference_pb2.StreamRequest()
@@ -56,6 +66,8 @@ class Messages(Resends):
         # A frame names a lane once, so a lane's second chunk goes to a later frame than its first.
         frames: dict[tuple[int, Hashable], list[Chunk]] = {}
         rounds: dict[Lane, int] = {}
+        same: list[Chunk] = []
+        last_turn, last_form = -1, None
         while self._chunks:
             chunk = self._chunks[0]
             rows = len(chunk.lanes)
@@ -66,14 +78,23 @@ class Messages(Resends):
             self._chunks.popleft()
             self.in_flight += rows
             room -= chunk.nbytes
-            if rows == 1:
+            if rows > 1:
+                turn = max([rounds.get(lane, 0) for lane in chunk.lanes])
+                rounds.update(dict.fromkeys(chunk.lanes, turn + 1))
+            elif len(chunk.lanes[0].pending) == 1:
+                turn = 0
+            else:
                 lane = chunk.lanes[0]
                 turn = rounds.get(lane, 0)
                 rounds[lane] = turn + 1
-            else:
-                turn = max([rounds.get(lane, 0) for lane in chunk.lanes])
-                rounds.update(dict.fromkeys(chunk.lanes, turn + 1))
-            frames.setdefault((turn, chunk.key), []).append(chunk)
+            form = chunk.form
+            if turn != last_turn or form is not last_form:
+                last_turn, last_form = turn, form
+                same = frames.setdefault((turn, form.key), [])
+            same.append(chunk)
+        for pace in self.leaving:
+            pace.sent()
+        self.leaving.clear()
         for _, chunks in sorted(frames.items(), key=lambda item: item[0][0]):
             write_frame(request.frames.add(), chunks)
         if self._closes and not self._chunks:  # a close stays behind the chunks that were wished before it

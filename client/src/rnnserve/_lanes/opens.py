@@ -11,6 +11,7 @@ import grpc
 from rnnserve._chunks import REPLAY_CHUNKS, REPLAY_WINDOW, Answer, Lane
 from rnnserve._lanes.answers import Answers
 from rnnserve._lanes.order import Account
+from rnnserve._lanes.pace import Timing
 from rnnserve._notices import Notice
 from rnnserve.errors import RequestError, SessionExists
 from rnnserve.v1 import inference_pb2, session_pb2
@@ -19,8 +20,8 @@ from rnnserve.v1 import inference_pb2, session_pb2
 class Opens(Answers):
     """The lanes that are wished open or closed, and are not yet."""
 
-    def __init__(self, window: int, *, resume: bool, account: Account | None) -> None:
-        super().__init__(account)
+    def __init__(self, window: int, *, resume: bool, account: Account | None, timing: Timing | None) -> None:
+        super().__init__(account, timing)
         self._window = window
         self._resume = resume
         self._held: set[Lane] = set()  # lanes that are opened once they are closed where they were
@@ -35,6 +36,7 @@ class Opens(Answers):
         if not (lane.open or lane.opening or lane.pending or delete_session):
             self._release(lane)
             return False
+        self._hurry(lane)
         self._closes.append(lane)
         self._want(lane)
         return True

@@ -10,9 +10,11 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING
+from weakref import WeakValueDictionary
 
-from rnnserve._chunks import OVERHEAD, Chunk, Gather, Lane, Pending, left_over
+from rnnserve._chunks import OVERHEAD, Chunk, Form, Gather, Lane, Pending, left_over, new_pending
 from rnnserve._lanes.numbers import Numbers
+from rnnserve._lanes.pace import Pace, Timing
 
 if TYPE_CHECKING:
     from rnnserve._lanes.lanes import Lanes
@@ -24,20 +26,25 @@ class Account:
     Attributes:
         held: bytes that unanswered chunks take, roughly.
         count: of the chunks that were wished.
+        collect: takes in what other threads wish.
     """
 
-    __slots__ = ("count", "held")
+    __slots__ = ("collect", "count", "held")
 
     def __init__(self) -> None:
         self.held = self.count = 0
+        self.collect: Callable[[], None] = _nobody
 
 
 class Order(Numbers):
     """The chunks that are wished and not sent."""
 
-    def __init__(self, account: Account | None) -> None:
+    def __init__(self, account: Account | None, timing: Timing | None) -> None:
         super().__init__()
         self.account = account or Account()
+        self.leaving: list[Pace] = []  # those with chunks among those that leave with the next message
+        self._timing = timing
+        self._paces: WeakValueDictionary[Form, Pace] = WeakValueDictionary()  # those of lanes that are still here
         self.woken: Callable[[], None] = _nobody
         self._chunks: deque[Chunk] = deque()
         self._parked: list[Chunk] = []  # in order; on lanes that are not open, or behind such a chunk
@@ -46,23 +53,30 @@ class Order(Numbers):
 
     def step(self, lane: Lane, chunk: Chunk) -> None:
         """Wishes a chunk on one lane, from the step where the chunks wished before it will have left the session."""
+        form = chunk.form
         first = lane.next_step
-        lane.next_step = first + chunk.timesteps
-        chunk.lanes = [lane]
-        chunk.first_steps = [first]
+        lane.next_step = first + form.timesteps
+        chunk.lanes = (lane,)
+        chunk.first_steps = (first,)
         account = self.account
         chunk.number = account.count = account.count + 1
         account.held += chunk.nbytes + OVERHEAD
-        lane.pending.append(Pending(first, lane.generation, chunk, 0, None, chunk.ticket))
-        if lane.ready:
-            active = lane.active + chunk.weight
-            if (active <= lane.window or not lane.active) and lane.backlog is None:
-                lane.active = active
-                self._chunks.append(chunk)
+        lane.pending.append(new_pending((first, lane.generation, chunk, 0, None, chunk.ticket)))
+        if not lane.ready:
+            self._park(chunk)
+        elif lane.active or lane.backlog is not None:
+            if lane.active + form.weight <= lane.window and lane.backlog is None:
+                self._send(chunk)
             else:
                 self._queue(lane, chunk)
+        elif form.paced and self._timing is not None and len(lane.pending) == 1:
+            lane.active = form.weight
+            pace = lane.pace
+            if pace is None or pace.form is not form:
+                pace = self._set_pace(lane, form, self._timing)
+            pace.wish(lane, chunk)
         else:
-            self._park(chunk)
+            self._send(chunk)
 
     def step_all(self, lanes: list[Lane], chunk: Chunk) -> None:
         """Wishes a chunk with a row for each of these lanes; it has one answer, when every lane has its own.
@@ -77,7 +91,7 @@ class Order(Numbers):
         gather = Gather(len(lanes))
         for row, lane in enumerate(lanes):
             lane.pending.append(Pending(lane.next_step, lane.generation, chunk, row, gather, chunk.ticket))
-            lane.next_step += chunk.timesteps
+            lane.next_step += chunk.form.timesteps
         holder = lanes[0].holder
         if all(lane.holder is holder for lane in lanes):
             holder._send_all(chunk)
@@ -87,7 +101,10 @@ class Order(Numbers):
             rows.setdefault(lane.holder, []).append((row, lane, chunk.first_steps[row]))
         for holder, some in rows.items():
             holder._send_all(chunk.part(some))
-            holder.woken()
+
+    def send(self, chunk: Chunk) -> None:
+        """Sends a chunk with the next message, for which somebody has to call `woken`."""
+        self._chunks.append(chunk)
 
     def _send_all(self, chunk: Chunk) -> None:
         """Sends the rows of a chunk of several lanes, all of which are here, or parks them."""
@@ -99,8 +116,39 @@ class Order(Numbers):
 
     def _send(self, chunk: Chunk) -> None:
         for lane in chunk.lanes:
-            lane.active += chunk.weight
+            lane.active += chunk.form.weight
+            self._hurry(lane)
         self._chunks.append(chunk)
+        self.woken()
+
+    def _hurry(self, lane: Lane) -> None:
+        """Lets go a chunk of the lane that is held, for something is to leave behind it."""
+        if lane.pace is not None and lane.pace.held and lane.holder is self:
+            lane.pace.release()
+
+    @property
+    def _held_back(self) -> list[Chunk]:
+        """The chunks that wait for answers to others of their form."""
+        return [chunk for pace in self._paces.values() for chunk in pace.held]
+
+    def _reset_paces(self) -> None:
+        """The stream is lost, and with it what would have let chunks go."""
+        self.leaving.clear()
+        for pace in self._paces.values():
+            pace.reset()
+
+    def hurry(self) -> None:
+        """Lets go everything that is held."""
+        for pace in self._paces.values():
+            if pace.held:
+                pace.release()
+
+    def _set_pace(self, lane: Lane, form: Form, timing: Timing) -> Pace:
+        pace = self._paces.get(form)
+        if pace is None:
+            pace = self._paces[form] = Pace(form, self, timing)
+        lane.pace, lane.turn, lane.frame = pace, -1, -1
+        return pace
 
     def _queue(self, lane: Lane, chunk: Chunk) -> None:
         """Puts a chunk of one lane behind those that are on their way. (A chunk of several is parked.)"""
@@ -120,6 +168,7 @@ class Order(Numbers):
         for lane in chunk.lanes:
             lane.ready = False
             self._want(lane)
+        self.woken()
 
     def _park_all(self) -> None:
         self._parked = left_over(self._lanes.values())
@@ -155,7 +204,7 @@ class Order(Numbers):
         for index, pending in enumerate(lane.pending):
             if pending.chunk is not None:
                 lane.pending[index] = pending._replace(first_step=step)
-                step += pending.chunk.timesteps
+                step += pending.chunk.form.timesteps
                 self._stale = True
         lane.next_step = step
 
@@ -166,4 +215,4 @@ def _nobody() -> None:
 
 def _fits(lane: Lane, chunk: Chunk) -> bool:
     """Whether the server will remember the answer to a chunk beside those that are on their way."""
-    return not lane.active or lane.active + chunk.weight <= lane.window
+    return not lane.active or lane.active + chunk.form.weight <= lane.window

@@ -10,6 +10,7 @@ from rnnserve._chunks import Answer, Lane
 from rnnserve._lanes.answers import DOOMED
 from rnnserve._lanes.opens import Opens
 from rnnserve._lanes.order import Account
+from rnnserve._lanes.pace import Timing
 from rnnserve._losses import LOSSES, LOSSES_ALONE, Losses
 from rnnserve.errors import ChunkLost, RequestError, StepMismatch
 
@@ -17,8 +18,8 @@ from rnnserve.errors import ChunkLost, RequestError, StepMismatch
 class Resends(Opens):
     """What is sent again on the next stream."""
 
-    def __init__(self, window: int, *, resume: bool, account: Account | None) -> None:
-        super().__init__(window, resume=resume, account=account)
+    def __init__(self, window: int, *, resume: bool, account: Account | None, timing: Timing | None) -> None:
+        super().__init__(window, resume=resume, account=account, timing=timing)
         self._losses = Losses()
         self.broken: RequestError | None = None
 
@@ -38,6 +39,8 @@ class Resends(Opens):
         self._held.clear()
         self._chunks.clear()
         self._closes.clear()
+        self._heard.clear()
+        self._reset_paces()
         for lane in list(self._lanes.values()):
             lane.open = lane.opening = lane.ready = False
             lane.active, lane.backlog = 0, None
@@ -64,6 +67,7 @@ class Resends(Opens):
         wherever its session is then.
         """
         tickets: dict[int, Any] = {}
+        self._reset_paces()
         self._opens.clear()
         self._held.clear()
         self._closes.clear()
@@ -87,7 +91,7 @@ class Resends(Opens):
     def _count_losses(self) -> set[int]:
         """The numbers of the chunks that are to be given up, now that the stream is lost."""
         backlogs = [chunk for lane in self._lanes.values() for chunk in lane.backlog or ()]
-        waiting = {chunk.number for chunk in (*self._chunks, *self._parked, *backlogs)}
+        waiting = {chunk.number for chunk in (*self._chunks, *self._parked, *backlogs, *self._held_back)}
         pending = [each.chunk for lane in self._lanes.values() for each in lane.pending]
         return self._losses.count({chunk.number for chunk in pending if chunk is not None} - waiting, waiting)
 
