@@ -10,7 +10,7 @@ SERVICES := $(shell grep -l '^service ' $(PROTOS))
 # The other protocol is the server's alone: nothing of it is in the client.
 OIP := server/src/rnnserve_server/api/oip
 
-.PHONY: run test vectors samples lint types stubs check-stubs torture fuzz fuzz-files fuzz-files-guided soak bench bench-triton requirements triton-requirements clean
+.PHONY: run test vectors samples lint breaking types stubs check-stubs torture fuzz fuzz-files fuzz-files-guided soak bench bench-triton requirements triton-requirements clean
 
 run: $(VENV)/.serve
 	-$(BIN)/rnnserve fetch models/zoo
@@ -44,6 +44,10 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	cd proto && ../$(BIN)/buf lint
 	$(BIN)/hadolint server/Dockerfile
+
+# Fails when the contract breaks whoever was built with that of the commit before, or of AGAINST.
+breaking: $(VENV)/.dev
+	BUF=$(abspath $(BIN)/buf) .ci/breaking $(AGAINST)
 
 types: $(VENV)/.dev
 	$(BIN)/mypy

@@ -1365,7 +1365,7 @@ async def test_a_sweep_ends_sessions_a_few_at_a_time():
 
 async def test_large_answers_are_cut_into_responses():
     """The errors of a frame of many lanes are sent in responses that a client's default limit lets through."""
-    core = Core(Settings(max_lanes=10), repository())
+    core = Core(Settings(), repository())
     lanes = range(20_000)
     context = Context([inference_pb2.StreamRequest(frames=[frame(lanes, ones(20_000, 1, 1))])])
     context.reading.set()

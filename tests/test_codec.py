@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -85,6 +87,19 @@ def test_bad_tensors(tensor, got):
     with pytest.raises(TensorError) as caught:
         codec.decode(tensor)
     assert got in caught.value.got
+
+
+@pytest.mark.parametrize("extent", [0, 1, 2**62])
+def test_axes_without_end_are_refused_before_they_are_multiplied(extent):
+    """A million extents of 2^62 are an error, not an hour's work; and what needs no data has no more of them."""
+    with pytest.raises(TensorError, match="at most 64 axes, got 1000000 axes"):
+        codec.decode(Tensor(data_type=FLOAT32, shape=[extent] * 1_000_000))
+
+
+def test_more_tensors_than_any_model_has_are_refused():
+    many = (NamedTensor(name=str(n), tensor=codec.encode(np.zeros(1, np.uint8))) for n in itertools.count())
+    with pytest.raises(TensorError, match="inputs: expected at most 4096 tensors"):
+        codec.decode_named(many, "inputs")
 
 
 def test_unknown_dtype():

@@ -1,6 +1,7 @@
 """Frames as columns are what protobuf makes of the same bytes, or are left to it."""
 
 import itertools
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from rnnserve.codec import DTYPES, TensorError, decode_named, encode, encode_named
 from rnnserve.frames import FrameReader, FrameWriter, outlined, varint
 from rnnserve.v1 import inference_pb2 as pb
+from rnnserve.v1 import tensor_pb2
 
 STEPS = st.one_of(st.integers(0, 300), st.integers(0, 2**64 - 1))
 
@@ -42,6 +44,11 @@ def requests(draw):
     if draw(st.integers(0, 5)) == 0:
         message.closes.add(lane=3)
     return message
+
+
+def flat(axes):
+    """A tensor of one element with so many axes."""
+    return tensor_pb2.Tensor(data_type=tensor_pb2.DATA_TYPE_UINT8, shape=[1] * axes, data=b"\1")
 
 
 def same(one, other):
@@ -155,6 +162,37 @@ def test_results_are_written_as_protobuf_writes_them(data, lanes, timesteps):
         assert (outline.lanes, outline.timesteps) == (tuple(tags), timesteps)
         assert same(outline.arrays(written[0], 4), outputs)
         assert same(outline.arrays(written[0], 5), states)
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [
+        pb.StepFrame(lanes=[0] * 400_000, inputs=encode_named({"x": np.ones(1, np.uint8)})),
+        pb.StepFrame(lanes=[0], inputs=[tensor_pb2.NamedTensor(name="x", tensor=flat(1_000_000))]),
+        pb.StepFrame(lanes=[0], inputs=encode_named({str(n): np.ones(1, np.uint8) for n in range(20_000)})),
+    ],
+    ids=["lanes", "axes", "tensors"],
+)
+def test_what_would_take_long_is_left_to_protobuf(frame):
+    """Lanes, axes and tensors beyond all use are not counted one by one by Python."""
+    assert outlined(pb.StreamRequest(frames=[frame]).SerializeToString()) is None
+
+
+def test_a_reader_keeps_no_more_than_a_bound():
+    """Outlines of ever new frames of many lanes take no more memory than those of a few; the last one is kept."""
+    reader, lanes = FrameReader(), list(range(60_000))
+    tracemalloc.start()
+    try:
+        for number in range(40):
+            frame = pb.StepFrame(lanes=lanes, inputs=encode_named({"x" * (number + 1): np.ones(1, np.uint8)}))
+            content = pb.StreamRequest(frames=[frame]).SerializeToString()
+            outline = reader.read(content)
+            assert outline is not None
+            assert reader.read(content) is outline
+        del frame, content, outline
+        assert tracemalloc.get_traced_memory()[0] < 24 << 20
+    finally:
+        tracemalloc.stop()
 
 
 def test_an_array_of_any_strides_and_byte_order_is_written():

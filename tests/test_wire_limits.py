@@ -113,6 +113,45 @@ def test_a_frame_may_not_ask_for_more_than_an_answer_may_be(stub):
     assert [list(frame.lanes) for response in responses for frame in response.frames] == [[3]]
 
 
+def test_a_frame_of_more_lanes_than_a_stream_may_have_ends_the_stream(stub):
+    """None of them is told what is wrong: that would be an error for each byte of the message."""
+    frame = inference_pb2.StepFrame(lanes=[0] * 65537)
+    with pytest.raises(grpc.RpcError, match=r"frames\.lanes: expected at most 65536, got 65537") as caught:
+        list(stub.Stream(iter([inference_pb2.StreamRequest(frames=[frame])])))
+    assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+WRONG = {
+    "frames": {"frames": [inference_pb2.StepFrame(lanes=[7])] * 50_000},
+    "lanes that are not open": {"frames": [inference_pb2.StepFrame(lanes=range(50_000))]},
+    "lanes that are all the same": {"frames": [inference_pb2.StepFrame(lanes=[7] * 50_000)]},
+    "opens": {"opens": [inference_pb2.LaneOpen()] * 50_000},
+    "closes": {"closes": [inference_pb2.LaneClose()] * 50_000},
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_a_message_of_many_wrong_things_is_answered_as_it_is_read(server, stub, what):
+    """Fifty thousand things to be refused in one message of 100 to 350 kB: others have their turns in between, no more
+    is looked at than the client reads answers to, and when it reads, each is answered.
+    """
+    request = inference_pb2.StreamRequest(**WRONG[what])
+    known = live_streams(server)
+    with rnnserve.Client(server.address, retry_for=0) as client, client.session("adder") as session:
+        session.step(np.ones(FEATURES, np.float32))
+        mine = live_streams(server)
+        call = stub.Stream(iter([request]))
+        waiting = 0
+        while not waiting:
+            session.step(np.ones(FEATURES, np.float32), timeout=10)
+            waiting = server.call(
+                lambda: sum(each._outbox.answers for each in live_streams_here() if id(each) not in known | mine)
+            )
+        assert waiting <= Settings().stream_queue_chunks + 256
+        answers = sum(len(response.errors) for response in call)
+    assert answers == 50_000
+
+
 def test_a_message_that_claims_to_be_larger_than_any_is_refused_at_once(server):
     """Nothing of it has to come."""
     with Wire(server.address) as wire:

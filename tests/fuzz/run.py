@@ -21,6 +21,7 @@ import grpc
 import yaml
 
 from fuzz.frames import Talk
+from fuzz.likeness import Likenesses, asked
 from fuzz.messages import stream_request, unary_request
 from raw_http2 import Wire
 from rnnserve.v1 import inference_pb2
@@ -275,27 +276,32 @@ class _Sender:
     def _streams(self, frames: int) -> None:
         """Streams, of which every chunk must be answered, or the stream be ended with a status that says why."""
         while frames > 0:
-            requests: list[inference_pb2.StreamRequest] = []
-            for number in range(self._chance.randrange(1, 10)):
-                size = min(frames, self._chance.choice((1, 4, 16)))
-                requests.append(stream_request(self._chance, size, first=not number))
-                frames -= len(requests[-1].frames)
-                if frames <= 0:
-                    break
-            self._stream(requests)
+            contents: list[bytes] = []
+            if self._chance.random() < 0.2:
+                talk, size = Likenesses(self._chance), min(frames, self._chance.choice((4, 16, 40)))
+                contents = [talk.opening(), *(talk.next() for _ in range(size)), talk.closing()]
+                self._report.frames["alike"] += size
+                frames -= size
+            else:
+                for number in range(self._chance.randrange(1, 10)):
+                    size = min(frames, self._chance.choice((1, 4, 16)))
+                    request = stream_request(self._chance, size, first=not number)
+                    contents.append(request.SerializeToString())
+                    self._report.frames["stream"] += len(request.frames)
+                    frames -= len(request.frames)
+                    if frames <= 0:
+                        break
+            self._stream(contents)
 
-    def _stream(self, requests: list[inference_pb2.StreamRequest]) -> None:
+    def _stream(self, contents: list[bytes]) -> None:
         report = self._report
-        report.frames["stream"] += sum(len(request.frames) for request in requests)
-        asked = sum(len(frame.lanes) for request in requests for frame in request.frames)
+        expected = [asked(content) for content in contents]
         queued: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        for request in (*requests, None):
-            queued.put(request)
-        call = self._channel.stream_stream(
-            _STREAM,
-            request_serializer=inference_pb2.StreamRequest.SerializeToString,
-            response_deserializer=inference_pb2.StreamResponse.FromString,
-        )(iter(queued.get, None), metadata=self._metadata, timeout=60)
+        for content in (*contents, None):
+            queued.put(content)
+        call = self._channel.stream_stream(_STREAM, response_deserializer=inference_pb2.StreamResponse.FromString)(
+            iter(queued.get, None), metadata=self._metadata, timeout=60
+        )
         answered = 0
         try:
             for response in call:
@@ -307,10 +313,12 @@ class _Sender:
                     report.statuses[f"lane {error.status.code}"] += 1
                     if error.status.code in _BAD_NUMBERS or not error.status.details:
                         report.faults.append(f"a lane was told {error.status!r:.300}")
-            if answered != asked:
-                report.faults.append(f"{answered} answers to {asked} chunks")
+            if None in expected:
+                report.faults.append(f"a stream went on after {contents[expected.index(None)]!r:.300}")
+            elif answered != (total := sum(filter(None, expected))):
+                report.faults.append(f"{answered} answers to {total} chunks")
         except grpc.RpcError as error:
             code = error.code()  # type: ignore[attr-defined]
             report.statuses[f"stream {code.name}"] += 1
-            if code is not grpc.StatusCode.INVALID_ARGUMENT:
+            if code is not grpc.StatusCode.INVALID_ARGUMENT or None not in expected:
                 report.faults.append(f"a stream was ended: {code.name} {error.details()}")  # type: ignore[attr-defined]

@@ -66,8 +66,19 @@ class Report:
         )
 
 
-async def soak(seconds: float, folder: Path, *, store: bool = True, visitors: int = 6, seed: int = 0) -> Report:
-    """Runs a soak against a server of its own."""
+async def soak(
+    seconds: float, folder: Path, *, store: bool = True, visitors: int = 6, pause: float = 0.0, seed: int = 0
+) -> Report:
+    """Runs a soak against a server of its own.
+
+    Args:
+        seconds: how long visitors come.
+        folder: of the store and the log.
+        store: whether there is a store.
+        visitors: how many are there at a time.
+        pause: seconds that each stays away between two visits: on a machine that has other things to do.
+        seed: of chance.
+    """
     settings = {"models": ZOO, "idle_lifetime": 30.0, "log_level": "error"}
     if store:
         settings |= {"store": f"sqlite:///{folder / 'sessions.db'}", "rest_seconds": 0.5, "durability": "interval"}
@@ -80,7 +91,7 @@ async def soak(seconds: float, folder: Path, *, store: bool = True, visitors: in
         try:
             async with asyncio.TaskGroup() as group:  # where one fails the others go, while there is a server to leave
                 for number in range(visitors):
-                    group.create_task(_visitor(server, report, until, random.Random(seed + number)))
+                    group.create_task(_visitor(server, report, until, pause, random.Random(seed + number)))
         finally:
             watcher.cancel()
         with suppress(TimeoutError):
@@ -93,11 +104,12 @@ async def soak(seconds: float, folder: Path, *, store: bool = True, visitors: in
     return report
 
 
-async def _visitor(server: ServerProcess, report: Report, until: float, dice: random.Random) -> None:
+async def _visitor(server: ServerProcess, report: Report, until: float, pause: float, dice: random.Random) -> None:
     while time.monotonic() < until:
         visit = dice.choice(VISITS)
         report.chunks += await visit(server.address, dice)
         report.visits[visit.__name__] += 1
+        await asyncio.sleep(pause)
 
 
 async def _watch(server: ServerProcess, report: Report) -> None:

@@ -32,6 +32,7 @@ DATA_TYPES: dict[Any, Any] = {**DTYPES, **{dtype: number for number, dtype in DT
 _SWAP = sys.byteorder != "little"
 _BOOL = tensor_pb2.DATA_TYPE_BOOL
 _MAX_RANK = 64  # NumPy's own limit
+_MAX_NAMES = 4096  # tensors of one message that belong together: no model has nearly as many
 
 
 class TensorError(ValueError):
@@ -106,6 +107,8 @@ def decode(tensor: Tensor, field: str = "") -> Array:
         known = ", ".join(each.name for each in DTYPES.values())
         got = "none" if tensor.data_type == 0 else f"number {tensor.data_type}"
         raise TensorError(field, f"a data type among {known}", got)
+    if len(tensor.shape) > _MAX_RANK:  # before they are multiplied: the product of a million numbers takes hours
+        raise TensorError(field, f"at most {_MAX_RANK} axes", f"{len(tensor.shape)} axes")
     shape = tuple(tensor.shape[:])  # a slice is a list, which is read faster
     data = tensor.data
     # Python's integers do not overflow: a shape of huge extents is just another wrong length.
@@ -114,8 +117,6 @@ def decode(tensor: Tensor, field: str = "") -> Array:
         raise TensorError(field, "extents of 0 or more", f"shape {_brief(shape)}")
     if len(data) != needed:
         raise TensorError(field, f"{needed} bytes of {dtype.name} for shape {_brief(shape)}", f"{len(data)} bytes")
-    if len(shape) > _MAX_RANK:
-        raise TensorError(field, f"at most {_MAX_RANK} axes", f"{len(shape)} axes")
     try:
         if tensor.data_type == _BOOL:
             raw = np.frombuffer(data, np.uint8)
@@ -141,10 +142,13 @@ def encode_named(arrays: Mapping[str, ArrayLike]) -> list[NamedTensor]:
 def decode_named(tensors: Iterable[NamedTensor], prefix: str = "") -> dict[str, Array]:
     """Named tensors as read-only arrays by name, in their order.
 
-    Errors name the field as `<prefix>.<name>`. Raises TensorError as `decode` does, and when a name comes twice.
+    Errors name the field as `<prefix>.<name>`. Raises TensorError as `decode` does, when a name comes twice, and when
+    there are more than any model has.
     """
     arrays: dict[str, Array] = {}
     for named in tensors:
+        if len(arrays) == _MAX_NAMES:
+            raise TensorError(prefix, f"at most {_MAX_NAMES} tensors", "more")
         name = named.name
         field = f"{prefix}.{name}" if prefix else name
         if name in arrays:

@@ -31,8 +31,13 @@ Buffer: TypeAlias = "bytes | Array"
 _FRAMES = b"\x12"  # field 2 of a request or response
 _LANES, _FIRST_STEPS = 0x0A, 0x12
 _MOST_OUTLINES = 64
+_MOST_KEPT = 8 << 20  # bytes that a reader's outlines take
+_LANE_KEPT = 40  # bytes that a lane takes, as an element of a tuple
 _MOST_BYTES = 4  # of a varint that is a length or an extent
 _MOST_AXES = 32
+# What has more is no message of everyday, and left to protobuf, which reads it in C.
+_MOST_LANE_BYTES = 5 << 16
+_MOST_TENSORS = 64
 _ODD = tensor_pb2.DATA_TYPE_BOOL  # not every byte is one
 _SWAP = sys.byteorder != "little"
 
@@ -71,9 +76,10 @@ class Outline:
         timesteps: what a result says; 0 for a request.
         tensors: its tensors, in their order.
         kept: what the reader wants to keep with it; None at first.
+        nbytes: about as many as it takes.
     """
 
-    __slots__ = ("_at", "_heads", "_size", "_steps", "_stop", "kept", "lanes", "tensors", "timesteps")
+    __slots__ = ("_at", "_heads", "_size", "_steps", "_stop", "kept", "lanes", "nbytes", "tensors", "timesteps")
 
     def __init__(
         self, content: bytes, lanes: tuple[int, ...], steps: int, stop: int, timesteps: int, tensors: list[TensorAt]
@@ -87,6 +93,7 @@ class Outline:
         self.timesteps = timesteps
         self.tensors = tensors
         self.kept: Any = None
+        self.nbytes = sum(map(len, self._heads)) + _LANE_KEPT * len(lanes)
 
     def fits(self, content: bytes) -> bool:
         """Whether a message is like this one."""
@@ -143,6 +150,7 @@ class FrameReader:
     def __init__(self, *, timesteps: bool = False) -> None:
         self._timesteps = timesteps
         self._outlines: dict[int, Outline] = {}
+        self._nbytes = 0  # of _outlines
 
     def read(self, content: bytes) -> Outline | None:
         """The outline of a message that is nothing but one frame laid out as usual, with tensors and without a mask;
@@ -153,10 +161,19 @@ class FrameReader:
             return outline
         outline = None if _SWAP else outlined(content, timesteps=self._timesteps)
         if outline is not None:
-            if len(self._outlines) >= _MOST_OUTLINES:
-                self._outlines.clear()
-            self._outlines[len(content)] = outline
+            self._keep(len(content), outline)
         return outline
+
+    def _keep(self, size: int, outline: Outline) -> None:
+        """Keeps an outline of messages of a size: whoever sends ever new ones must not fill the memory with them."""
+        if (before := self._outlines.pop(size, None)) is not None:
+            self._nbytes -= before.nbytes
+        if len(self._outlines) >= _MOST_OUTLINES or self._nbytes + outline.nbytes > _MOST_KEPT:
+            self._outlines.clear()
+            self._nbytes = 0
+        if outline.nbytes <= _MOST_KEPT:
+            self._outlines[size] = outline
+            self._nbytes += outline.nbytes
 
 
 def outlined(content: bytes, *, timesteps: bool = False) -> Outline | None:
@@ -178,6 +195,8 @@ def _outlined(content: bytes, timesteps: bool) -> Outline | None:
         return None
     begun, at = at, _length(content, at + 1)[1]
     lanes_stop = at + _length(content, begun + 1)[0]
+    if lanes_stop - at > _MOST_LANE_BYTES:
+        return None
     lanes = tuple(pb.StepFrame.FromString(content[begun:lanes_stop]).lanes[:])
     if not lanes or lanes_stop > len(content):
         return None
@@ -195,7 +214,7 @@ def _outlined(content: bytes, timesteps: bool) -> Outline | None:
         field, ends = content[at] >> 3, 0
         if content[at] & 7 != 2 or field not in ((4, 5) if timesteps else (3,)):
             return None
-        if tensors and field < tensors[-1].field:
+        if tensors and (field < tensors[-1].field or len(tensors) == _MOST_TENSORS):
             return None
         size, at = _length(content, at + 1)
         ends = at + size
@@ -206,6 +225,8 @@ def _outlined(content: bytes, timesteps: bool) -> Outline | None:
         shape: tuple[int, ...] = ()
         if content[at] == 0x12:
             size, at = _length(content, at + 1)
+            if size > _MOST_AXES * _MOST_BYTES:
+                return None
             shape_stop, extents = at + size, []
             while at < shape_stop:
                 extent, at = _length(content, at)

@@ -75,7 +75,8 @@ class InferenceServiceServicer:
         answers come in any order. The server answers everything it received before it ends the stream.
 
         What concerns one lane is told in a LaneError, and the stream and its other lanes go on. The stream itself ends
-        with a status only when no lane is to blame: a message that cannot be parsed, the server shutting down.
+        with a status only when no lane is to blame: a message that cannot be parsed, a frame without lanes or of more than
+        a stream may have, the server shutting down.
         Sessions outlive their stream: open them again, by id, on another.
 
         A server that has more of a stream's work waiting than it likes stops reading it, so that a client that writes

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Sequence
 from itertools import count
+from typing import cast
 
 import numpy as np
 
@@ -179,6 +180,10 @@ class Part:
         self._distinct = len(np.unique(slots)) == len(slots)
         self._at = span(slots) if len(slots) else slots
         self._ended = -1  # `Group.ended` when all of the sessions were alive
+
+    def positions(self) -> Sequence[int]:
+        """The positions of its lanes among the frame's."""
+        return range(len(self.tags)) if self.index is None else cast("list[int]", self.index.tolist())
 
     def alive(self) -> bool:
         """Whether all of the lanes are open and their sessions alive."""

@@ -42,7 +42,11 @@ from rnnserve_server.sessions import Group
 from rnnserve_server.wire.call import Call
 from rnnserve_server.wire.send import sender
 
-_TAKEN_AT_ONCE = 64  # opens or closes of a stream that are done in one turn of the event loop
+# What is done for a stream in one turn of the event loop:
+_TAKEN_AT_ONCE = 64  # opens or closes
+_REFUSED_AT_ONCE = 256  # chunks that are told what is wrong with them
+_CHUNKS_AT_ONCE = 4096  # chunks of frames that are looked at
+_FRAME_CHUNKS = 16  # a frame takes as long as so many chunks, beside its own
 _TRIES = 3  # to have all sessions of a frame in memory at once: there may not be room for them
 _QUIET_SECONDS = 0.5  # a stream that says nothing for so long while the server drains has said all
 _HEARD_SECONDS = 1.0  # after which a stream that goes on and on is not listened to any more
@@ -130,13 +134,26 @@ class LaneStream:
         while (content := await self._context.read()) is not grpc.aio.EOF:
             if not self._core.has_room:
                 await self._core.wait_for_room()
-            while self._is_behind():
-                self._outbox.sent.clear()
-                await self._outbox.sent.wait()
+            await self._caught_up()
             self._received += 1
             await self._receive(pb.StreamRequest.FromString(content))
             if self._heard_out:
                 raise _leaving()
+
+    async def _caught_up(self) -> None:
+        """Waits until the client has read enough of what it was answered."""
+        while self._is_behind():
+            self._outbox.sent.clear()
+            await self._outbox.sent.wait()
+
+    async def _give_way(self) -> None:
+        """Lets other streams have their turns, within a message. One may ask for millions of things: its client must
+        read what it is told of some before the others are looked at.
+        """
+        self._partway = True
+        await asyncio.sleep(0)
+        self._partway = False
+        await self._caught_up()
 
     def _is_behind(self) -> bool:
         """Whether the client has asked for more than it has read, by more than it may."""
@@ -196,9 +213,16 @@ class LaneStream:
                 errors = await self._attach(ids, sure=True)
                 for alike in _alike(openings):
                     await self._open(alike, errors)
+        taken = 0
         for frame in request.frames:
+            if (chunks := len(frame.lanes)) > self._core.settings.max_lanes:
+                raise TooLarge("frames.lanes", self._core.settings.max_lanes, chunks)
+            if taken > _CHUNKS_AT_ONCE or self._is_behind():
+                await self._give_way()
+                taken = 0
+            taken += chunks + _FRAME_CHUNKS
             away = await self._bring_back(frame.lanes[:]) if self._core.keeper is not None else {}
-            self._frame(frame, away)
+            await self._frame(frame, away)
         if request.closes:
             async for closings in self._turns(request.closes):
                 if self._core.keeper is not None:
@@ -273,14 +297,12 @@ class LaneStream:
             for group, slots in [(self._lanes.groups[number], slots) for number, slots in here.items()]:
                 await self._core.keeper.save(group, np.array(slots))
 
-    async def _turns(self, items: Sequence[Item]) -> AsyncIterator[Sequence[Item]]:
+    async def _turns(self, items: Sequence[Item], most: int = _TAKEN_AT_ONCE) -> AsyncIterator[Sequence[Item]]:
         """A few of a message's items at a time; between them other streams have their turns."""
-        for start in range(0, len(items), _TAKEN_AT_ONCE):
+        for start in range(0, len(items), most):
             if start:
-                self._partway = True
-                await asyncio.sleep(0)
-                self._partway = False
-            yield items[start : start + _TAKEN_AT_ONCE]
+                await self._give_way()
+            yield items[start : start + most]
 
     async def _open(self, alike: Sequence[pb.LaneOpen], errors: Mapping[str, ServiceError]) -> None:
         """Opens lanes that want the same: new sessions that differ by their ids, or there is only one."""
@@ -382,17 +404,16 @@ class LaneStream:
         self._unanswered += 1
         self._core.when_idle(group, slot, close)
 
-    def _frame(self, frame: pb.StepFrame, away: Mapping[int, ServiceError]) -> None:
+    async def _frame(self, frame: pb.StepFrame, away: Mapping[int, ServiceError]) -> None:
         lanes = tuple(frame.lanes[:])
         chunks = len(lanes)
         if not chunks:
             raise InvalidRequest("frames.lanes", "at least one lane", "none")
-        first_steps = np.array(frame.first_steps[:], np.uint64) if frame.first_steps else None  # [N]
+        said = len(frame.first_steps)
+        first_steps = np.array(frame.first_steps[:chunks], np.uint64) if said else None  # [N], if they are as many
         try:
-            if first_steps is not None and len(first_steps) != chunks:
-                raise InvalidRequest(
-                    "frames.first_steps", f"{chunks}, as many as lanes, or none", str(len(first_steps))
-                )
+            if said not in (0, chunks):
+                raise InvalidRequest("frames.first_steps", f"{chunks}, as many as lanes, or none", str(said))
             found = self._lanes.find(lanes, away)
             inputs = decode_named(frame.inputs, "inputs")
             mask = decode(frame.mask, "mask") if frame.HasField("mask") else None
@@ -404,14 +425,12 @@ class LaneStream:
                 self._bucket.take(rows_of(inputs, 3))
             trace = None if self._core.tracing is None else self._core.tracing.received(frame.traceparent)
         except (ServiceError, TensorError) as error:
-            self._fail_chunks(lanes, range(chunks), first_steps, service_error(error))
+            await self._refuse(lanes, range(chunks), first_steps, service_error(error))
             return
+        refused: list[tuple[Part, ServiceError]] = []  # told at last: what is to be run was fetched just now
         for part in found:
             index = part.index
             if part.group is None:
-                for position in range(chunks) if index is None else index.tolist():
-                    lane = lanes[position]
-                    self._fail_chunks(lanes, [position], first_steps, away.get(lane) or LaneUnknown(lane))
                 continue
             steps = first_steps if first_steps is None or index is None else first_steps[index]
             self._unanswered += len(part.tags)
@@ -434,7 +453,12 @@ class LaneStream:
                     model=part.group.model.name,
                     sessions=[self._lanes.ids[tag] for tag in part.tags[:4].tolist()],
                 )
-                self._fail_chunks(lanes, range(chunks) if index is None else index.tolist(), first_steps, told)
+                refused.append((part, told))
+        for part, told in refused:
+            await self._refuse(lanes, part.positions(), first_steps, told)
+        for part in found:
+            if part.group is None:
+                await self._refuse_unknown(lanes, part.positions(), first_steps, away)
 
     def _plan(self, outline: Outline) -> _Plan | None:
         """What to do with frames of an outline; None if it is not the same for all of its lanes, or an error."""
@@ -481,14 +505,34 @@ class LaneStream:
         for failure in failures:
             self._fail(failure.tag, pb.LANE_OPERATION_STEP, failure.error, failure.first_step)
 
-    def _fail_chunks(
-        self, lanes: Sequence[int], positions: Iterable[int], first_steps: Array | None, error: ServiceError
+    async def _refuse(
+        self, lanes: Sequence[int], positions: Sequence[int], first_steps: Array | None, error: ServiceError
     ) -> None:
-        for position in positions:
-            first_step = None
-            if first_steps is not None and position < len(first_steps):
-                first_step = int(first_steps[position])
-            self._fail(lanes[position], pb.LANE_OPERATION_STEP, error, first_step)
+        """The same error for chunks at some positions of a frame."""
+        failure = pb.LaneError(operation=pb.LANE_OPERATION_STEP, status=status(error, self._caller))
+        rejections[error.reason] += len(positions) - 1  # `status` has counted one
+        async for some in self._turns(positions, _REFUSED_AT_ONCE):
+            response = pb.StreamResponse()
+            for position in some:
+                failure.lane = lanes[position]
+                failure.ClearField("first_step")
+                if (first_step := _step_at(first_steps, position)) is not None:
+                    failure.first_step = first_step
+                response.errors.append(failure)  # a copy
+            self._outbox.tell(response, len(some))
+
+    async def _refuse_unknown(
+        self,
+        lanes: Sequence[int],
+        positions: Sequence[int],
+        first_steps: Array | None,
+        away: Mapping[int, ServiceError],
+    ) -> None:
+        """The same for lanes that are not open, or whose sessions could not be had: why, by lane."""
+        async for some in self._turns(positions, _REFUSED_AT_ONCE):
+            for position in some:
+                error = away.get(lanes[position]) or LaneUnknown(lanes[position])
+                self._fail(lanes[position], pb.LANE_OPERATION_STEP, error, _step_at(first_steps, position))
 
     def _fail(
         self, lane: int, operation: pb.LaneOperation.ValueType, error: ServiceError, first_step: int | None = None
@@ -573,6 +617,11 @@ def _alike(openings: Sequence[pb.LaneOpen]) -> Iterator[list[pb.LaneOpen]]:
             ids.add(session_id)
     if run:
         yield run
+
+
+def _step_at(first_steps: Array | None, position: int) -> int | None:
+    """The first step of a chunk, if its frame says one."""
+    return int(first_steps[position]) if first_steps is not None and position < len(first_steps) else None
 
 
 def _check_first_axis(field: str, array: Array, chunks: int) -> None:
