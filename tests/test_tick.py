@@ -6,28 +6,12 @@ import sqlite3
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from compliance.store_suite import NOW, created, record, tick
-from rnnserve_models.masking import Compacted, compact
-from rnnserve_server.replay import digest, digests
 from rnnserve_server.store import StoreCorrupt, Write
 from rnnserve_server.store.sqlite import SqliteStore
 from rnnserve_server.store.tick import Tick
-
-
-@pytest.mark.parametrize("name", ["one step", "steps", "masked", "inputs"])
-def test_digests_are_the_digest_of_each(name: str) -> None:
-    """All at once they are what a chunk that is sent again is compared with."""
-    rng = np.random.default_rng(3)
-    x = rng.normal(size=(1 if name == "one step" else 5, 6, 3)).astype(np.float32)  # [T, N * batch, features]
-    inputs = {"input": x, "more": x[..., 0] * 2} if name == "inputs" else {"input": x}
-    mask = rng.random((5, 6)) < 0.5 if name == "masked" else None
-    call: Compacted = compact(inputs, mask, go_backwards=False)
-    found = digests(call, 3)
-    assert [each.tobytes() for each in found] == [digest(call, position, 3) for position in range(3)]
-    assert len({each.tobytes() for each in found}) == 3
 
 
 def test_a_packed_tick_is_the_tick() -> None:

@@ -40,7 +40,7 @@ from rnnserve_server.keeper import Keeper
 from rnnserve_server.layout import Signature, faults, same_lengths, to_wire
 from rnnserve_server.meter import Meter
 from rnnserve_server.observer import Observer, Ticked, some_sessions
-from rnnserve_server.replay import Run, digest
+from rnnserve_server.replay import Run
 from rnnserve_server.resets import resets
 from rnnserve_server.scheduler import Scheduler, Tick
 from rnnserve_server.sessions import Group, SessionTable
@@ -641,7 +641,7 @@ class Worker:
                     error = StepBehind(here, first_step, oldest)
                 else:
                     then, at = answered[position]
-                    if then.digest(at) == digest(block.call, position, chunks):
+                    if then.is_of(at, block.call, position, chunks):
                         tags = block.tags[position : position + 1]
                         block.sink_of(position).result(then.answers(at, tags))
                         self.replayed += 1
