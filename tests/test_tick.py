@@ -10,6 +10,7 @@ import pytest
 
 from compliance.store_suite import NOW, created, record, tick
 from rnnserve_server.store import StoreCorrupt, Write
+from rnnserve_server.store.base import Reply
 from rnnserve_server.store.sqlite import SqliteStore
 from rnnserve_server.store.tick import Tick
 
@@ -53,6 +54,34 @@ async def test_a_journal_that_has_grown_is_brought_to_the_rows(tmp_path: Path, m
         assert ticks < 4
         assert step + ticks == sessions[0].step
     other.close()
+    await store.close()
+
+
+async def test_a_journal_loses_what_nobody_wants_any_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ticks whose replies are in no window any more: so the journal of sessions that go on is small without being
+    brought to the rows, and what is brought there in the end is right all the same.
+    """
+    monkeypatch.setattr("rnnserve_server.store.sqlite._LOOK_BYTES", 3000)
+    store, other = await SqliteStore.open(tmp_path / "s.db"), sqlite3.connect(tmp_path / "s.db")
+    sessions = [await created(store, name, states=b"\0" * 8) for name in "abc"]
+    windows: dict[str, list[Reply]] = {each.id: [] for each in sessions}
+    for number in range(60):
+        some = sessions if number % 7 else sessions[:1]
+        made = tick(some, [1, 2], keep=5)
+        assert await store.commit_ticks([made]) == [[True] * len(some)]
+        for position, each in enumerate(some):
+            windows[each.id] = [*windows[each.id], *made.replies(position)][-5:]
+            sessions[position] = replace(each, step=each.step + 3, revision=each.revision + 1)
+    ((nbytes,),) = other.execute("SELECT sum(length(tick)) FROM journal")
+    ((step,),) = other.execute("SELECT max(step) FROM sessions")
+    assert 0 < nbytes < 4000
+    assert step == 0
+    other.close()
+    for session in sessions:
+        (found,) = await store.take([session.id], NOW)
+        assert found is not None
+        assert (found.step, found.revision) == (session.step, session.revision)
+        assert list(found.replies) == windows[session.id]
     await store.close()
 
 
