@@ -410,12 +410,41 @@ async def test_rules_hold_for_what_runs_on(house):
     assert [sink.results[0][1][0, 0] for sink in sinks] == [1, 2, 1, 2, 1]
 
 
+@pytest.mark.parametrize(("commit_ms", "run_ms", "commits"), [(0, 0, 3), (3, 1, 1), (3, 4, 2)])
+async def test_a_commit_of_this_process_waits_for_what_is_ready(house, monkeypatch, commit_ms, run_ms, commits):
+    """Where commits are the server's own work, what waits is run first and stored along; but the answers wait for no
+    longer than the last commit took.
+    """
+    await house.open("a", "b", "c")
+    house.store.embedded = True
+    house.store.gate.clear()
+    house.send("a", 0)
+    await house.turns()
+    house.clock.now += commit_ms / 1000
+    house.store.gate.set()
+    await house.worker.settle()
+    run = house.engine.run
+
+    def timed(*args):
+        house.clock.now += run_ms / 1000
+        return run(*args)
+
+    monkeypatch.setattr(house.engine, "run", timed)
+    sinks = [house.send("a", 1), house.send("b", 0, steps=2), house.send("c", 0, steps=5)]  # three ticks
+    await house.worker.settle()
+    assert len(house.engine.calls) == 4
+    assert house.store.asked == 1 + commits
+    assert all(sink.results for sink in sinks)
+
+
+@pytest.mark.parametrize("embedded", [False, True])
 @pytest.mark.parametrize("seed", range(8))
-async def test_whatever_happens_every_answer_is_the_oracles(tmp_path, seed):
+async def test_whatever_happens_every_answer_is_the_oracles(tmp_path, seed, embedded):
     """Frames of any sessions, sent ahead, to a store that is slow, fails and loses sessions: each answer is the sum of
     what the session was sent, and in the end memory is what is stored.
     """
     house, rng = House(tmp_path), random.Random(seed)
+    house.store.embedded = embedded
     names = "abcde"
     await house.open(*names, window=300)  # a client is never further ahead than it is remembered
     totals = {name: [0.0] for name in names}  # by step
@@ -454,6 +483,7 @@ async def test_whatever_happens_every_answer_is_the_oracles(tmp_path, seed):
             house.store.gate.set()
         for _ in range(rng.randrange(4)):
             await asyncio.sleep(0)
+        house.clock.now += 0.001
         if what > 0.93:
             house.store.gate.set()
             await house.worker.settle()

@@ -9,9 +9,8 @@ from hypothesis import strategies as st
 
 from house import FEATURES, AddingEngine, Clock, Notes, chunks, loaded, table
 from rnnserve_models.load import load_model
-from rnnserve_models.masking import compact
 from rnnserve_models.options import LayerOptions
-from rnnserve_server.replay import Limits, digest
+from rnnserve_server.replay import Limits
 from rnnserve_server.scheduler import Scheduler
 from rnnserve_server.worker import Worker
 from serving import ZOO
@@ -251,18 +250,6 @@ async def test_a_window_is_the_last_answers(data):
             if not sink.errors:
                 assert sink.results[0][1].tobytes() == answer
     await house.worker.close()
-
-
-def test_a_digest_tells_chunks_apart():
-    """Equal chunks have equal digests wherever they stand in a block; other numbers, lengths or masks have others."""
-    x = np.arange(12, dtype=np.float32).reshape(3, 2, 2)
-    x[:, 1] = x[:, 0]
-    mask = np.array([[1, 1], [1, 1], [1, 0]], bool)
-    plain, masked = (compact({"x": x}, each, go_backwards=False) for each in (None, mask))
-    shorter = compact({"x": x[:2]}, None, go_backwards=False)
-    assert digest(plain, 0, 2) == digest(plain, 1, 2)
-    assert digest(masked, 0, 2) == digest(plain, 0, 2)  # alone, a mask that masks nothing is none
-    assert len({digest(plain, 0, 2), digest(masked, 1, 2), digest(shorter, 0, 2)}) == 3
 
 
 async def test_nothing_is_kept_of_sessions_that_have_ended(house):

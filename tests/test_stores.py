@@ -81,6 +81,15 @@ class TestSqlite(StoreSuite):
         return lambda place: SqliteStore.open(tmp_path / place, synchronous="normal", remember=REMEMBER, patience=30.0)
 
 
+class TestSqliteThinned(StoreSuite):
+    """Whose journal is looked through at every commit for what nobody wants any more."""
+
+    @pytest.fixture
+    def opener(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Opener:
+        monkeypatch.setattr("rnnserve_server.store.sqlite._LOOK_BYTES", 0)
+        return lambda place: SqliteStore.open(tmp_path / place, synchronous="normal", remember=REMEMBER, patience=30.0)
+
+
 class TestRedis(StoreSuite):
     @pytest.fixture
     def opener(self, redis_server: RedisServer) -> Opener:

@@ -6,28 +6,13 @@ import sqlite3
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from compliance.store_suite import NOW, created, record, tick
-from rnnserve_models.masking import Compacted, compact
-from rnnserve_server.replay import digest, digests
 from rnnserve_server.store import StoreCorrupt, Write
+from rnnserve_server.store.base import Reply
 from rnnserve_server.store.sqlite import SqliteStore
 from rnnserve_server.store.tick import Tick
-
-
-@pytest.mark.parametrize("name", ["one step", "steps", "masked", "inputs"])
-def test_digests_are_the_digest_of_each(name: str) -> None:
-    """All at once they are what a chunk that is sent again is compared with."""
-    rng = np.random.default_rng(3)
-    x = rng.normal(size=(1 if name == "one step" else 5, 6, 3)).astype(np.float32)  # [T, N * batch, features]
-    inputs = {"input": x, "more": x[..., 0] * 2} if name == "inputs" else {"input": x}
-    mask = rng.random((5, 6)) < 0.5 if name == "masked" else None
-    call: Compacted = compact(inputs, mask, go_backwards=False)
-    found = digests(call, 3)
-    assert [each.tobytes() for each in found] == [digest(call, position, 3) for position in range(3)]
-    assert len({each.tobytes() for each in found}) == 3
 
 
 def test_a_packed_tick_is_the_tick() -> None:
@@ -69,6 +54,34 @@ async def test_a_journal_that_has_grown_is_brought_to_the_rows(tmp_path: Path, m
         assert ticks < 4
         assert step + ticks == sessions[0].step
     other.close()
+    await store.close()
+
+
+async def test_a_journal_loses_what_nobody_wants_any_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ticks whose replies are in no window any more: so the journal of sessions that go on is small without being
+    brought to the rows, and what is brought there in the end is right all the same.
+    """
+    monkeypatch.setattr("rnnserve_server.store.sqlite._LOOK_BYTES", 3000)
+    store, other = await SqliteStore.open(tmp_path / "s.db"), sqlite3.connect(tmp_path / "s.db")
+    sessions = [await created(store, name, states=b"\0" * 8) for name in "abc"]
+    windows: dict[str, list[Reply]] = {each.id: [] for each in sessions}
+    for number in range(60):
+        some = sessions if number % 7 else sessions[:1]
+        made = tick(some, [1, 2], keep=5)
+        assert await store.commit_ticks([made]) == [[True] * len(some)]
+        for position, each in enumerate(some):
+            windows[each.id] = [*windows[each.id], *made.replies(position)][-5:]
+            sessions[position] = replace(each, step=each.step + 3, revision=each.revision + 1)
+    ((nbytes,),) = other.execute("SELECT sum(length(tick)) FROM journal")
+    ((step,),) = other.execute("SELECT max(step) FROM sessions")
+    assert 0 < nbytes < 4000
+    assert step == 0
+    other.close()
+    for session in sessions:
+        (found,) = await store.take([session.id], NOW)
+        assert found is not None
+        assert (found.step, found.revision) == (session.step, session.revision)
+        assert list(found.replies) == windows[session.id]
     await store.close()
 
 

@@ -22,6 +22,7 @@ from rnnserve_models.engine.base import Array, Arrays
 from rnnserve_models.load import LoadedModel
 from rnnserve_server.blocks import Block
 from rnnserve_server.config import Durability
+from rnnserve_server.digests import digests
 from rnnserve_server.errors import (
     ModelChanged,
     ServiceError,
@@ -49,7 +50,6 @@ from rnnserve_server.records import (
     unpack_answers,
     unpack_states,
 )
-from rnnserve_server.replay import digests
 from rnnserve_server.repository import Repository
 from rnnserve_server.resets import NO_RULES, ResetRules
 from rnnserve_server.sessions import Group, SessionTable
@@ -367,9 +367,10 @@ class Keeper:
         group, slots, count = sessions.group, sessions.slots, len(sessions.slots)
         window, answered = group.window, list[Answered]()
         limits = window.limits
-        for each, outputs, shown in rounds[-limits.replies :] if limits.replies else ():
-            head, rest = pack_answers(outputs, shown, count)
-            answered.append(Answered(each.call.timesteps, digests(each.call, count), head, rest))
+        if limits.replies:
+            asked = _asked(chain, count)
+            for (each, outputs, shown), what in zip(rounds[-limits.replies :], asked[-limits.replies :], strict=True):
+                answered.append(Answered(each.call.timesteps, what, *pack_answers(outputs, shown, count)))
         by_count = window.by_count and all(each.rest.shape[1] * limits.replies <= limits.bytes for each in answered)
         return Tick(
             [group.ids[slot] for slot in slots.tolist()],
@@ -557,6 +558,18 @@ def _restore(group: Group, slots: Array, replies: Sequence[Sequence[Reply]]) -> 
                 outputs,
                 shown,
             )
+
+
+def _asked(chain: Sequence[Block], count: int) -> list[Array]:
+    """The digests of the chunks that N sessions sent in blocks and in their rounds: uint8 [N, 24] of each."""
+    asked: list[Array] = []
+    for block in chain:
+        steps = {each.call.timesteps for each in block.rounds}
+        if len(steps) == 1:
+            asked.extend(digests(block.call, count, len(block.rounds)))
+        else:
+            asked.extend(digests(each.call, count)[0] for each in block.rounds or (block,))
+    return asked
 
 
 def _pieces(slots: Array) -> list[Array]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 
 import numpy as np
 
@@ -84,8 +85,8 @@ def pack_answers(outputs: Mapping[str, Array], states: Mapping[str, Array], coun
     what they hold, and what follows.
     """
     arrays = [(kind, name, array) for kind, of in enumerate((outputs, states)) for name, array in of.items()]
-    what = json.dumps([[kind, name, array.dtype.str, array.shape[1:]] for kind, name, array in arrays]).encode()
-    return len(what).to_bytes(_LENGTH_BYTES, "little") + what, _rows([array for _, _, array in arrays], count)
+    head = _head(tuple([(kind, name, array.dtype.str, array.shape[1:]) for kind, name, array in arrays]))
+    return head, _rows([array for _, _, array in arrays], count)
 
 
 def unpack_answers(payloads: Sequence[bytes]) -> tuple[Arrays, Arrays]:
@@ -113,6 +114,12 @@ def unpack_answers(payloads: Sequence[bytes]) -> tuple[Arrays, Arrays]:
 def answers_begin(payload: bytes) -> bytes:
     """What `pack_answers` wrote first: it says what follows."""
     return payload[: _LENGTH_BYTES + int.from_bytes(payload[:_LENGTH_BYTES], "little")]
+
+
+@lru_cache(maxsize=256)
+def _head(arrays: tuple[tuple[int, str, str, tuple[int, ...]], ...]) -> bytes:
+    what = json.dumps(arrays).encode()
+    return len(what).to_bytes(_LENGTH_BYTES, "little") + what
 
 
 def _rows(arrays: Sequence[Array], count: int) -> Rows:

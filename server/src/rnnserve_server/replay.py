@@ -9,7 +9,6 @@ The states that a tick started from are kept too, so that a session can be taken
 
 from __future__ import annotations
 
-import hashlib
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -20,12 +19,12 @@ import numpy as np
 from rnnserve_models.engine.base import Array, Arrays
 from rnnserve_models.masking import Compacted
 from rnnserve_server.blocks import Answers, Sessions
+from rnnserve_server.digests import digests, is_digest
 
 if TYPE_CHECKING:
     from rnnserve_server.sessions import Group
 
 _SPREAD = 4  # a round is thinned out when so many times a window of them came after it
-_DIGEST_BYTES = 16
 _SLACK = 1 << 20  # bytes of thinned rounds that are not worth a second look
 
 
@@ -128,17 +127,17 @@ class Round:
         if isinstance(self.asked, Run):
             self.nbytes += self.asked.nbytes * self.timesteps // self.asked.call.timesteps
 
-    def digest(self, index: int) -> bytes:
-        """What tells one session's chunk from another for the same step."""
-        if not isinstance(self.asked, Run):
-            return bytes(self.asked[index])
-        return digest(self.asked.part(self.start, self.timesteps), index, len(self.slots))
-
     def digests(self, index: Array) -> Array:
-        """The same of some of the N sessions: uint8 [len(index), 16]."""
+        """What tells the chunks of some of the N sessions from others for the same steps: uint8 [len(index), bytes]."""
         if not isinstance(self.asked, Run):
             return self.asked[index]
-        return digests(self.asked.part(self.start, self.timesteps).take(index, len(self.slots)), len(index))
+        found: Array = digests(self.asked.part(self.start, self.timesteps).take(index, len(self.slots)), len(index))[0]
+        return found
+
+    def is_of(self, index: int, call: Compacted, position: int, chunks: int) -> bool:
+        """Whether one session's chunk is the very same as one of the N chunks of a call."""
+        (known,) = self.digests(np.array([index]))
+        return is_digest(known.tobytes(), call, position, chunks)
 
     def began(self, index: int) -> tuple[Arrays, Compacted | None] | None:
         """What led to where one session's chunk began: every state, [batch, *shape], and what ran from there, if
@@ -440,36 +439,3 @@ def _bytes(arrays: Mapping[str, Array]) -> int:
     for array in arrays.values():
         nbytes += array.nbytes
     return nbytes
-
-
-def digest(call: Compacted, position: int, chunks: int) -> bytes:
-    """What tells one of N chunks from another for the same step: 16 bytes over its inputs and its mask (BLAKE2b)."""
-    rows = slice(position * len(call.lengths) // chunks, (position + 1) * len(call.lengths) // chunks)
-    lengths = call.lengths[rows].tolist()
-    hashed = hashlib.blake2b(repr((call.timesteps, lengths)).encode(), digest_size=_DIGEST_BYTES)
-    if call.mask is not None and not call.mask[:, rows].all():  # alone, a mask that masks nothing is none
-        hashed.update(call.mask[:, rows].tobytes())
-    for name in sorted(call.inputs):
-        hashed.update(f"{name}:".encode())
-        hashed.update(call.inputs[name][: max(lengths), rows].tobytes())  # what follows is for longer ones beside it
-    return hashed.digest()
-
-
-def digests(call: Compacted, chunks: int) -> Array:
-    """What tells each of N chunks from others for the same steps, as `digest` has it: uint8 [N, 16]."""
-    if call.mask is not None or len(call.inputs) > 1:
-        whole = b"".join([digest(call, position, chunks) for position in range(chunks)])
-    else:  # all that differs is the numbers
-        ((name, x),) = call.inputs.items()
-        rows = len(call.lengths) // chunks
-        said = hashlib.blake2b(repr((call.timesteps, [call.timesteps] * rows)).encode(), digest_size=_DIGEST_BYTES)
-        said.update(f"{name}:".encode())
-        parts = x.reshape(len(x), chunks, -1).swapaxes(0, 1)  # [N, T, numbers of a step]
-        content, size = memoryview(parts.tobytes()), parts[0].nbytes
-        found = []
-        for start in range(0, len(content), size):
-            hashed = said.copy()
-            hashed.update(content[start : start + size])
-            found.append(hashed.digest())
-        whole = b"".join(found)
-    return np.frombuffer(whole, np.uint8).reshape(chunks, _DIGEST_BYTES)

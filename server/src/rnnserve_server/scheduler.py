@@ -58,6 +58,11 @@ class Scheduler:
     def __len__(self) -> int:
         return len(self._queued)
 
+    @property
+    def has_ready(self) -> bool:
+        """Whether there is something for `next_tick`."""
+        return bool(self._ready)
+
     def submit(self, work: Block | Barrier) -> None:
         """Queues a block, or does a barrier's action when its turn comes, which may be at once."""
         if isinstance(work, Barrier):

@@ -40,13 +40,15 @@ from rnnserve_server.keeper import Keeper
 from rnnserve_server.layout import Signature, faults, same_lengths, to_wire
 from rnnserve_server.meter import Meter
 from rnnserve_server.observer import Observer, Ticked, some_sessions
-from rnnserve_server.replay import Run, digest
+from rnnserve_server.replay import Run
 from rnnserve_server.resets import resets
 from rnnserve_server.scheduler import Scheduler, Tick
 from rnnserve_server.sessions import Group, SessionTable
 from rnnserve_server.store.base import StoreError
 
 log = structlog.get_logger(__name__)
+
+_HELD_SECONDS = 0.01  # for which a commit is held back at most, whatever the disk did the last time
 
 Batch = tuple[Arrays, Array, Arrays]
 """The arguments of `Engine.run`: inputs {name: [T, R, ...]}, lengths [R], states {name: [R, ...]}."""
@@ -129,6 +131,8 @@ class Worker:
         self._task: asyncio.Task[None] | None = None  # what ticks, where that has to wait
         self._behind = Behind()
         self._storing: asyncio.Task[None] | None = None
+        self._ran_at = 0.0  # when the first of what is behind was run
+        self._commit_seconds = 0.0  # what the last commit took, as far as it shall count
 
     @property
     def queued_bytes(self) -> int:
@@ -253,9 +257,10 @@ class Worker:
                 except Exception:
                     self._failed(tick)
                 self._ends(sinks)
-                if self._storing is not None and self._keeper is not None and self._keeper.store.embedded:
-                    await asyncio.wait([self._storing])  # what comes meanwhile is one tick, and one commit
                 if len(self):  # as in `_turn`
+                    await asyncio.sleep(0)
+                if self._keeper is not None and self._must_store(self._keeper):
+                    await asyncio.wait([self._begin_storing(self._keeper)])  # what comes meanwhile is one tick
                     await asyncio.sleep(0)
                 tick, ready = self._next_tick(), None
         finally:
@@ -371,14 +376,32 @@ class Worker:
         sessions = [block for block in blocks if block.sessions is not None]
         if not sessions:
             return blocks
+        if not self._behind:
+            self._ran_at = self._clock()
         self._behind.add(Ran(sessions, self._watched))
         self._watched = None  # it is over when they are stored
         for block in sessions:
             self._scheduler.ran(block)
-        if self._storing is None:
-            storing = self._store_behind(keeper)
-            self._storing = asyncio.get_running_loop().create_task(storing, context=contextvars.Context())
+        if self._storing is None and not keeper.store.embedded:
+            self._begin_storing(keeper)
         return [block for block in blocks if block.sessions is None]
+
+    def _must_store(self, keeper: Keeper) -> bool:
+        """Whether what was run is to be stored before anything else is run, where a commit is this process's own work.
+
+        A commit costs the same for many frames as for one. So what is waiting is run first, and stored along with what
+        was run before, which thereby waits for as long as the last commit took at most.
+        """
+        if not (self._behind and keeper.store.embedded):
+            return False
+        self.line_up()
+        return not self._scheduler.has_ready or self._clock() >= self._ran_at + self._commit_seconds
+
+    def _begin_storing(self, keeper: Keeper) -> asyncio.Task[None]:
+        """Has what was run stored and answered, and what is run meanwhile too."""
+        storing = self._store_behind(keeper)
+        self._storing = asyncio.get_running_loop().create_task(storing, context=contextvars.Context())
+        return self._storing
 
     async def _store_behind(self, keeper: Keeper) -> None:
         """Stores and answers what was run, for as long as there is something."""
@@ -435,6 +458,7 @@ class Worker:
             keeper.tick([block for block, _ in chain], [each for _, shown in chain for each in shown])
             for chain in living
         ]
+        began_at = self._clock()
         try:
             applied = await keeper.store.commit_ticks(ticks)
         except StoreError as error:
@@ -446,6 +470,7 @@ class Worker:
             for block in alive:
                 self._drop(block, StoreDown(error))
             return []
+        self._commit_seconds = min(self._clock() - began_at, _HELD_SECONDS)
         for ((block, _), *_), each in zip(living, applied, strict=True):
             assert block.sessions is not None
             group, slots = block.sessions.group, block.sessions.slots
@@ -641,7 +666,7 @@ class Worker:
                     error = StepBehind(here, first_step, oldest)
                 else:
                     then, at = answered[position]
-                    if then.digest(at) == digest(block.call, position, chunks):
+                    if then.is_of(at, block.call, position, chunks):
                         tags = block.tags[position : position + 1]
                         block.sink_of(position).result(then.answers(at, tags))
                         self.replayed += 1

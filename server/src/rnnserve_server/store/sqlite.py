@@ -4,8 +4,9 @@ One connection on one thread. A write-ahead log, so that a commit appends and sy
 same file open: epochs and revisions are compared inside the transaction, and a writer waits for the one before it.
 
 A tick is a row of the journal, whole, whatever the number of its sessions. Of what it says of them only the last is
-wanted in the end, so it is brought to the sessions' own rows when the journal has grown, or when anything else is asked
-of the file. Until then this process has in mind where the sessions stand, for as long as nobody else writes.
+wanted in the end, so ticks of which nothing is wanted any more are taken out, and the rest is brought to the sessions'
+own rows when the journal has grown all the same, or when anything else is asked of the file. Until then this process
+has in mind where the sessions stand, for as long as nobody else writes.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, ParamSpec, TypeVar
+from typing import Any, Literal, NamedTuple, ParamSpec, TypeVar
 
 from rnnserve_server.store.base import (
     REMEMBERED,
@@ -37,6 +38,7 @@ from rnnserve_server.store.base import (
     Write,
     check_distinct,
 )
+from rnnserve_server.store.outcome import Outcome
 from rnnserve_server.store.tick import Tick
 
 _APPLICATION = 0x726E6E73  # "rnns"
@@ -81,6 +83,7 @@ CREATE INDEX ended_by_time ON ended (at);
 """
 # What files of format 1 have not.
 _JOURNAL = "CREATE TABLE journal (n INTEGER PRIMARY KEY, tick BLOB NOT NULL) STRICT"
+_LOOK_BYTES = 2 << 20  # a small journal is always written to the same pages, which the log then copies back once
 _JOURNAL_BYTES = 32 << 20
 _JOURNAL_TICKS = 1024
 _JOURNAL_SESSIONS = 4096  # to bring the journal to their rows keeps commits waiting for some tens of milliseconds
@@ -99,6 +102,20 @@ _IN_SCOPE = "id >= ? AND id < ?"
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+
+class _Entry(NamedTuple):
+    """A tick in the journal.
+
+    Attributes:
+        number: of its row.
+        nbytes: of it, packed.
+        tick: it.
+    """
+
+    number: int | None
+    nbytes: int
+    tick: Tick
 
 
 class SqliteStore(Store):
@@ -123,8 +140,9 @@ class SqliteStore(Store):
         # (epoch, revision, step) of sessions, among them all that the journal names; good for this version of the file.
         self._known: dict[str, tuple[int, int, int]] = {}
         self._version = -1
-        self._ticks: list[Tick] = []  # what the journal holds, as long as that is good
+        self._journal: list[_Entry] = []  # what the file's journal holds, as long as that is good
         self._journal_bytes = 0
+        self._look_again = _LOOK_BYTES  # of the journal, when it is looked through
 
     @classmethod
     async def open(
@@ -262,7 +280,10 @@ class SqliteStore(Store):
             self._begin_log()
             self._db.execute(f"PRAGMA synchronous = {self._synchronous}")
             self._db.execute(f"PRAGMA wal_autocheckpoint = {_LOG_PAGES}")
-            self._db.execute(f"PRAGMA journal_size_limit = {_LOG_PAGES * _PAGE_BYTES}")
+            # More than the log mostly has, or it would be cut and grow again with each checkpoint.
+            self._db.execute(f"PRAGMA journal_size_limit = {2 * _LOG_PAGES * _PAGE_BYTES}")
+            # Some builds of SQLite overwrite what is deleted, and so write every tick twice.
+            self._db.execute("PRAGMA secure_delete = off")
             self._db.execute(f"PRAGMA cache_size = -{_CACHE_KIB}")
             with self._transaction():
                 if self._check_owner():
@@ -389,13 +410,15 @@ class SqliteStore(Store):
                         follow[session_id] = epoch, revision, step
                 for tick in ticks:
                     packed = tick.pack()
-                    self._db.execute("INSERT INTO journal (tick) VALUES (?)", (packed,))
+                    number = self._db.execute("INSERT INTO journal (tick) VALUES (?)", (packed,)).lastrowid
+                    self._journal.append(_Entry(number, len(packed), tick))
                     self._journal_bytes += len(packed)
                 known |= follow
-                self._ticks += ticks
+                if self._journal_bytes > self._look_again:
+                    self._thin()
                 if (
                     self._journal_bytes > _JOURNAL_BYTES
-                    or len(self._ticks) > _JOURNAL_TICKS
+                    or len(self._journal) > _JOURNAL_TICKS
                     or len(known) > _JOURNAL_SESSIONS
                 ):
                     self._fold()
@@ -425,51 +448,32 @@ class SqliteStore(Store):
             with self._transaction():
                 self._fold()
 
+    def _thin(self) -> None:
+        """Takes the ticks out of the journal of which nothing is wanted any more."""
+        outcome = Outcome()
+        wanted = [entry for entry in reversed(self._journal) if outcome.add(entry.tick)]
+        kept = {entry.number for entry in wanted}
+        unwanted = [(entry.number,) for entry in self._journal if entry.number not in kept]
+        self._db.executemany("DELETE FROM journal WHERE n = ?", unwanted)
+        self._journal = wanted[::-1]
+        self._journal_bytes = sum([entry.nbytes for entry in wanted])
+        self._look_again = max(_LOOK_BYTES, 2 * self._journal_bytes)
+
     def _fold(self) -> None:
         """Brings the journal to the sessions' rows, and empties it."""
         if self._current():
-            ticks: Iterable[Tick] = reversed(self._ticks)
+            ticks: Iterable[Tick] = [entry.tick for entry in reversed(self._journal)]
         else:
             found = self._db.execute("SELECT tick FROM journal ORDER BY n DESC")
             ticks = (Tick.unpack(packed) for (packed,) in found)
-        self._known, self._ticks, self._journal_bytes = {}, [], 0
-        last: dict[str, tuple[Tick, int]] = {}
-        replies: dict[str, list[Reply]] = {}  # youngest first
-        full: Sequence[str] = ()
+        self._known, self._journal, self._journal_bytes, self._look_again = {}, [], 0, _LOOK_BYTES
+        outcome = Outcome()
         for tick in ticks:
-            if tick.ids == full:
-                continue  # nothing of it is wanted
-            lacking = False
-            for position, session_id in enumerate(tick.ids):
-                keep = last.setdefault(session_id, (tick, position))[0].keep
-                answered = replies.setdefault(session_id, [])
-                if len(answered) < keep:
-                    answered += tick.replies(position)[::-1]
-                    lacking = lacking or len(answered) < keep
-            if not lacking:
-                full = tick.ids
-        if not last:
+            outcome.add(tick)
+        if not outcome.last:
             return
-        numbers = self._counters(list(last))
-        writes = []
-        for session_id, (tick, position) in last.items():
-            window = replies[session_id][: tick.keep][::-1]
-            floor = tick.forget_before[position] if tick.forget_before else 0
-            if len(window) == tick.keep > 0:
-                floor = max(floor, window[0].first_step)
-            window = [reply for reply in window if reply.first_step >= floor]
-            write = Write(
-                session_id,
-                tick.epochs[position],
-                tick.revisions[position],
-                tick.steps[position],
-                tick.last_used,
-                tick.states[position].tobytes(),
-                tuple(window),
-                floor,
-                0 if len(window) == tick.keep else tick.keep,
-            )
-            writes.append((numbers[session_id][0], write))
+        numbers = self._counters(list(outcome.last))
+        writes = [(numbers[write.id][0], write) for write in outcome.writes()]
         self._apply(writes, [])
         self._db.execute("DELETE FROM journal")
 

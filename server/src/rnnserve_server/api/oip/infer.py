@@ -34,7 +34,6 @@ from rnnserve_server.errors import (
 from rnnserve_server.intake import Frame
 from rnnserve_server.layout import check_call, check_states, faults, to_call
 from rnnserve_server.meter import Meter
-from rnnserve_server.replay import digest
 from rnnserve_server.sessions import Session
 from rnnserve_server.states import states_of
 
@@ -209,7 +208,7 @@ class Inference:
                 found = group.window.find(group, *columns) if live.step == steps else {}
                 if found:
                     round_, index = found[0]
-                    return round_.digest(index) == digest(to_call(model.engine, group.options, inputs, mask), 0, 1)
+                    return round_.is_of(index, to_call(model.engine, group.options, inputs, mask), 0, 1)
         return False
 
     def _submit(self, pending: Pending, session: Session, given: _Given, step: int | None) -> None:
