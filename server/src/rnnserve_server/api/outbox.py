@@ -26,7 +26,6 @@ class Outbox:
         answers: how many wait to be sent: of chunks, opens and closes.
         nbytes: bytes of all that waits to be sent.
         error: why nothing can be sent any more; None: it can.
-        closed: nobody reads any more.
         sent: set whenever something was sent, or can be no more.
     """
 
@@ -34,10 +33,9 @@ class Outbox:
         self.answers = 0
         self.nbytes = 0
         self.error: Exception | None = None
-        self.closed = False
         self.sent = asyncio.Event()
         self._send = send
-        self._lost = lost
+        self._lost: Callable[[], object] | None = lost
         self._loop = asyncio.get_running_loop()
         self._responses: list[list[Buffer]] = []
         self._response_bytes = 0  # of the last of them
@@ -67,10 +65,14 @@ class Outbox:
 
     def flush(self) -> None:
         """Sends what is ready."""
-        if self._responses and not (self._sending or self.error or self.closed):
+        if self._responses and self._lost is not None and not (self._sending or self.error):
             self._sending, self._responses = self._responses, []
             self._taken, self._taken_bytes = self.answers, self.nbytes
             self._send_first()
+
+    def close(self) -> None:
+        """Sends nothing more, and lets go of whom it would tell."""
+        self._lost = None
 
     def _send_first(self) -> None:
         try:
@@ -81,7 +83,8 @@ class Outbox:
     def _was_sent(self, error: Exception | None) -> None:
         if error is not None:
             self._sending, self.error = [], error
-            self._lost()
+            if self._lost is not None:
+                self._lost()
         else:
             del self._sending[0]
             if self._sending:

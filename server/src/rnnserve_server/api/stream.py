@@ -118,7 +118,10 @@ class LaneStream:
             elif self._core.draining.is_set():
                 raise _leaving()
         finally:
-            self.cancelled = self._outbox.closed = True
+            self.cancelled = True
+            self._outbox.close()
+            if isinstance(self._context, Call):
+                self._context.take = None  # with its groups the stream goes at once, not when garbage is collected
             self._core.watches.discard(self._look)
             reader.cancel()
             drainer.cancel()
