@@ -10,7 +10,7 @@ The states that a tick started from are kept too, so that a session can be taken
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 _SPREAD = 4  # a round is thinned out when so many times a window of them came after it
 _SLACK = 1 << 20  # bytes of thinned rounds that are not worth a second look
+_LOOKED_AT_ONCE = 128
+_SLACK_ROUNDS = 1024  # so many of them, likewise: of small ones a search looks at each
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,6 +183,36 @@ class Round:
         )
 
 
+@dataclass(slots=True, eq=False)
+class _Columns:
+    """Many rounds as one column: there may be thousands of a row or two. As `Round` has them, and where each ends."""
+
+    slots: Array
+    generations: Array
+    number: Array
+    before: Array
+    ends: Array
+
+    @classmethod
+    def of(cls, rounds: Collection[Round]) -> _Columns:
+        return cls(
+            np.concatenate([each.slots for each in rounds]),
+            np.concatenate([each.generations for each in rounds]),
+            np.concatenate([each.number for each in rounds]),
+            np.concatenate([each.before for each in rounds]),
+            np.cumsum([len(each.slots) for each in rounds]),
+        )
+
+    def take(self, index: Array) -> _Columns:
+        before = self.before[index] if len(self.before) else self.before
+        return _Columns(self.slots[index], self.generations[index], self.number[index], before, self.ends)
+
+    def counted(self, rounds: Iterable[Round], chosen: Array) -> Iterator[tuple[Round, int, int]]:
+        """Each round, where it starts, and how many of its chunks are chosen."""
+        starts = np.concatenate(([0], self.ends[:-1]))
+        return zip(rounds, starts.tolist(), np.add.reduceat(chosen.astype(np.int64), starts).tolist(), strict=True)
+
+
 class Window:
     """The replay windows of a group's sessions. The group's columns say how much each of them was answered.
 
@@ -195,9 +227,12 @@ class Window:
         self._recent: deque[Round] = deque()
         self._thinned: deque[Round] = deque()
         self._thinned_bytes = 0
+        self._looked: deque[Round] = deque()  # thinned ones, older than those of _thinned, that were looked at again
+        self._left = 0  # of _thinned, that will be next
         self._ended = 0  # `Group.ended` when the rounds were last looked through for that
         self._bytes_count = False  # all answers so far are so small that only their number is limited
         self._look_again = _SLACK
+        self._look_again_rounds = _SLACK_ROUNDS
 
     def remember(
         self, sessions: Sessions, timesteps: int, run: Run, start: int, outputs: Arrays, states: Arrays
@@ -257,6 +292,7 @@ class Window:
         """Has bytes count from now on, those of the answers that are remembered already too."""
         self._bytes_count = True
         group.answered_bytes[:] = 0
+        self._settle()
         for round_ in (*self._thinned, *self._recent):  # the oldest first
             here = group.generation[round_.slots] == round_.generations
             round_.before = group.answered_bytes[round_.slots]
@@ -291,28 +327,40 @@ class Window:
         keys = zip(slots.tolist(), generations.tolist(), first_steps.tolist(), strict=True)
         wanted = {key: position for position, key in enumerate(keys)}
         found: dict[int, tuple[Round, int]] = {}
-        for round_ in self._rounds():
-            for index in np.flatnonzero(np.isin(round_.slots, slots) & self._live(group, round_)).tolist():
-                key = int(round_.slots[index]), int(round_.generations[index]), int(round_.first_steps[index])
-                if key in wanted:
-                    found.setdefault(wanted[key], (round_, index))
+        for round_, index in self._places(group, slots):
+            key = int(round_.slots[index]), int(round_.generations[index]), int(round_.first_steps[index])
+            if key in wanted:
+                found.setdefault(wanted[key], (round_, index))
         return found
+
+    def _places(self, group: Group, slots: Array) -> list[tuple[Round, int]]:
+        """The windows of sessions that have N slots: rounds, in the order of `_rounds`, and a position in each. All
+        rounds are looked at as one column, because there may be thousands of a row or two.
+        """
+        rounds = list(self._rounds())
+        if not rounds:
+            return []
+        wanted = np.zeros(len(group.generation), bool)
+        wanted[slots] = True
+        columns = _Columns.of(rounds)
+        at = np.flatnonzero(wanted[columns.slots])
+        at = at[self._live(group, columns.take(at))]
+        which = np.searchsorted(columns.ends, at, "right")
+        index = at - np.where(which, columns.ends[which - 1], 0)
+        return [(rounds[w], i) for w, i in zip(which.tolist(), index.tolist(), strict=True)]
 
     def of(self, group: Group, slot: int) -> list[tuple[Round, int]]:
         """The window of the session that has a slot: rounds, oldest first, and its position in each."""
-        generation = group.generation[slot]
-        places = []
-        for round_ in self._rounds():
-            here = (round_.slots == slot) & (round_.generations == generation) & self._live(group, round_)
-            places += [(round_, index) for index in np.flatnonzero(here).tolist()]
+        places = self._places(group, np.array([slot]))
         return sorted(places, key=lambda place: int(place[0].number[place[1]]))
 
     def of_many(self, group: Group, slots: Array) -> Iterator[tuple[Round, Array]]:
         """The windows of the sessions that have N slots: rounds, in any order, and the positions in each."""
-        for round_ in self._rounds():
-            index = np.flatnonzero(np.isin(round_.slots, slots) & self._live(group, round_))
-            if len(index):
-                yield round_, index
+        found: dict[int, tuple[Round, list[int]]] = {}
+        for round_, index in self._places(group, slots):
+            found.setdefault(id(round_), (round_, []))[1].append(index)
+        for round_, indexes in found.values():
+            yield round_, np.array(indexes)
 
     def forget_from(self, group: Group, slot: int, step: int) -> None:
         """Forgets the chunks of a session that began at a step or later."""
@@ -327,6 +375,7 @@ class Window:
             generations = nobody.get(round_, round_).generations.copy()  # others may hold on to it
             generations[index] = -1
             nobody[round_] = replace(round_, generations=generations)
+        self._settle()
         # Copies, so that `_forget` does not count the rounds that the session has lost as later than older ones.
         self._recent = deque(replace(each := nobody.get(r, r), slots=each.slots.copy()) for r in self._recent)
         self._thinned = deque(nobody.get(round_, round_) for round_ in self._thinned)
@@ -336,6 +385,7 @@ class Window:
 
         What was answered is answered again all the same, but sessions cannot be taken back to there.
         """
+        self._settle()
         sharing: dict[int, list[Round]] = {}
         for round_ in (*self._thinned, *self._recent):
             if isinstance(round_.asked, Run) and round_.asked.states:
@@ -363,6 +413,7 @@ class Window:
         if group.ended == self._ended:
             return
         self._ended = group.ended
+        self._settle()
         self._thinned = self._without_ended(group, self._thinned)
         self._recent = self._without_ended(group, self._recent)
         self._thinned_bytes = sum([round_.nbytes for round_ in self._thinned])
@@ -370,16 +421,20 @@ class Window:
 
     def _without_ended(self, group: Group, rounds: deque[Round]) -> deque[Round]:
         kept: deque[Round] = deque()
-        for round_ in rounds:
-            index = np.flatnonzero(group.generation[round_.slots] == round_.generations)
-            if 2 * len(index) > len(round_.slots):
+        if not rounds:
+            return kept
+        columns = _Columns.of(rounds)
+        here = group.generation[columns.slots] == columns.generations
+        for round_, start, count in columns.counted(rounds, here):
+            if 2 * count > len(round_.slots):
                 kept.append(round_)
-            elif len(index):
-                kept.append(round_.take(index))
+            elif count:
+                kept.append(round_.take(np.flatnonzero(here[start : start + len(round_.slots)])))
         return kept
 
     def drop_oldest(self) -> bool:
         """Forgets the oldest round, whoever might still ask for it, to make room: whether there was one."""
+        self._settle()
         rounds = self._thinned or self._recent
         if not rounds:
             return False
@@ -392,9 +447,10 @@ class Window:
     def _rounds(self) -> Iterator[Round]:
         yield from reversed(self._recent)
         yield from reversed(self._thinned)
+        yield from reversed(self._looked)
 
-    def _live(self, group: Group, round_: Round) -> Array:
-        """bool [N]: which chunks of a round are in their session's window."""
+    def _live(self, group: Group, round_: Round | _Columns) -> Array:
+        """bool [N]: which chunks of a round, or of many, are in their session's window."""
         slots = round_.slots
         later = group.answered[slots] - round_.number  # [N], 1 for the last
         within = later <= self.limits.replies
@@ -414,24 +470,46 @@ class Window:
             if live.any() and len(self._recent) <= _SPREAD * self.limits.replies:
                 break
             self._thin(self._recent.popleft(), live)
-        if self._thinned_bytes > self._look_again:
-            rounds, self._thinned, self._thinned_bytes = self._thinned, deque(), 0
-            for round_ in rounds:
-                self._thin(round_, self._live(group, round_))
+        if not self._left and (self._thinned_bytes > self._look_again or len(self._thinned) > self._look_again_rounds):
+            self._left = len(self._thinned)
+        if self._left:
+            self._look(group)
+
+    def _look(self, group: Group) -> None:
+        """Looks at some of the thinned rounds again: at all of them at once everybody would have to wait for it."""
+        rounds = [self._thinned.popleft() for _ in range(min(self._left, _LOOKED_AT_ONCE))]
+        self._left -= len(rounds)
+        columns = _Columns.of(rounds)
+        live = self._live(group, columns)
+        for round_, start, count in columns.counted(rounds, live):
+            if 2 * count > len(round_.slots):  # to copy the half would take longer than it is worth
+                self._looked.append(round_)
+                continue
+            self._thinned_bytes -= round_.nbytes
+            self._thin(round_, live[start : start + len(round_.slots)], self._looked)
+        if not self._left:
+            self._settle()
             self._look_again = 2 * self._thinned_bytes + _SLACK
+            self._look_again_rounds = 2 * len(self._thinned) + _SLACK_ROUNDS
+
+    def _settle(self) -> None:
+        """Puts thinned rounds that were looked at again where they were: before those that were not."""
+        self._thinned.extendleft(reversed(self._looked))
+        self._looked.clear()
+        self._left = 0
 
     def _alike(self) -> int:
         """How many rounds are of the column of sessions that the oldest is of."""
         return sum([each.slots is self._recent[0].slots for each in self._recent])
 
-    def _thin(self, round_: Round, live: Array) -> None:
+    def _thin(self, round_: Round, live: Array, to: deque[Round] | None = None) -> None:
         self.nbytes -= round_.nbytes
         if not live.any():
             return
         thinned = round_.take(np.flatnonzero(live))
         self.nbytes += thinned.nbytes
         self._thinned_bytes += thinned.nbytes
-        self._thinned.append(thinned)
+        (self._thinned if to is None else to).append(thinned)
 
 
 def _bytes(arrays: Mapping[str, Array]) -> int:
