@@ -22,7 +22,6 @@ from numpy.typing import NDArray
 
 from rnnserve.codec import DATA_TYPES, DTYPES, data_type
 from rnnserve.v1 import inference_pb2 as pb
-from rnnserve.v1 import tensor_pb2
 from rnnserve.v1.tensor_pb2 import NamedTensor, Tensor
 
 Array: TypeAlias = NDArray[Any]
@@ -38,7 +37,6 @@ _MOST_AXES = 32
 # What has more is no message of everyday, and left to protobuf, which reads it in C.
 _MOST_LANE_BYTES = 5 << 16
 _MOST_TENSORS = 64
-_ODD = tensor_pb2.DATA_TYPE_BOOL  # not every byte is one
 _SWAP = sys.byteorder != "little"
 
 
