@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -22,6 +23,8 @@ from serving import ZOO
 from torture.servers import ServerProcess
 
 SESSIONS = 36
+NEW_STREAMS = 96
+STREAMS = 24  # enough that each replica has some
 GOAL = 2.0  # seconds that a pause may take, beside five times what an answer takes when nothing happens
 
 
@@ -104,7 +107,7 @@ async def harm(fleet: Fleet, client: aio.Client, changed: Callable[[], None] | N
 async def test_behind_envoy(tmp_path: Path) -> None:
     """Sessions on several streams through Envoy: every output is the oracle's and none is lost or doubled."""
     with running_fleet(tmp_path, 3) as fleet, running_envoy(tmp_path, fleet.addresses) as proxy:
-        async with aio.Client(proxy.address, timeout=60, streams=6) as client:
+        async with aio.Client(proxy.address, timeout=60, streams=STREAMS) as client:
             await harm(fleet, client, lambda: proxy.set(fleet.addresses))
         assert all(count > 0 for count in proxy.requests().values()), proxy.requests()
 
@@ -114,8 +117,44 @@ async def test_behind_envoy(tmp_path: Path) -> None:
 async def test_behind_haproxy(tmp_path: Path) -> None:
     """The same through HAProxy."""
     with running_fleet(tmp_path, 3) as fleet, running_haproxy(tmp_path, fleet.addresses) as address:
-        async with aio.Client(address, timeout=60, streams=6) as client:
+        async with aio.Client(address, timeout=60, streams=STREAMS) as client:
             await harm(fleet, client, None)
+
+
+async def lose_hosts(fleet: Fleet, address: str) -> None:
+    """Streams begin through a proxy while three of five replicas, a moment ago well, are gone with their hosts."""
+
+    async def seconds(client: aio.Client) -> float:
+        started = time.monotonic()
+        await client.session("lstm-4")
+        return time.monotonic() - started
+
+    with contextlib.ExitStack() as hosts:
+        for replica in fleet.replicas[:3]:
+            replica.kill()
+            hosts.enter_context(replica.silent())
+        async with aio.Client(address, timeout=30, streams=NEW_STREAMS) as client:
+            slowest = max(await asyncio.gather(*[seconds(client) for _ in range(3 * NEW_STREAMS)]))
+    print(f"{NEW_STREAMS} streams begin while 3 of 5 hosts are gone: the slowest answer took {slowest:.2f} s")
+    assert slowest < GOAL
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+async def test_hosts_vanish_behind_envoy(tmp_path: Path) -> None:
+    """No stream is kept trying a host that is gone, long before health checks tell: Envoy leaves out whatever takes no
+    connection. Hosts that say nothing are what killed containers leave, where a process that ends is refused at once.
+    """
+    with running_fleet(tmp_path, 5) as fleet, running_envoy(tmp_path, fleet.addresses) as proxy:
+        await lose_hosts(fleet, proxy.address)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+async def test_hosts_vanish_behind_haproxy(tmp_path: Path) -> None:
+    """The same holds for HAProxy."""
+    with running_fleet(tmp_path, 5) as fleet, running_haproxy(tmp_path, fleet.addresses) as address:
+        await lose_hosts(fleet, address)
 
 
 @pytest.mark.timeout(300)

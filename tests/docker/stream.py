@@ -22,6 +22,7 @@ from rnnserve import aio
 
 ROOT = Path(__file__).parents[2]
 COMPOSE = ["docker", "compose", "--file", str(ROOT / "docker-compose.yml"), "--profile", "fleet"]
+STREAMS = 32  # enough that each replica has some
 GOAL = 2.0  # seconds that a pause may take, beside five times what an answer takes when nothing happens
 
 
@@ -65,7 +66,7 @@ async def main(address: str, sessions: int) -> int:
         ("roll to another image (goal: none to be seen)", roll),
     ]
     failed = 0
-    async with aio.Client(address, timeout=60, streams=8) as client:
+    async with aio.Client(address, timeout=60, streams=STREAMS) as client:
         traffic = Traffic(client, sessions, pause=0.25, steps=4000)
         async with traffic.flowing():
             await traffic.go_on(10)

@@ -17,6 +17,7 @@ _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(["torture.serve_one"])
 _TESTS = Path(__file__).parent.parent
 _SECONDS = 60.0
+_BACKLOG = 4  # connections that Linux takes for a listener of none, and more
 
 
 class ServerProcess:
@@ -99,6 +100,21 @@ class ServerProcess:
         if self._process.is_alive():
             self.kill()
             raise TimeoutError(f"the server did not end after SIGTERM; see {self._log}:\n{self.log()[-3000:]}")
+
+    @contextlib.contextmanager
+    def silent(self) -> Iterator[None]:
+        """Nothing answers at its address, after it was killed: what is sent there is lost, as if its host were gone."""
+        port = int(self._settings["port"])
+        with contextlib.ExitStack() as sockets:
+            listener = sockets.enter_context(socket.socket())
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(("127.0.0.1", port))
+            listener.listen(0)
+            for _ in range(_BACKLOG):  # nobody accepts them, and what comes when they are full is not answered
+                one = sockets.enter_context(socket.socket())
+                one.setblocking(False)
+                one.connect_ex(("127.0.0.1", port))
+            yield
 
     def close(self) -> None:
         if self.alive:
