@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from house import FEATURES, AddingEngine, Clock, Notes, chunks, loaded, table
 from rnnserve_models.load import load_model
 from rnnserve_models.options import LayerOptions
-from rnnserve_server.replay import Limits
+from rnnserve_server import replay
+from rnnserve_server.replay import Limits, _Columns
 from rnnserve_server.scheduler import Scheduler
 from rnnserve_server.worker import Worker
 from serving import ZOO
@@ -252,13 +253,43 @@ async def test_a_window_is_the_last_answers(data):
     await house.worker.close()
 
 
+async def test_old_rounds_are_looked_at_a_few_at_a_time(house, monkeypatch):
+    """However many small rounds a window holds: with each that is remembered few of the old ones are looked at, and
+    when sessions have ended, few in each turn. What is looked at is all, in the end.
+    """
+    looked = []
+    of = _Columns.of.__func__
+    monkeypatch.setattr(
+        _Columns, "of", classmethod(lambda cls, rounds: (looked.append(len(rounds)), of(cls, rounds))[1])
+    )
+    monkeypatch.setattr(replay, "_SLACK_ROUNDS", 64)
+    group, slots = house.open(100)
+    for step in range(12):
+        for slot in slots:
+            await house.step(group, [slot], [step])
+    window = group.window
+    assert looked
+    assert max(looked) <= 16
+    assert len(list(window._rounds())) <= 3 * 4 * 100 + 64  # 4 chunks of each, and what has not been looked at yet
+    looked.clear()
+    house.sessions.delete_many(group, np.array(slots[1:]))
+    turns, more = 1, window.forget_ended(group)
+    while more:
+        turns, more = turns + 1, window.look_on(group)
+    assert turns > 4
+    assert max(looked) <= 64
+    assert len(list(window._rounds())) == 4
+    assert window.nbytes == sum(round_.nbytes for round_ in window._rounds())
+    assert not window.forget_ended(group)
+
+
 async def test_nothing_is_kept_of_sessions_that_have_ended(house):
     """Of those that were abandoned beside one that lives on, and what that one was answered is answered again."""
     group, slots = house.open(20)
     said = [await house.step(group, slots, [step] * 20) for step in range(3)]
     one = group.window.nbytes // 20
     house.sessions.delete_many(group, np.array(slots[1:]))
-    house.sessions.trim_replays(1 << 30)
+    group.window.forget_ended(group)
     assert one <= group.window.nbytes <= 1.2 * one
     again = await house.step(group, slots[:1], [1])
     assert again.results[0][1].tobytes() == said[1].results[0][1][:, :1].tobytes()

@@ -579,6 +579,11 @@ class Core:
             expired += len(self.sessions.expire())
             more = self.sessions.overdue() or self.sessions.trim()
             await asyncio.sleep(0)
+        for group in self.sessions.groups():
+            looking = group.window.forget_ended(group)
+            while looking:
+                await asyncio.sleep(0)
+                looking = group.window.look_on(group)
         self.sessions.trim_replays(self.settings.max_replay_bytes)
         for watch in list(self.watches):
             await watch()

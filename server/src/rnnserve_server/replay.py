@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
 _SPREAD = 4  # a round is thinned out when so many times a window of them came after it
 _SLACK = 1 << 20  # bytes of thinned rounds that are not worth a second look
-_LOOKED_AT_ONCE = 128
+_LOOKED_AT_ONCE = 16  # with each that is remembered, of which there may be many in one turn of the event loop
+_LOOKED_AT_ALONE = 64  # where nothing else is done in that turn
 _SLACK_ROUNDS = 1024  # so many of them, likewise: of small ones a search looks at each
 
 
@@ -408,23 +409,36 @@ class Window:
         self.nbytes -= made
         return made
 
-    def forget_ended(self, group: Group) -> None:
-        """Lets go of the rounds of sessions that have ended, and of half-empty rounds' other half."""
-        if group.ended == self._ended:
-            return
-        self._ended = group.ended
-        self._settle()
-        self._thinned = self._without_ended(group, self._thinned)
-        self._recent = self._without_ended(group, self._recent)
-        self._thinned_bytes = sum([round_.nbytes for round_ in self._thinned])
-        self.nbytes = self._thinned_bytes + sum([round_.nbytes for round_ in self._recent])
+    def forget_ended(self, group: Group) -> bool:
+        """Lets go of the rounds of sessions that have ended, and of half-empty rounds' other half: of the latest at
+        once, and begins to look at the others.
+
+        Returns:
+            Whether `look_on` is to go on with that.
+        """
+        if group.ended != self._ended:
+            self._ended = group.ended
+            self._settle()
+            self.nbytes -= sum([round_.nbytes for round_ in self._recent])
+            self._recent = self._without_ended(group, self._recent)
+            self.nbytes += sum([round_.nbytes for round_ in self._recent])
+            self._left = len(self._thinned)
+        return self._left > 0
+
+    def look_on(self, group: Group) -> bool:
+        """Looks at some of the rounds that are still to be looked at: whether there are more."""
+        if self._left:
+            self._look(group, _LOOKED_AT_ALONE)
+        return self._left > 0
 
     def _without_ended(self, group: Group, rounds: deque[Round]) -> deque[Round]:
-        kept: deque[Round] = deque()
         if not rounds:
-            return kept
+            return rounds
         columns = _Columns.of(rounds)
         here = group.generation[columns.slots] == columns.generations
+        if here.all():
+            return rounds
+        kept: deque[Round] = deque()
         for round_, start, count in columns.counted(rounds, here):
             if 2 * count > len(round_.slots):
                 kept.append(round_)
@@ -467,26 +481,24 @@ class Window:
                 self.nbytes -= self._recent.popleft().nbytes  # the same frame came again often enough
                 continue
             live = self._live(group, self._recent[0])
-            if live.any() and len(self._recent) <= _SPREAD * self.limits.replies:
+            count = int(np.count_nonzero(live))
+            if count and len(self._recent) <= _SPREAD * self.limits.replies:
                 break
-            self._thin(self._recent.popleft(), live)
+            self._thin(self._recent.popleft(), live, count, self._thinned)
         if not self._left and (self._thinned_bytes > self._look_again or len(self._thinned) > self._look_again_rounds):
             self._left = len(self._thinned)
         if self._left:
-            self._look(group)
+            self._look(group, _LOOKED_AT_ONCE)
 
-    def _look(self, group: Group) -> None:
+    def _look(self, group: Group, most: int) -> None:
         """Looks at some of the thinned rounds again: at all of them at once everybody would have to wait for it."""
-        rounds = [self._thinned.popleft() for _ in range(min(self._left, _LOOKED_AT_ONCE))]
+        rounds = [self._thinned.popleft() for _ in range(min(self._left, most))]
         self._left -= len(rounds)
         columns = _Columns.of(rounds)
         live = self._live(group, columns)
         for round_, start, count in columns.counted(rounds, live):
-            if 2 * count > len(round_.slots):  # to copy the half would take longer than it is worth
-                self._looked.append(round_)
-                continue
             self._thinned_bytes -= round_.nbytes
-            self._thin(round_, live[start : start + len(round_.slots)], self._looked)
+            self._thin(round_, live[start : start + len(round_.slots)], count, self._looked)
         if not self._left:
             self._settle()
             self._look_again = 2 * self._thinned_bytes + _SLACK
@@ -502,14 +514,16 @@ class Window:
         """How many rounds are of the column of sessions that the oldest is of."""
         return sum([each.slots is self._recent[0].slots for each in self._recent])
 
-    def _thin(self, round_: Round, live: Array, to: deque[Round] | None = None) -> None:
+    def _thin(self, round_: Round, live: Array, count: int, to: deque[Round]) -> None:
+        """Puts what of a round is in a window, so many chunks, to others."""
         self.nbytes -= round_.nbytes
-        if not live.any():
+        if not count:
             return
-        thinned = round_.take(np.flatnonzero(live))
-        self.nbytes += thinned.nbytes
-        self._thinned_bytes += thinned.nbytes
-        (self._thinned if to is None else to).append(thinned)
+        if 2 * count <= len(live):  # to copy more than the half would take longer than it is worth
+            round_ = round_.take(np.flatnonzero(live))
+        self.nbytes += round_.nbytes
+        self._thinned_bytes += round_.nbytes
+        to.append(round_)
 
 
 def _bytes(arrays: Mapping[str, Array]) -> int:

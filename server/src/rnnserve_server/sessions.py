@@ -363,11 +363,9 @@ class SessionTable(Lifetimes):
         return self.state_bytes + sum(group.window.nbytes for group in self._groups.values())
 
     def trim_replays(self, most: int) -> None:
-        """Has the replay windows hold nothing of ended sessions, and so many bytes at most, all together: the states
-        before the oldest rounds go, and then the oldest rounds, those of the largest group first.
+        """Has the replay windows hold so many bytes at most, all together: the states before the oldest rounds go, and
+        then the oldest rounds, those of the largest group first.
         """
-        for group in self._groups.values():
-            group.window.forget_ended(group)
         windows = [group.window for group in self._groups.values()]
         over = sum(window.nbytes for window in windows) - most
         for window in sorted(windows, key=lambda window: window.nbytes, reverse=True):
