@@ -178,6 +178,20 @@ def test_what_would_take_long_is_left_to_protobuf(frame):
     assert outlined(pb.StreamRequest(frames=[frame]).SerializeToString()) is None
 
 
+def test_small_frames_of_many_lanes_are_each_like_one_before():
+    """A stream on which each session steps for itself sends frames that differ by their lane alone: none is outlined
+    twice.
+    """
+    reader, told = FrameReader(), []
+    for step in (5, 6):
+        frames = [
+            pb.StepFrame(lanes=[lane], first_steps=[step], inputs=encode_named({"x": np.ones((1, 1, 5), np.float32)}))
+            for lane in (*range(100), *range(200, 250))
+        ]
+        told.append([reader.read(pb.StreamRequest(frames=[frame]).SerializeToString()) for frame in frames])
+    assert all(first is second is not None for first, second in zip(*told, strict=True))
+
+
 def test_a_reader_keeps_no_more_than_a_bound():
     """Outlines of ever new frames of many lanes take no more memory than those of a few; the last one is kept."""
     reader, lanes = FrameReader(), list(range(60_000))

@@ -62,8 +62,8 @@ async def house():
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 3), st.booleans()), max_size=20))
 def test_no_frame_overtakes_another_of_its_sink(arrivals):
-    """Whatever the shapes and the order of arrival: every frame comes out once, frames of one sink in their order and
-    in different blocks, and only frames of one shape together.
+    """Whatever the shapes and the order of arrival: every frame of a session comes out once, frames of one sink in
+    their order and in different blocks, and only frames of one shape together.
     """
     sinks, intake = [Notes() for _ in range(4)], Intake()
     session = opened(table(), loaded())
@@ -102,6 +102,45 @@ def test_frames_of_many_sinks_are_one_block():
     assert block.call.inputs["input"][:, :, 0].tolist() == [[1, 1, 1, 1, 2, 2]] * 2
     assert block.call.lengths.tolist() == [2] * 6
     assert block.call.timesteps == 3
+
+
+@given(st.lists(st.tuples(st.integers(0, 1), st.sets(st.integers(0, 5), min_size=1), st.integers(1, 2)), max_size=20))
+def test_frames_of_one_sink_are_joined_where_they_are_of_other_sessions(arrivals):
+    """Whatever sinks say of whatever sessions: no session has two chunks of one sink in one block, chunks of a session
+    that are of one sink keep their order, and a sink's chunks stand together in a block, in the order of arrival.
+    """
+    sinks, intake, found, model = [Notes(), Notes()], Intake(), table(), loaded()
+    sessions = [opened(found, model) for _ in range(6)]
+    frames = [frame(sinks[sink], [sessions[i] for i in sorted(of)], steps=steps) for sink, of, steps in arrivals]
+    for each in frames:
+        taken_in(intake, each)
+    piles = intake.empty()
+    out = [each for pile in piles for each in pile]
+    assert sorted(map(id, out)) == sorted(map(id, frames))
+    for sink in sinks:
+        assert [each for each in out if each.sink is sink] == [each for each in frames if each.sink is sink]
+    for pile in piles:
+        for sink in sinks:
+            slots = [slot for each in pile if each.sink is sink for slot in each.sessions.slots.tolist()]
+            assert len(slots) == len(set(slots))
+        whose = [each.sink for each in pile]
+        assert whose == sorted(whose, key=whose.index)
+        block = joined(pile)
+        assert [sink for sink, _ in block.sinks] == list(dict.fromkeys(whose))
+        assert sum(count for _, count in block.sinks) == len(block.tags)
+
+
+async def test_many_small_frames_of_one_stream_are_one_run_and_one_answer(house):
+    """64 frames of a session each cost what one of 64 does: they run once, and are answered together."""
+    sink, sessions = Notes(), house.open(64)
+    house.take_in(*(frame(sink, [session]) for session in sessions))
+    await house.idle()
+    assert house.engine.calls == [(1, [1] * 64)]
+    assert [len(tags) for tags, _ in sink.results] == [64]
+    house.take_in(*(frame(sink, [session]) for session in [*sessions, *reversed(sessions)]))
+    await house.idle()
+    assert [len(tags) for tags, _ in sink.results] == [64] * 3
+    assert [session.step for session in sessions] == [3] * 64
 
 
 async def test_every_sink_is_told_its_own(house):

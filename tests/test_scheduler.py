@@ -142,6 +142,18 @@ def test_ready_chunks_share_a_tick():
     assert sizes == [6, 2]
 
 
+def test_a_tick_has_so_many_blocks_at_most():
+    """However little their rows are together: what is done for each keeps the event loop, whoever waits for it."""
+    scheduler, group = Scheduler(64, 32), group_of(40)
+    for slot in range(40):
+        scheduler.submit(chunks(group, [slot], 1))
+    sizes = []
+    while tick := scheduler.next_tick():
+        sizes.append(len(tick.blocks))
+        run(scheduler, tick)
+    assert sizes == [16, 16, 8]
+
+
 def test_partial_overlap_is_split():
     """Of a frame that shares one session with a block that waits, only that session's chunk waits for it."""
     scheduler, group = Scheduler(100, 4), group_of(4)

@@ -8,7 +8,7 @@ once for all of them.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -39,18 +39,47 @@ class Frame:
     trace: Trace | None = None
 
 
-@dataclass(slots=True, eq=False)
 class _Pile:
-    """Frames to be joined. No sink has two in it: those might be of one session, and must run one after the other."""
+    """Frames to be joined, by their sinks. No session has two chunks of one sink in it: they must run one after the
+    other.
+    """
 
-    number: int
-    frames: list[Frame] = field(default_factory=list)
+    __slots__ = ("_seen", "number", "of")
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.of: dict[Sink, list[Frame]] = {}
+        self._seen: dict[Sink, set[int]] = {}  # slots, where a sink has several frames here
+
+    def takes(self, frame: Frame) -> bool:
+        """Puts a frame into it, unless its sink has a chunk of one of the frame's sessions here: whether it did."""
+        frames = self.of.get(frame.sink)
+        if frames is None:
+            self.of[frame.sink] = [frame]
+            return True
+        slots = frame.sessions.slots
+        if frames[0].sessions.slots is slots:  # the same lanes again: the clients that send ahead do that
+            return False
+        if (seen := self._seen.get(frame.sink)) is None:
+            seen = self._seen[frame.sink] = set(frames[0].sessions.slots.tolist())
+        said = slots.tolist()
+        if not seen.isdisjoint(said):
+            return False
+        seen.update(said)
+        frames.append(frame)
+        return True
+
+    def frames(self) -> list[Frame]:
+        """All of them, one sink's after the other's, each sink's in the order in which they came."""
+        return [frame for frames in self.of.values() for frame in frames]
 
 
 class Intake:
     """The frames of one model that came since it was last emptied.
 
-    Frames of one sink keep their order.
+    Frames of one sink keep their order, and chunks of one session that are of one sink run one after the other. So what
+    a client sends in many frames of a session or two costs what it would in one: it must not hold up the others' turns
+    any longer.
 
     Attributes:
         queued_bytes: bytes of input.
@@ -60,22 +89,24 @@ class Intake:
     def __init__(self) -> None:
         self.queued_bytes = 0
         self.since: float | None = None
+        self._frames = 0
         self._piles: list[_Pile] = []
         self._open: dict[tuple[Group, Signature, bool], _Pile] = {}  # the last pile of a kind
         self._last: dict[Sink, int] = {}  # the number of the last pile that has a frame of the sink
 
     def __len__(self) -> int:
-        return sum([len(pile.frames) for pile in self._piles])
+        return self._frames
 
     def add(self, frame: Frame, signature: Signature) -> None:
         """Takes a frame, whose inputs and mask are known to fit and have that signature."""
         kind = (frame.sessions.group, signature, frame.sessions.first_steps is None)
         pile = self._open.get(kind)
-        if pile is None or pile.number <= self._last.get(frame.sink, -1):
+        if pile is None or pile.number < self._last.get(frame.sink, -1) or not pile.takes(frame):
             pile = self._open[kind] = _Pile(len(self._piles))
+            pile.takes(frame)
             self._piles.append(pile)
-        pile.frames.append(frame)
         self._last[frame.sink] = pile.number
+        self._frames += 1
         for x in frame.inputs.values():
             self.queued_bytes += x.nbytes
 
@@ -84,12 +115,12 @@ class Intake:
         if not self._piles:
             return []
         piles = self._piles
-        self._piles, self._open, self._last, self.queued_bytes = [], {}, {}, 0
-        return [pile.frames for pile in piles]
+        self._piles, self._open, self._last, self._frames, self.queued_bytes = [], {}, {}, 0, 0
+        return [pile.frames() for pile in piles]
 
 
 def joined(frames: Sequence[Frame]) -> Block:
-    """Frames of one group and one signature as one block."""
+    """Frames of one group and one signature as one block. What is one sink's, which stands together, is one answer."""
     first = frames[0]
     group = first.sessions.group
     tags, sessions, inputs, mask = first.tags, first.sessions, first.inputs, first.mask
@@ -108,10 +139,18 @@ def joined(frames: Sequence[Frame]) -> Block:
         to_call(group.model.engine, group.options, inputs, mask),
         group.batch_size,
         group.options,
-        [(frame.sink, len(frame.tags)) for frame in frames],
+        _sinks(frames),
         tags,
         sessions,
     )
+
+
+def _sinks(frames: Sequence[Frame]) -> list[tuple[Sink, int]]:
+    """The sinks, one after the other, and how many chunks are of each."""
+    counts: dict[Sink, int] = {}
+    for frame in frames:
+        counts[frame.sink] = counts.get(frame.sink, 0) + len(frame.tags)
+    return list(counts.items())
 
 
 def _columns(parts: list[Array | None]) -> Array | None:

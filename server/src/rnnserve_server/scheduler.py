@@ -26,6 +26,7 @@ from rnnserve_models.engine.base import Array
 from rnnserve_models.masking import Compacted
 from rnnserve_server.blocks import Barrier, Block, goes_on
 
+_MOST_BLOCKS = 16  # of a tick: each takes the event loop some tenths of a millisecond, beside the run
 _LARGE_RUN = 4  # ticks of one step: a run of more row-steps gains nothing, for its arrays leave the core's cache
 
 
@@ -90,6 +91,8 @@ class Scheduler:
         blocks = [line.popleft()]
         rows = blocks[0].rows
         while line and not line[0].solo and not blocks[0].solo and rows + line[0].rows <= self.max_batch_rows:
+            if len(blocks) == _MOST_BLOCKS:
+                break
             rows += line[0].rows
             blocks.append(line.popleft())
         if not line:
