@@ -11,15 +11,18 @@ import subprocess
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Coroutine
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import grpc
 import pytest
 
 from compliance.server_suite import ServerSuite
+from house import Clock
 from rnnserve_server.wire import bell
-from rnnserve_server.wire.loop import CompletionLoop, at_turns_end, new_event_loop
+from rnnserve_server.wire.loop import CompletionLoop, _Completions, at_turns_end, new_event_loop
 from rnnserve_server.wire.server import CompletionServer
 
 T = TypeVar("T")
@@ -172,6 +175,66 @@ def test_a_turns_end_comes_when_all_that_has_completed_was_told():
     came, told = run(main())
     assert came == ["event 1", "event 2", "end of 1, nobody's", "end of 2, nobody's", "end of main, nobody's"]
     assert [str(context["exception"]) for context in told] == ["a bug"]
+
+
+class Queue:
+    """A completion queue as a test fills it: what each look at a connection makes complete, or nothing."""
+
+    def __init__(self, *events: Any) -> None:
+        self.events = deque(SimpleNamespace(tag=tag) for tag in events)
+        self.nothing = SimpleNamespace(tag=None)
+
+    def poll(self, deadline: float | None = None) -> Any:
+        return self.events.popleft() if self.events else self.nothing
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr("rnnserve_server.wire.loop._clock", clock)
+    return clock
+
+
+def test_connections_that_complete_nothing_do_not_hide_others(clock: Clock):
+    """A loop that has had no time to wait looks at several connections before it takes it that nothing has completed:
+    seven that send what is no message are passed over in one turn. One that has just waited looks once.
+    """
+    told: list[str] = []
+    queue = Queue(*[None] * 7, lambda _: told.append("first"), *[None] * 7, lambda _: told.append("second"))
+    completions = _Completions(queue, lambda: None, lambda error: None)
+    try:
+        clock.now += 1
+        completions.select(0)
+        assert told == ["first", "second"]
+        queue.events.extend(SimpleNamespace(tag=each) for each in (None, None, lambda _: told.append("third")))
+        completions.select(1)  # waits, in which gRPC looks at all of them
+        assert len(queue.events) == 2
+        completions.select(0)
+        assert (len(queue.events), told) == (1, ["first", "second"])
+    finally:
+        completions.close()
+
+
+def test_what_completes_does_not_keep_timers_and_tasks_waiting(clock: Clock):
+    """Of what has completed as much is told in a turn as takes five milliseconds; what is to be done at its end is done
+    in that turn, and the rest told in the next one.
+    """
+    told: list[str] = []
+
+    def tell(_: object) -> None:
+        told.append("event")
+        clock.now += 0.0024
+        if len(told) == 1:
+            completions.ends.append(lambda: told.append("end"))
+
+    completions = _Completions(Queue(*[tell] * 12), lambda: None, lambda error: None)
+    try:
+        for _ in range(4):
+            told.clear()
+            completions.select(0)
+            assert told == ["event"] * 3 + ["end"]
+    finally:
+        completions.close()
 
 
 def test_messages_that_are_taken_are_not_read():

@@ -19,7 +19,13 @@ from rnnserve_server.wire.bell import Bell
 
 log = structlog.get_logger(__name__)
 
-_AT_ONCE = 1024  # events that are told in one turn; timers and tasks have theirs then
+# In one turn, so much is told of what has completed; timers and tasks have theirs then:
+_TOLD_EVENTS = 1024
+_TOLD_SECONDS = 0.005
+_BEHIND_SECONDS = 0.001  # without a wait, after which connections may wait that nobody has looked at
+_LOOKS = 8  # at connections, before it is taken for certain that nothing has completed
+
+_clock = time.monotonic
 
 Tell = Callable[[BaseException], None]
 
@@ -109,6 +115,7 @@ class _Completions(selectors.DefaultSelector):
         self._tell = tell
         self.telling = False
         self.ends: list[Callable[[], object]] = []
+        self._waited_at = 0.0  # when it waited last
         self._seen = False  # a file was ready, and one may still be
         self._looking = threading.Semaphore(0)
         self._ends, self._end = os.pipe()
@@ -126,9 +133,12 @@ class _Completions(selectors.DefaultSelector):
             else:
                 self._seen = False
                 self._looking.release()
-        poll = self._queue.poll
-        event = poll(deadline=None if timeout is None else 0.0 if timeout <= 0 else time.time() + timeout)
-        left = _AT_ONCE
+        if timeout is not None and timeout <= 0:
+            event = self._look()
+        else:
+            event = self._queue.poll(deadline=None if timeout is None else time.time() + timeout)
+            self._waited_at = _clock()
+        left, until = _TOLD_EVENTS, _clock() + _TOLD_SECONDS
         self.telling = True
         try:
             while event.tag is not None or self.ends:
@@ -139,8 +149,8 @@ class _Completions(selectors.DefaultSelector):
                         raise
                     except BaseException as error:
                         self._tell(error)
-                    left -= 1
-                    event = poll(deadline=0.0) if left else event
+                    left = left - 1 if _clock() < until else 0
+                    event = self._look() if left else event
                 if not self.ends:
                     break
                 ends, self.ends = self.ends, []
@@ -153,10 +163,26 @@ class _Completions(selectors.DefaultSelector):
                         self._tell(error)
                 if not left:
                     break
-                event = poll(deadline=0.0)  # what they have sent may be on its way already
+                event = self._look()  # what they have sent may be on its way already
         finally:
             self.telling = False
         return ready
+
+    def _look(self) -> Any:
+        """What has completed, without a wait; an event without a tag if nothing has.
+
+        gRPC reads from one connection whenever it is asked, and says that nothing has completed if that made nothing
+        complete. While the loop has no time to wait, somebody who sends halves of messages, or frames of no call, on a
+        few connections would so have others' messages lie where they are for several turns.
+        """
+        poll = self._queue.poll
+        event = poll(deadline=0.0)
+        if event.tag is None and _clock() - self._waited_at > _BEHIND_SECONDS:
+            for _ in range(_LOOKS - 1):
+                event = poll(deadline=0.0)
+                if event.tag is not None:
+                    break
+        return event
 
     def close(self) -> None:
         """See `selectors.BaseSelector.close`."""
