@@ -34,6 +34,7 @@ from rnnserve_models.errors import ModelError
 from rnnserve_models.load import load_model
 from rnnserve_models.spec import OPTION_NAMES
 from rnnserve_server.api import stream as stream_module
+from rnnserve_server.api.sessions import SessionServicer
 from rnnserve_server.api.stream import LaneStream
 from rnnserve_server.config import Settings
 from rnnserve_server.core import Core
@@ -1293,7 +1294,8 @@ async def test_a_client_that_does_not_read_is_not_read(name):
 
 async def test_a_bulk_leaves_the_event_loop_to_others(monkeypatch):
     """A message of thousands of opens, and one of as many closes, is worked at a little in each turn of the loop."""
-    core = Core(Settings(), repository())
+    milliseconds = itertools.count()
+    core = Core(Settings(), repository(), clock=lambda: next(milliseconds) / 1000)  # one, whenever anybody looks
     turns, worked = 0, []
     for name in ("_open", "_close"):
         whole = getattr(LaneStream, name)
@@ -1361,6 +1363,65 @@ async def test_a_sweep_ends_sessions_a_few_at_a_time():
     assert left[-1] == 0
     assert max(before - after for before, after in itertools.pairwise(left)) <= 1024
     await core.close()
+
+
+async def test_a_list_of_sessions_leaves_the_event_loop_to_others():
+    """A page of many sessions is put together a few at a time; one that ends meanwhile is not on it."""
+    core = Core(Settings(), repository())
+    context = Context([inference_pb2.StreamRequest(opens=[opening(lane) for lane in range(100)])])
+    context.reading.set()
+    await LaneStream(core, context).run()
+    known = list(core.sessions.after(0))
+    listing = asyncio.create_task(
+        SessionServicer(core).ListSessions(session_pb2.ListSessionsRequest(), None)  # type: ignore[arg-type]
+    )
+    turns = 0
+    while not listing.done():
+        turns += 1
+        await asyncio.sleep(0)
+        if turns == 1:
+            core.sessions.delete(known[99].id)
+    assert turns >= 100 // 32
+    assert [each.session_id for each in (await listing).sessions] == [each.id for each in known[:99]]
+    await core.close()
+
+
+async def test_a_messages_turn_is_over_with_its_millisecond(monkeypatch):
+    """Frames, opens that are not alike, and lanes that are told what is wrong with them: however many there are in a
+    message, others have their turns whenever it has taken a millisecond, and not before.
+    """
+    clock, turns, worked = Clock(), 0, Counter()
+    core = Core(Settings(max_sessions=10), repository(), clock=clock)
+
+    def slow(name):
+        whole = getattr(LaneStream, name)
+
+        def each(self, *args):
+            worked[name, turns] += 1
+            clock.now += 0.0004
+            return whole(self, *args)
+
+        monkeypatch.setattr(LaneStream, name, each)
+
+    for name in ("_frame", "_open", "_fail"):
+        slow(name)
+    context = Context(
+        [
+            inference_pb2.StreamRequest(frames=[frame([7, 7])] * 100),
+            inference_pb2.StreamRequest(opens=[opening(lane, session_id=str(lane)) for lane in range(100)]),
+            inference_pb2.StreamRequest(frames=[frame(range(100), ones(100, 1, 1))]),
+        ]
+    )
+    context.reading.set()
+    running = asyncio.create_task(LaneStream(core, context).run())
+    while not running.done():
+        turns += 1
+        await asyncio.sleep(0)
+    await running
+    for name, most in (("_frame", 3), ("_open", 3), ("_fail", 8)):
+        each = [number for (what, _), number in worked.items() if what == name]
+        assert (sum(each), max(each)) == (100 + (name == "_frame"), most)
+        assert len(each) <= 100 / most + 2  # and no turn is given up that has hardly begun
 
 
 async def test_large_answers_are_cut_into_responses():

@@ -11,7 +11,7 @@ from rnnserve.v1 import session_pb2 as pb
 from rnnserve.v1 import session_pb2_grpc
 from rnnserve_server.access.caller import caller
 from rnnserve_server.api.errors import told
-from rnnserve_server.api.messages import create_session, page, page_number, session_message
+from rnnserve_server.api.messages import create_session, page, page_number, session_message, session_messages
 from rnnserve_server.core import Core
 from rnnserve_server.states import export_session, fork, get_state, import_session, rewind
 
@@ -46,11 +46,11 @@ class SessionServicer(session_pb2_grpc.SessionServiceServicer):
             heads = await core.keeper.page(request.page_token, most + 1, request.model, scope)
             stored, token = page(heads, request.page_size, _PAGE, lambda head: head.cursor)
             shown = [core.sessions.get(each.id) if each.id in core.sessions else each for each in stored]
-            return pb.ListSessionsResponse(sessions=map(session_message, shown), next_page_token=token)
+            return pb.ListSessionsResponse(sessions=await session_messages(shown), next_page_token=token)
         number = page_number(request.page_token)
         after = core.sessions.of(scope, number, request.model) if scope else core.sessions.after(number, request.model)
         sessions, token = page(after, request.page_size, _PAGE, lambda session: str(session.number))
-        return pb.ListSessionsResponse(sessions=map(session_message, sessions), next_page_token=token)
+        return pb.ListSessionsResponse(sessions=await session_messages(sessions), next_page_token=token)
 
     @told
     async def ResetSession(self, request: pb.ResetSessionRequest, context: Context) -> pb.ResetSessionResponse:

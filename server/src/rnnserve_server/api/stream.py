@@ -42,11 +42,11 @@ from rnnserve_server.sessions import Group
 from rnnserve_server.wire.call import Call
 from rnnserve_server.wire.send import sender
 
-# What is done for a stream in one turn of the event loop:
-_TAKEN_AT_ONCE = 64  # opens or closes
-_REFUSED_AT_ONCE = 256  # chunks that are told what is wrong with them
-_CHUNKS_AT_ONCE = 4096  # chunks of frames that are looked at
-_FRAME_CHUNKS = 16  # a frame takes as long as so many chunks, beside its own
+_TURN_SECONDS = 0.001  # for which a message of a stream may keep the event loop, before others have their turns
+# What is done of a message before anybody looks how long it took:
+_TAKEN_AT_ONCE = 64  # opens or closes, which are alike mostly
+_TOLD_AT_ONCE = 64  # chunks that are told the same
+_UNLIKE_AT_ONCE = 8  # chunks that are told what is wrong with each
 _TRIES = 3  # to have all sessions of a frame in memory at once: there may not be room for them
 _QUIET_SECONDS = 0.5  # a stream that says nothing for so long while the server drains has said all
 _HEARD_SECONDS = 1.0  # after which a stream that goes on and on is not listened to any more
@@ -86,6 +86,7 @@ class LaneStream:
         self._received = 0
         self._closings = 0
         self._partway = False  # a message was taken in part
+        self._turn_ends = 0.0  # when others have waited long enough for what this one does of a message
         self._heard_out = False  # the server drains, and no further message is taken
         self._reader: asyncio.Task[None] | None = None
         if isinstance(context, Call):
@@ -139,6 +140,7 @@ class LaneStream:
                 await self._core.wait_for_room()
             await self._caught_up()
             self._received += 1
+            self._turn_begins()
             await self._receive(pb.StreamRequest.FromString(content))
             if self._heard_out:
                 raise _leaving()
@@ -149,14 +151,20 @@ class LaneStream:
             self._outbox.sent.clear()
             await self._outbox.sent.wait()
 
+    def _turn_begins(self) -> None:
+        self._turn_ends = self._core.clock() + _TURN_SECONDS
+
     async def _give_way(self) -> None:
-        """Lets other streams have their turns, within a message. One may ask for millions of things: its client must
-        read what it is told of some before the others are looked at.
+        """Lets other streams have their turns, within a message, once this one has had its own. A message may ask for
+        millions of things: its client must read what it is told of some before the others are looked at.
         """
+        if self._core.clock() < self._turn_ends and not self._is_behind():
+            return
         self._partway = True
         await asyncio.sleep(0)
         self._partway = False
         await self._caught_up()
+        self._turn_begins()
 
     def _is_behind(self) -> bool:
         """Whether the client has asked for more than it has read, by more than it may."""
@@ -216,14 +224,11 @@ class LaneStream:
                 errors = await self._attach(ids, sure=True)
                 for alike in _alike(openings):
                     await self._open(alike, errors)
-        taken = 0
+                    await self._give_way()
         for frame in request.frames:
             if (chunks := len(frame.lanes)) > self._core.settings.max_lanes:
                 raise TooLarge("frames.lanes", self._core.settings.max_lanes, chunks)
-            if taken > _CHUNKS_AT_ONCE or self._is_behind():
-                await self._give_way()
-                taken = 0
-            taken += chunks + _FRAME_CHUNKS
+            await self._give_way()
             away = await self._bring_back(frame.lanes[:]) if self._core.keeper is not None else {}
             await self._frame(frame, away)
         if request.closes:
@@ -514,7 +519,7 @@ class LaneStream:
         """The same error for chunks at some positions of a frame."""
         failure = pb.LaneError(operation=pb.LANE_OPERATION_STEP, status=status(error, self._caller))
         rejections[error.reason] += len(positions) - 1  # `status` has counted one
-        async for some in self._turns(positions, _REFUSED_AT_ONCE):
+        async for some in self._turns(positions, _TOLD_AT_ONCE):
             response = pb.StreamResponse()
             for position in some:
                 failure.lane = lanes[position]
@@ -532,7 +537,7 @@ class LaneStream:
         away: Mapping[int, ServiceError],
     ) -> None:
         """The same for lanes that are not open, or whose sessions could not be had: why, by lane."""
-        async for some in self._turns(positions, _REFUSED_AT_ONCE):
+        async for some in self._turns(positions, _UNLIKE_AT_ONCE):
             for position in some:
                 error = away.get(lanes[position]) or LaneUnknown(lanes[position])
                 self._fail(lanes[position], pb.LANE_OPERATION_STEP, error, _step_at(first_steps, position))
