@@ -33,6 +33,7 @@ _LEFT_SECONDS = 3.0
 _STREAM = "/rnnserve.v1.InferenceService/Stream"
 _OPTIONS = [("grpc.max_receive_message_length", -1)]
 _LATE_MEGABYTES = 40
+_CALM_SECONDS = 15.0  # of 1280 steps each: the 99th percentile of a few seconds is a matter of luck
 # What may not be told of a request that could be parsed: they are what a fault of the server's own looks like.
 _BAD = {grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL, grpc.StatusCode.DATA_LOSS}
 _BAD_NUMBERS = {code.value[0] for code in _BAD}
@@ -69,7 +70,7 @@ class Report:
         frames: sent, by kind.
         statuses: how calls and chunks were answered.
         faults: what must not be.
-        calm, fuzzed: milliseconds that the honest waited, before and meanwhile.
+        calm, fuzzed: milliseconds that the honest waited, before and meanwhile, and that they were late by themselves.
         growth: of the server's descriptors and threads.
         memory: the server's, in MB, at the beginning and after each tenth of the frames.
     """
@@ -95,7 +96,8 @@ class Report:
             f"answered: {dict(self.statuses.most_common())}",
             f"honest sessions: p50 {self.calm['p50']:.2f} ms and p99 {self.calm['p99']:.2f} ms before, "
             f"{self.fuzzed['p50']:.2f} and {self.fuzzed['p99']:.2f} ms meanwhile "
-            f"({self.ratio:.2f} times); {self.honest}",
+            f"({self.ratio:.2f} times); sent late by themselves, p99 {self.calm['late']:.2f} ms before and "
+            f"{self.fuzzed['late']:.2f} meanwhile; {self.honest}",
             f"growth: {self.growth}, memory {self.memory} MB",
             *(f"FAULT: {fault}" for fault in self.faults),
         ]
@@ -183,7 +185,7 @@ def _run(plan: Fuzz, server: ServerProcess, honest: _Honest, token: str, report:
     sender.send(min(2000, plan.frames // 20))  # what is loaded and grows once
     time.sleep(1.0)
     honest.latencies()
-    time.sleep(5.0)
+    time.sleep(_CALM_SECONDS)
     report.calm = honest.latencies()
     before = _weigh(server.pid)
     began = time.monotonic()
