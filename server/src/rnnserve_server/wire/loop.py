@@ -126,6 +126,9 @@ class _Completions(selectors.DefaultSelector):
             else:
                 self._seen = False
                 self._looking.release()
+        # With nothing else to do, gRPC is waited for. Else it is asked twice: what this thread itself has completed, as
+        # by sending, makes gRPC's next look a short one that reads no socket.
+        work_waits = timeout is not None and timeout <= 0
         poll = self._queue.poll
         event = poll(deadline=None if timeout is None else 0.0 if timeout <= 0 else time.time() + timeout)
         left = _AT_ONCE
@@ -140,7 +143,10 @@ class _Completions(selectors.DefaultSelector):
                     except BaseException as error:
                         self._tell(error)
                     left -= 1
-                    event = poll(deadline=0.0) if left else event
+                    if left:
+                        event = poll(deadline=0.0)
+                        if event.tag is None and work_waits:
+                            event = poll(deadline=0.0)
                 if not self.ends:
                     break
                 ends, self.ends = self.ends, []
