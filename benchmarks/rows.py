@@ -9,8 +9,8 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
-from itertools import chain
+from dataclasses import dataclass, field
+from itertools import chain, zip_longest
 from time import perf_counter
 from typing import ClassVar
 
@@ -30,6 +30,7 @@ class Sample:
 
     seconds: float
     trips: list[float]  # seconds that each round trip took
+    beside: Sample | None = None  # of the row's other streams, if it has some of another kind
 
 
 Measure = Callable[[float], Awaitable[Sample]]
@@ -123,9 +124,15 @@ class StreamRow(Row):
         return f"{count(self.streams, 'stream')} of {count(self.lanes, 'lane')}, {count(self.steps, 'step')}{frames}"
 
     async def open(self, address: str, stack: AsyncExitStack) -> Measure:
+        return self._open(address, stack, self)
+
+    @staticmethod
+    def _open(address: str, stack: AsyncExitStack, *kinds: StreamRow) -> Measure:
+        """Opens the streams of one row, or of two in turn, on one channel."""
         channel = Channel(address)
         stack.callback(channel.close)
-        streams = [_RoundTrips(self, channel) for _ in range(self.streams)]
+        turns = zip_longest(*[[row] * row.streams for row in kinds])
+        streams = [_RoundTrips(row, channel) for row in chain.from_iterable(turns) if row is not None]
         channel.pump(lambda: any(stream.greeting for stream in streams))
 
         async def measure(seconds: float) -> Sample:
@@ -133,7 +140,12 @@ class StreamRow(Row):
             for stream in streams:
                 stream.begin(started + seconds)
             channel.pump(lambda: any(stream.sent for stream in streams))
-            return Sample(perf_counter() - started, list(chain.from_iterable(stream.trips for stream in streams)))
+            took, sample = perf_counter() - started, None
+            for row in reversed(kinds):
+                trips = chain.from_iterable(stream.trips for stream in streams if stream.row is row)
+                sample = Sample(took, list(trips), sample)
+            assert sample is not None
+            return sample
 
         return measure
 
@@ -146,6 +158,7 @@ class _RoundTrips:
     """The round trips of a stream.
 
     Attributes:
+        row: whose they are.
         greeting: how many lanes are still to be opened.
         sent: when the frames left that were not answered yet.
         trips: seconds that each round trip took since `begin`.
@@ -154,7 +167,7 @@ class _RoundTrips:
     def __init__(self, row: StreamRow, channel: Channel) -> None:
         self.sent: deque[float] = deque()
         self.trips: list[float] = []
-        self._row = row
+        self.row = row
         self._until = 0.0
         self._step = 0
         self._answered = 0  # lanes of the oldest frames; one message may answer those of several
@@ -170,24 +183,24 @@ class _RoundTrips:
         """Sends the first frames of those that are sent until a time of `perf_counter`."""
         self._until = until
         self.trips = []
-        for _ in range(self._row.depth):
+        for _ in range(self.row.depth):
             self._send()
 
     def _send(self) -> None:
-        self._first_steps[:] = [self._step] * self._row.lanes
-        self._step += self._row.steps
+        self._first_steps[:] = [self._step] * self.row.lanes
+        self._step += self.row.steps
         self.sent.append(perf_counter())
         self._stream.send(self._request.SerializeToString())
 
     def _heard(self, message: bytes) -> None:
         response = pb.StreamResponse.FromString(message)
         if response.errors:
-            raise RuntimeError(f"{self._row.name}: {response}")
+            raise RuntimeError(f"{self.row.name}: {response}")
         self.greeting -= len(response.opened)
         self._answered += sum(len(result.lanes) for result in response.frames)
         now = perf_counter()
-        while self._answered >= self._row.lanes:
-            self._answered -= self._row.lanes
+        while self._answered >= self.row.lanes:
+            self._answered -= self.row.lanes
             self.trips.append(now - self.sent.popleft())
             if now < self._until:
                 self._send()
@@ -227,6 +240,20 @@ class ServerRow(OpenedRow):
 
     part = "rnnserve"
     server = "rnnserve"
+
+
+@dataclass(frozen=True)
+class MixedRow(ServerRow):
+    """rnnserve, with streams of two kinds.
+
+    Attributes:
+        others: the streams of the other kind.
+    """
+
+    others: ServerRow = field(default_factory=ServerRow)
+
+    async def open(self, address: str, stack: AsyncExitStack) -> Measure:
+        return self._open(address, stack, self, self.others)
 
 
 def count(number: int, thing: str) -> str:

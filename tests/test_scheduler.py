@@ -19,6 +19,12 @@ def group_of(sessions, batch_size=1):
     return next(iter([opened(found, loaded(), batch_size=batch_size) for _ in range(sessions)])).group
 
 
+def alone(block):
+    """The same block, each of its chunks from another sink."""
+    block.sinks = [(Notes(), 1) for _ in block.tags]
+    return block
+
+
 def run(scheduler, tick, seen=None):
     """Does what the worker does, without an engine: each block moves on by the tick's steps."""
     for block in tick.blocks:
@@ -66,7 +72,8 @@ def test_any_blocks(frames, most, slice_steps, batch_size, between):
         for block in tick.blocks:
             assert tick.steps <= block.steps - block.done
         left = [min(slice_steps, block.steps - block.done) for block in tick.blocks]
-        assert max(left) < 2 * tick.steps or max(left).bit_length() == tick.steps.bit_length()
+        assert max(left).bit_length() == min(left).bit_length()
+        assert tick.steps in (min(left), max(1, int(1.6 * most) // rows))
         slots = [int(slot) for block in tick.blocks for slot in block.sessions.slots]
         assert len(slots) == len(set(slots))
         run(scheduler, tick, seen)
@@ -77,7 +84,8 @@ def test_any_blocks(frames, most, slice_steps, batch_size, between):
         for tag, slot in zip(tags.tolist(), slots, strict=True):
             order[slot].append(tag)
             length[tag], slot_of[tag] = steps, slot
-        scheduler.submit(chunks(group, slots, steps, tags=tags))
+        block = chunks(group, slots, steps, tags=tags)
+        scheduler.submit(alone(block) if number % 2 else block)
         assert (scheduler.queued_bytes > 0) == bool(len(scheduler))
         if number < len(between) and between[number]:
             one()
@@ -115,6 +123,54 @@ def test_a_short_chunk_waits_for_one_slice_of_each_long_one(longs):
         before += tick.blocks[0].tags.tolist()
         run(scheduler, tick)
     assert len(before) == len(set(before)) <= longs + 1
+
+
+def test_many_long_chunks_leave_short_ones_their_share():
+    """Of 32 clients with chunks of one step and 32 with chunks of 20, each kind gets through more than 0.85 of what
+    half of 64 of its kind would. Each client sends its next chunk when it has its answer, and the server
+    reads what was sent between two ticks. Times are as measured: 150 us a tick, 40 a chunk and 2.2 a step of a row.
+    """
+
+    def chunks_a_second(*kinds: tuple[int, int]) -> list[float]:
+        scheduler, group = Scheduler(256, 32), group_of(64)
+        done = dict.fromkeys((steps for _, steps in kinds), 0)
+        first, coming, seconds = 0, {}, 0.0
+        for count, steps in kinds:
+            coming[steps] = list(range(first, first + count))
+            first += count
+        for _ in range(2000):
+            for steps, slots in coming.items():
+                if slots:
+                    scheduler.submit(alone(chunks(group, slots, steps)))
+            tick = scheduler.next_tick()
+            seconds += 150e-6 + 2.2e-6 * tick.steps * sum(block.rows for block in tick.blocks)
+            coming = dict.fromkeys(done, ())
+            for block in tick.blocks:
+                if block.done + tick.steps == block.steps:
+                    seconds += 40e-6 * block.rows
+                    done[block.steps] += block.rows
+                    coming[block.steps] = (*coming[block.steps], *block.sessions.slots.tolist())
+            run(scheduler, tick)
+        return [count / seconds for count in done.values()]
+
+    (short,), (long,) = chunks_a_second((64, 1)), chunks_a_second((64, 20))
+    some_short, some_long = chunks_a_second((32, 1), (32, 20))
+    assert some_short > 0.85 * short / 2
+    assert some_long > 0.85 * long / 2
+
+
+def test_only_chunks_of_different_sinks_are_run_apart():
+    """What one client sends together is answered together: among others, it is cut in time and not in pieces."""
+    scheduler, group, other = Scheduler(8, 32), group_of(9), group_of(1)
+    scheduler.submit(chunks(other, [0], 1))
+    block = chunks(group, list(range(9)), 4)
+    block.sinks = [(Notes(), 6), (Notes(), 3)]
+    scheduler.submit(block)
+    ticks = []
+    while tick := scheduler.next_tick():
+        ticks.append((sum(block.rows for block in tick.blocks), tick.steps))
+        run(scheduler, tick)
+    assert ticks == [(1, 1), (6, 2), (3, 4), (6, 2)]
 
 
 def test_a_short_chunk_is_not_run_beside_long_ones_for_long():

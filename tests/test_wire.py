@@ -13,16 +13,24 @@ import threading
 import time
 from collections import deque
 from collections.abc import Coroutine
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from types import SimpleNamespace
 from typing import Any, TypeVar
+from unittest import mock
 
 import grpc
 import pytest
+from hyperframe.frame import DataFrame
 
 from compliance.server_suite import ServerSuite
 from house import Clock
+from raw_http2 import Wire, headers_of
+from raw_http2 import message as framed
+from rnnserve_server.process import poll_on_one_thread
 from rnnserve_server.wire import bell
 from rnnserve_server.wire.loop import CompletionLoop, _Completions, at_turns_end, new_event_loop
+from rnnserve_server.wire.send import sender
 from rnnserve_server.wire.server import CompletionServer
 
 T = TypeVar("T")
@@ -197,7 +205,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 def test_connections_that_complete_nothing_do_not_hide_others(clock: Clock):
     """A loop that has had no time to wait looks at several connections before it takes it that nothing has completed:
-    seven that send what is no message are passed over in one turn. One that has just waited looks once.
+    seven that send what is no message are passed over in one turn. One that has just waited looks twice.
     """
     told: list[str] = []
     queue = Queue(*[None] * 7, lambda _: told.append("first"), *[None] * 7, lambda _: told.append("second"))
@@ -206,9 +214,9 @@ def test_connections_that_complete_nothing_do_not_hide_others(clock: Clock):
         clock.now += 1
         completions.select(0)
         assert told == ["first", "second"]
-        queue.events.extend(SimpleNamespace(tag=each) for each in (None, None, lambda _: told.append("third")))
+        queue.events.extend(SimpleNamespace(tag=each) for each in (None, None, None, lambda _: told.append("third")))
         completions.select(1)  # waits, in which gRPC looks at all of them
-        assert len(queue.events) == 2
+        assert len(queue.events) == 3
         completions.select(0)
         assert (len(queue.events), told) == (1, ["first", "second"])
     finally:
@@ -275,6 +283,62 @@ def test_messages_that_are_taken_are_not_read():
     assert [message for _, message in seen] == messages
     assert {how for how, message in seen if message.startswith(b"r")} == {"read"}
     assert ("taken", messages[1]) in seen or ("taken", messages[2]) in seen
+
+
+def test_what_came_during_a_callback_is_told_before_the_next():
+    """A loop that has more to do looks at what its clients have sent meanwhile first, although it was sending itself:
+    what it runs next has all of it.
+    """
+    with mock.patch.dict(os.environ), ProcessPoolExecutor(1, get_context("spawn")) as other:
+        os.environ.pop("GRPC_EXPERIMENTS", None)
+        poll_on_one_thread()  # is heeded when gRPC is loaded: by another process, not by this one
+        assert other.submit(_answer_and_go_on, 20).result(60) == 20 * ["1", "2", "next"]
+
+
+def _answer_and_go_on(times: int) -> list[str]:
+    """In what order a server is told what comes while a callback answers, and is called back itself."""
+    seen: list[str] = []
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        assert isinstance(loop, CompletionLoop)
+        over = asyncio.Event()
+
+        async def serve(requests: Any, context: Any) -> None:
+            def answer() -> None:
+                sender(context)(b"answer", lambda _: None)
+                wire.send(DataFrame(1, framed(b"2")))  # in the server's socket when it returns
+                loop.call_soon(go_on)
+
+            def go_on() -> None:
+                seen.append("next")
+                if len(seen) < 3 * times:
+                    wire.send(DataFrame(1, framed(b"1")))
+                else:
+                    over.set()
+
+            def take(content: bytes) -> bool:
+                seen.append(content.decode())
+                if content == b"1":
+                    loop.call_soon(answer)
+                return True
+
+            context.take = take
+            async for _ in requests:
+                raise AssertionError("it was taken")
+
+        server = CompletionServer(loop)
+        handler = grpc.stream_stream_rpc_method_handler(serve)
+        server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler("a.Service", {"Method": handler})])
+        port = server.add_insecure_port("127.0.0.1:0")
+        await server.start()
+        with Wire(f"127.0.0.1:{port}") as wire:
+            wire.call(1, headers_of("/a.Service/Method"), b"1", end=False)
+            await over.wait()
+        await server.stop(0)
+
+    run(main())
+    return seen
 
 
 def test_a_signal_wakes_the_loop():

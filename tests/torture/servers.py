@@ -8,8 +8,10 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import socket
+import threading
 from collections.abc import Iterator
 from multiprocessing import forkserver
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,7 @@ class ServerProcess:
         self._fault = fault
         self._process: Any = None
         self._ready: Any = None
+        self._asking = threading.Lock()  # its status can be read once: the second of two threads would hear of 255
         self.address = f"127.0.0.1:{self._settings['port']}"
         self.starts = 0
 
@@ -75,18 +78,20 @@ class ServerProcess:
 
     @property
     def alive(self) -> bool:
-        return self._process is not None and self._process.is_alive()
+        with self._asking:
+            return self._process is not None and self._process.is_alive()
 
     @property
     def exit_code(self) -> int | None:
         """What it ended with; None: it runs."""
-        code: int | None = self._process.exitcode
+        with self._asking:
+            code: int | None = self._process.exitcode
         return code
 
     def kill(self) -> None:
         """SIGKILL: it ends in the middle of whatever it does."""
         self._process.kill()
-        self._process.join(_SECONDS)
+        self._wait()
 
     def terminate(self, *, wait: bool = True) -> None:
         """SIGTERM: it drains and ends."""
@@ -96,10 +101,14 @@ class ServerProcess:
 
     def join(self) -> None:
         """Waits until it has ended by itself."""
-        self._process.join(_SECONDS)
-        if self._process.is_alive():
+        self._wait()
+        if self.alive:
             self.kill()
             raise TimeoutError(f"the server did not end after SIGTERM; see {self._log}:\n{self.log()[-3000:]}")
+
+    def _wait(self) -> None:
+        """Waits until it has ended, without a hold on its status."""
+        wait([self._process.sentinel], _SECONDS)
 
     @contextlib.contextmanager
     def silent(self) -> Iterator[None]:

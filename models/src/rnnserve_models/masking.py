@@ -33,14 +33,18 @@ class Compacted:
     mask: np.ndarray | None
 
     def take(self, index: np.ndarray, parts: int) -> Compacted:
-        """Some of the equal parts that the R rows make up, as a copy.
+        """Some of the equal parts that the R rows make up: a view if they follow one another, else a copy.
 
         Args:
-            index: positions among the parts.
+            index: positions among the parts, ascending, at least one.
             parts: how many there are.
         """
         size = len(self.lengths) // parts
-        rows = (index[:, None] * size + np.arange(size)).ravel()  # [len(index) * size]
+        rows: np.ndarray | slice
+        if int(index[-1]) - int(index[0]) == len(index) - 1:
+            rows = slice(int(index[0]) * size, (int(index[-1]) + 1) * size)
+        else:
+            rows = (index[:, None] * size + np.arange(size)).ravel()  # [len(index) * size]
         return Compacted(
             {name: x[:, rows] for name, x in self.inputs.items()},
             self.lengths[rows],

@@ -162,7 +162,6 @@ class Block:
         resets: where its rows are reset by themselves; None: nowhere.
         outputs: what the engine gave so far, for each slice of time steps.
         number: its own, given when it is queued.
-        order: its turn among the blocks that are ready.
         followers: what must wait for it.
         onto: the block that it follows, from whose states it runs on while that is run but not finished; None: from the
             sessions' own.
@@ -189,7 +188,6 @@ class Block:
     resets: Resets | None = None
     outputs: list[Arrays] = field(default_factory=list)
     number: int = -1
-    order: int = -1
     followers: list[Block | Barrier] = field(default_factory=list)
     onto: Block | None = None
     ran: bool = False

@@ -3,10 +3,11 @@
 A session's chunks run in order, so each block follows the last block queued before it that has a session in common
 with it. A block that would follow several is split, so that it follows at most one and no session waits for another.
 
-Ready blocks are kept by the magnitude of the time steps they have left. A tick takes the magnitude whose oldest block
-has waited longest, fills up to ``max_batch_rows`` rows with it, and runs all of them for the steps that the shortest
-has left, at most ``slice_steps``. So nothing is padded, a tick is at least half full in time, and a long chunk, which
-goes to the back of the line after each slice, never keeps a short one waiting for more than one slice.
+Ready blocks are kept by the magnitude of the time steps they have left. The magnitudes take turns: a tick fills up to
+``max_batch_rows`` rows with blocks of one, and runs all of them for the steps that the shortest has left, at most
+``slice_steps``. So nothing is padded, and a tick is at least half full in time. While there are several magnitudes, no
+tick is much longer than one of ``max_batch_rows`` rows and one step: neither one long chunk nor many of them keep a
+short one waiting for longer, and the short ones come back for their share before all of the long ones had theirs.
 
 Where calls must stay whole, blocks are kept by their number of steps and run in one tick, never padded or cut.
 
@@ -27,6 +28,7 @@ from rnnserve_models.masking import Compacted
 from rnnserve_server.blocks import Barrier, Block, goes_on
 
 _MOST_BLOCKS = 16  # of a tick: each takes the event loop some tenths of a millisecond, beside the run
+_SHARED_RUN = 1.6  # ticks of one step, that a tick may take among others: less, and long chunks have not their share
 _LARGE_RUN = 4  # ticks of one step: a run of more row-steps gains nothing, for its arrays leave the core's cache
 
 
@@ -54,7 +56,7 @@ class Scheduler:
         self._ready: dict[Hashable, deque[Block]] = {}  # no line is empty
         self._queued: dict[int, Block | Barrier] = {}
         self._number = 0
-        self._order = 0
+        self._last: Hashable = None  # the line that the last tick was of
 
     def __len__(self) -> int:
         return len(self._queued)
@@ -86,19 +88,34 @@ class Scheduler:
         if not self._ready:
             return None
         key, line = next(iter(self._ready.items()))
-        if len(self._ready) > 1:
-            key, line = min(self._ready.items(), key=lambda item: item[1][0].order)
+        among_others = len(self._ready) > 1 or self._last not in (None, key)
+        del self._ready[key]
+        self._last = key
+        most, run = self.max_batch_rows, int(_SHARED_RUN * self.max_batch_rows)  # row-steps
+        if among_others and not self._whole:
+            first = line[0]
+            most = min(most, max(1, run // max(1, min(self.slice_steps, first.steps - first.done))))
+            if first.rows > most:
+                self._split(line, most)
         blocks = [line.popleft()]
         rows = blocks[0].rows
-        while line and not line[0].solo and not blocks[0].solo and rows + line[0].rows <= self.max_batch_rows:
-            if len(blocks) == _MOST_BLOCKS:
-                break
+        while (
+            line
+            and not line[0].solo
+            and not blocks[0].solo
+            and rows + line[0].rows <= most
+            and len(blocks) < _MOST_BLOCKS
+        ):
             rows += line[0].rows
             blocks.append(line.popleft())
-        if not line:
-            del self._ready[key]
+        if line:
+            self._ready[key] = line  # at the end: the others have their turns first
         steps = min(block.steps - block.done for block in blocks)
-        return Tick(blocks, steps if self._whole else min(self.slice_steps, steps))
+        if self._whole:
+            return Tick(blocks, steps)
+        if among_others:
+            steps = min(steps, max(1, run // rows))
+        return Tick(blocks, min(self.slice_steps, steps))
 
     def absorb(self, block: Block, wanted: Callable[[Block], bool]) -> None:
         """Lets a block that is about to run take along those that wait for it with the next chunks of its sessions.
@@ -165,8 +182,6 @@ class Scheduler:
 
     def requeue(self, block: Block) -> None:
         """Puts a block that has steps left at the end of the line."""
-        self._order += 1
-        block.order = self._order
         self._ready.setdefault(self._line(block), deque()).append(block)
 
     def ran(self, block: Block) -> None:
@@ -193,7 +208,7 @@ class Scheduler:
     def narrow(self, block: Block, index: Array) -> Block:
         """Goes on with some of a block's N chunks: returns a block that takes the place of the one given."""
         rest = block.take(index)
-        rest.number, rest.order, rest.followers = block.number, block.order, block.followers
+        rest.number, rest.followers = block.number, block.followers
         if (before := block.onto) is not None:
             rest.onto = before
             before.followers[before.followers.index(block)] = rest
@@ -209,6 +224,33 @@ class Scheduler:
         if self._whole:
             return block.steps, "mask" in block.call.inputs
         return min(self.slice_steps, block.steps - block.done).bit_length()
+
+    def _split(self, line: deque[Block], most: int) -> None:
+        """Has no more than so many rows of the first block in a line be the first, if it has not begun and nothing
+        waits for all of it. The others come next. What is of one sink stays together, and is answered together.
+        """
+        block = line[0]
+        if block.begun or block.followers or block.onto is not None:
+            return
+        chunks = block.sinks[0][1]
+        for _, count in block.sinks[1:]:
+            if (chunks + count) * block.batch_size > most:
+                break
+            chunks += count
+        else:
+            return
+        self._forget(block)
+        positions = np.arange(len(block.tags))
+        parts = block.take(positions[:chunks]), block.take(positions[chunks:])
+        for part in parts:
+            self._number += 1
+            part.number = self._number
+            self._queued[part.number] = part
+            self.queued_bytes += part.nbytes
+            if part.sessions is not None:
+                part.sessions.group.tail[part.sessions.at] = part.number
+        line.popleft()
+        line.extendleft(reversed(parts))
 
     def _parts(self, block: Block) -> list[tuple[Block, int]]:
         """Cuts a block so that each part fits a tick and follows at most one other block, or none (-1)."""

@@ -133,11 +133,13 @@ class _Completions(selectors.DefaultSelector):
             else:
                 self._seen = False
                 self._looking.release()
-        if timeout is not None and timeout <= 0:
-            event = self._look()
+        work_waits = timeout is not None and timeout <= 0
+        if work_waits:
+            event = self._look(2)
         else:
             event = self._queue.poll(deadline=None if timeout is None else time.time() + timeout)
             self._waited_at = _clock()
+        looks = 2 if work_waits else 1
         left, until = _TOLD_EVENTS, _clock() + _TOLD_SECONDS
         self.telling = True
         try:
@@ -150,7 +152,7 @@ class _Completions(selectors.DefaultSelector):
                     except BaseException as error:
                         self._tell(error)
                     left = left - 1 if _clock() < until else 0
-                    event = self._look() if left else event
+                    event = self._look(looks) if left else event
                 if not self.ends:
                     break
                 ends, self.ends = self.ends, []
@@ -163,22 +165,26 @@ class _Completions(selectors.DefaultSelector):
                         self._tell(error)
                 if not left:
                     break
-                event = self._look()  # what they have sent may be on its way already
+                event = self._look(looks)  # what they have sent may be on its way already
         finally:
             self.telling = False
         return ready
 
-    def _look(self) -> Any:
-        """What has completed, without a wait; an event without a tag if nothing has.
+    def _look(self, looks: int) -> Any:
+        """What has completed, without a wait; an event without a tag if nothing has, for all of so many looks.
 
-        gRPC reads from one connection whenever it is asked, and says that nothing has completed if that made nothing
-        complete. While the loop has no time to wait, somebody who sends halves of messages, or frames of no call, on a
-        few connections would so have others' messages lie where they are for several turns.
+        Where work waits gRPC is to be asked twice: what this thread itself has completed, as by sending, makes gRPC's
+        next look a short one that reads no socket. And it reads from one connection whenever it is asked, and says that
+        nothing has completed if that made nothing complete. While the loop has no time to wait, somebody who sends
+        halves of messages, or frames of no call, on a few connections would so have others' messages lie where they are
+        for several turns.
         """
         poll = self._queue.poll
         event = poll(deadline=0.0)
-        if event.tag is None and _clock() - self._waited_at > _BEHIND_SECONDS:
-            for _ in range(_LOOKS - 1):
+        if event.tag is None:
+            if _clock() - self._waited_at > _BEHIND_SECONDS:
+                looks = _LOOKS
+            for _ in range(looks - 1):
                 event = poll(deadline=0.0)
                 if event.tag is not None:
                     break
