@@ -11,7 +11,7 @@ from soak.visits import VISITS
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(400)  # the day that is behind it takes a busy machine two minutes
 async def test_a_server_holds_no_more_for_those_who_came_and_went(tmp_path: Path) -> None:
     """Hundreds of visitors of every kind, rude ones too, leave no session, no descriptor and no growing memory."""
     report = await soak(45.0, tmp_path)
@@ -21,4 +21,4 @@ async def test_a_server_holds_no_more_for_those_who_came_and_went(tmp_path: Path
     assert set(report.visits) == {visit.__name__ for visit in VISITS}
     assert report.sessions == 0
     assert report.after.files - report.before.files <= 16  # of the store's and the engine's threads
-    assert report.memory_growth() <= 0.1 * report.before.memory
+    assert report.memory_growth() <= 0.05 * report.before.memory

@@ -18,6 +18,7 @@ import grpc.aio
 
 from rnnserve.v1 import session_pb2, session_pb2_grpc
 from serving import ZOO
+from soak.past import fill, live_through
 from soak.visits import VISITS
 from soak.watch import Holdings, growth
 from torture.servers import ServerProcess, server_process
@@ -32,7 +33,7 @@ class Report:
     Attributes:
         visits: how many there were, by name.
         chunks: that were sent.
-        before: the server, before anybody came.
+        before: the server, before anybody came, with a day behind it.
         during: every second.
         after: when all had gone and the last session had expired.
         sessions: that were still there then.
@@ -60,10 +61,16 @@ class Report:
             f"memory: {self.before.memory / 1e6:.1f} MB before, {max(memory):.1f} at most, "
             f"{sorted(memory[third:-third])[third // 2]:.1f} in the second third, "
             f"{sorted(memory[-third:])[third // 2]:.1f} in the last, {self.after.memory / 1e6:.1f} after\n"
-            f"descriptors: {self.before.files} before, {max(each.files for each in self.during)} at most, "
-            f"{self.after.files} after; threads: {self.before.threads} before, {self.after.threads} after\n"
+            f"descriptors: {self.before.files} before, {_thirds([each.files for each in self.during])} at most in each "
+            f"third, {self.after.files} after; threads: {self.before.threads} before, {self.after.threads} after\n"
             f"sessions left: {self.sessions}"
         )
+
+
+def _thirds(figures: list[int]) -> str:
+    """The most of each third."""
+    third = max(len(figures) // 3, 1)
+    return ", ".join(str(max(figures[start : start + third])) for start in (0, third, len(figures) - third))
 
 
 async def soak(
@@ -81,9 +88,11 @@ async def soak(
     """
     settings = {"models": ZOO, "idle_lifetime": 30.0, "log_level": "error"}
     if store:
+        await fill(folder / "sessions.db")
         settings |= {"store": f"sqlite:///{folder / 'sessions.db'}", "rest_seconds": 0.5, "durability": "interval"}
     with server_process(folder / "log", **settings) as server:
         report = Report(seconds)
+        await live_through(server.address)
         await _sessions(server)
         report.before = Holdings.of(server.pid)
         until = time.monotonic() + seconds

@@ -12,7 +12,9 @@ class Holdings:
     """What a process holds at one time.
 
     Attributes:
-        memory: bytes that are its own (private, in RAM).
+        memory: bytes of its own, in RAM: anonymous pages. Not those of files, libraries mostly: they count as private
+            or as shared by what other processes run. And those that it was forked with count from the beginning, not
+            from when it first writes to them.
         files: open descriptors.
         threads: so many.
     """
@@ -24,9 +26,9 @@ class Holdings:
     @classmethod
     def of(cls, pid: int) -> Holdings:
         rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
-        private = sum(int(line.split()[1]) for line in rollup.splitlines() if line.startswith("Private_"))
+        memory = next(int(line.split()[1]) for line in rollup.splitlines() if line.startswith("Anonymous:"))
         proc = Path(f"/proc/{pid}")
-        return cls(private << 10, len(list((proc / "fd").iterdir())), len(list((proc / "task").iterdir())))
+        return cls(memory << 10, len(list((proc / "fd").iterdir())), len(list((proc / "task").iterdir())))
 
 
 def growth(figures: list[int]) -> float:
