@@ -103,12 +103,14 @@ class Wire:
         both = [asyncio.create_task(self._send(reader, back)), asyncio.create_task(self._receive(there, writer))]
         try:
             await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+        except asyncio.CancelledError:  # which asyncio would say nobody expected
+            pass
         finally:
+            for end in (writer, back):
+                end.close()
             for each in both:
                 each.cancel()
             await asyncio.gather(*both, return_exceptions=True)
-            for each in (writer, back):
-                each.close()
 
     async def _send(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while data := await reader.read(65536):

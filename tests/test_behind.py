@@ -437,12 +437,46 @@ async def test_a_commit_of_this_process_waits_for_what_is_ready(house, monkeypat
     assert all(sink.results for sink in sinks)
 
 
-@pytest.mark.parametrize("embedded", [False, True])
+async def test_a_commit_elsewhere_is_waited_for_while_it_is_quick(house, monkeypatch):
+    """What comes meanwhile is one tick and one commit. After a slow one, and when one does not end, it runs at once."""
+    monkeypatch.setattr("rnnserve_server.worker._HELD_SECONDS", 60.0)
+    await house.open("a", "b", "c")
+
+    async def runs_during_a_commit():
+        """How often the engine runs, while one commit is under way, for what comes in two turns."""
+        calls = len(house.engine.calls)
+        house.store.gate.clear()
+        house.send("a", house.sessions.get("a").step)
+        await house.turns()
+        for name in "bc":
+            house.send(name, house.sessions.get(name).step)
+            await house.turns()
+        return len(house.engine.calls) - calls - 1
+
+    assert await runs_during_a_commit() == 0
+    house.store.gate.set()
+    await house.worker.settle()
+    assert (house.store.asked, len(house.engine.calls)) == (2, 2)
+    house.store.gate.clear()
+    house.send("a", 1)
+    await house.turns()
+    house.clock.now += 1.0
+    house.store.gate.set()
+    await house.worker.settle()
+    assert await runs_during_a_commit() == 2
+    house.store.gate.set()
+    await house.worker.settle()
+    monkeypatch.setattr("rnnserve_server.worker._HELD_SECONDS", 0.0)
+    assert await runs_during_a_commit() == 2
+
+
+@pytest.mark.parametrize(("embedded", "near"), [(False, 0.0), (False, 1.0), (True, 0.0)])
 @pytest.mark.parametrize("seed", range(8))
-async def test_whatever_happens_every_answer_is_the_oracles(tmp_path, seed, embedded):
+async def test_whatever_happens_every_answer_is_the_oracles(tmp_path, monkeypatch, seed, embedded, near):
     """Frames of any sessions, sent ahead, to a store that is slow, fails and loses sessions: each answer is the sum of
     what the session was sent, and in the end memory is what is stored.
     """
+    monkeypatch.setattr("rnnserve_server.worker._NEAR_SECONDS", near)
     house, rng = House(tmp_path), random.Random(seed)
     house.store.embedded = embedded
     names = "abcde"

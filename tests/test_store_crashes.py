@@ -12,13 +12,14 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from compliance.store_suite import NOW, after, applied, created, record, rows
 from redis_server import RedisServer, Wire, running_redis
-from rnnserve_server.store import Record, Store, StoreUnavailable, Write
+from rnnserve_server.store import End, Record, Store, StoreUnavailable, Write
 from rnnserve_server.store.redis import RedisStore
 from rnnserve_server.store.sqlite import SqliteStore
 from rnnserve_server.store.tick import Answered, Tick
@@ -309,5 +310,43 @@ async def test_a_write_that_arrives_twice(redis_server: RedisServer, tmp_path: P
         (found,) = await quick.take(["a"], NOW)
         assert found is not None
         assert (found.step, found.states, found.replies) == (0, b"rewound", ())
+        await slow.close()
+    await quick.close()
+
+
+@pytest.mark.parametrize("how", ["again", "taken over", "ended"])
+async def test_a_push_that_was_given_up_and_arrives_late(redis_server: RedisServer, tmp_path: Path, how: str) -> None:
+    """A tick that is pushed without a question, is given up and arrives after all changes nothing any more: not when it
+    was sent again another way and more came after it, nor when another server has the session, or a new one of its id.
+    """
+    quick = await RedisStore.open(redis_server.url)
+    async with Wire(redis_server, tmp_path / "wire") as wire:
+        slow = await RedisStore.open(wire.url, retries=0, patience=0.3)
+        session, other = await created(slow, "a", states=b"state 0"), await created(slow, "b", states=b"state 0")
+        assert await slow.commit_ticks([columns([session, other])]) == [[True, True]]
+        session, other = applied(session, tick([session])[0]), applied(other, tick([other])[0])
+        wire.waiting.clear()
+        wire.open.clear()
+        with pytest.raises(StoreUnavailable):
+            await slow.commit_ticks([columns([session])])
+        assert wire.waiting.is_set()
+        if how == "again":
+            for _ in range(2):
+                (write,) = tick([session])
+                assert await quick.commit([write]) == [True]
+                session = applied(session, write)
+        elif how == "taken over":
+            (taken,) = await quick.take(["a"], NOW)
+            assert taken is not None
+            assert await quick.commit_ticks([columns([taken])]) == [[True]]
+            session = applied(taken, tick([taken])[0])
+        else:
+            assert await quick.delete([("a", session.epoch)], End.CLOSED, NOW) == [True]
+            session = await created(quick, "a", states=b"state 0")
+            assert await quick.commit_ticks([columns([session])]) == [[True]]
+            session = applied(session, tick([session])[0])
+        wire.open.set()
+        found = await slow.take(["a", "b"], NOW)
+        assert [each and replace(each, epoch=1) for each in found] == [replace(e, epoch=1) for e in (session, other)]
         await slow.close()
     await quick.close()

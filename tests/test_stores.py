@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
 import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from rnnserve_server.store import (
     StoreMisconfigured,
     StoreUnavailable,
     Write,
+    journal,
     open_store,
 )
 from rnnserve_server.store.memory import MemoryStore
@@ -312,6 +314,20 @@ async def test_prefixes_keep_stores_apart(redis_server: RedisServer, raw: redis.
     await two.close()
 
 
+async def test_a_later_format_is_refused(redis_server: RedisServer, raw: redis.Redis) -> None:
+    """What a later release wrote is left alone, and so is what an earlier one left without a word of its format."""
+    stores = [await RedisStore.open(redis_server.url)]
+    await created(stores[0])
+    raw.delete("rnnserve:format")
+    stores.append(await RedisStore.open(redis_server.url))
+    assert (await stores[1].peek(["a"]))[0] is not None
+    raw.set("rnnserve:format", 3)
+    with pytest.raises(StoreMisconfigured, match="got format 3"):
+        await RedisStore.open(redis_server.url)
+    for store in stores:
+        await store.close()
+
+
 async def test_nothing_is_left_behind(redis_server: RedisServer, raw: redis.Redis) -> None:
     """Sessions that ended leave a note that goes by itself, and nothing else: not even after a crash in between."""
     store = await RedisStore.open(redis_server.url, remember=REMEMBER)
@@ -324,8 +340,8 @@ async def test_nothing_is_left_behind(redis_server: RedisServer, raw: redis.Redi
     raw.delete("rnnserve:{c}", "rnnserve:{c}:replies")  # as if a server had died between ending it and its index
     assert await store.expire(NOW + IDLE, 10) == ["d"]
     keys = set(raw.scan_iter())
-    assert keys == {f"rnnserve:{{{name}}}:ended" for name in "abd"}
-    assert all(0 < raw.pttl(key) <= REMEMBER * 1000 for key in keys)
+    assert keys == {"rnnserve:format", *(f"rnnserve:{{{name}}}:ended" for name in "abd")}
+    assert all(0 < raw.pttl(key) <= REMEMBER * 1000 for key in keys if key != "rnnserve:format")
     await store.close()
 
 
@@ -384,27 +400,153 @@ async def test_a_journal_that_a_dead_server_left_behind(redis_server: RedisServe
         await store.close()
 
 
-@pytest.mark.parametrize("limit", ["_JOURNAL_TICKS", "_JOURNAL_BYTES", "_JOURNAL_SESSIONS"])
+async def test_what_is_in_a_journal_is_said_to_be_there(redis_server: RedisServer, raw: redis.Redis) -> None:
+    """A look finds where sessions stand, and lets the journal be; releases that would believe the numbers in a
+    session's own key find no time of its last use there, and no count of the journal's sessions.
+    """
+    writer, other = [await RedisStore.open(redis_server.url) for _ in range(2)]
+    sessions = [await created(writer, name, states=b"\0" * 8) for name in "abc"]
+    sessions = await ticked(writer, sessions, 3)
+    sessions[1:] = await ticked(writer, sessions[1:], 2)
+    before = raw.llen(journals(raw)[0])
+    heads = await other.peek(["c", "none", "a", "b"])
+    assert heads[1] is None
+    seen = [(head.id, head.epoch, head.revision, head.step, head.last_used) for head in heads if head]
+    assert seen == [(s.id, s.epoch, s.revision, s.step, s.last_used) for s in (sessions[2], sessions[0], sessions[1])]
+    assert [head.step for head in await other.page("", 10)] == [s.step for s in sessions]
+    assert raw.llen(journals(raw)[0]) == before
+    assert [raw.hget(f"rnnserve:{{{name}}}", "used") for name in "abc"] == [""] * 3
+    assert not any(key.endswith(":sessions") for key in journals(raw))
+    for store in (writer, other):
+        await store.close()
+
+
+async def test_a_tick_of_known_sessions_is_pushed_and_no_script_runs(
+    redis_server: RedisServer, raw: redis.Redis
+) -> None:
+    """That is what makes a tick cheap: only the first one of a session is compared with what is stored."""
+    store = await RedisStore.open(redis_server.url)
+    sessions = [await created(store, name, states=b"\0" * 8) for name in "abc"]
+    sessions = await ticked(store, sessions, 1)
+    raw.config_resetstat()
+    sessions = await ticked(store, sessions, 20)
+    assert "cmdstat_evalsha" not in raw.info("commandstats")
+    assert raw.info("commandstats")["cmdstat_rpushx"]["calls"] == 20
+    late = await created(store, "d", states=b"\0" * 8)
+    assert late.step == 0
+    sessions = await ticked(store, [*sessions, late], 1)
+    assert raw.info("commandstats")["cmdstat_evalsha"]["calls"] == 2  # it is made, and comes into the journal
+    await checked(store, sessions)
+    await store.close()
+
+
+async def test_what_others_do_to_a_session_is_noticed(redis_server: RedisServer, raw: redis.Redis) -> None:
+    """Whatever another server does, the journal is folded: the next push is refused, and the sessions that are still
+    the writer's go on.
+    """
+    writer, other = [await RedisStore.open(redis_server.url) for _ in range(2)]
+    sessions = [await created(writer, name, states=b"\0" * 8) for name in "abcdef"]
+    sessions = await ticked(writer, sessions, 2)
+
+    async def refused(gone: int) -> None:
+        nonlocal sessions
+        assert journals(raw) == []
+        made = tick(sessions, [1])
+        assert await writer.commit_ticks([made]) == [[at != gone for at in range(len(sessions))]]
+        wrote = [applied(each, write) for each, write in zip(sessions, made.writes(), strict=True)]
+        sessions = await ticked(writer, [each for at, each in enumerate(wrote) if at != gone], 2)
+
+    (taken,) = await other.take(["c"], NOW)
+    assert taken is not None
+    await refused(2)
+    assert await other.commit([after(replace(sessions[0], states=b"else"))]) == [True]  # as if it had the epoch
+    await refused(0)
+    assert await other.delete([("b", sessions[0].epoch)], End.CLOSED, NOW) == [True]
+    await refused(0)
+    assert await other.expire(NOW + 2 + IDLE, 10) == ["c"]  # the others have been used since
+    assert journals(raw) == []
+    sessions = await ticked(writer, sessions, 2)
+    await checked(writer, sessions)
+    for store in (writer, other):
+        await store.close()
+
+
+async def test_a_journal_of_which_a_part_is_gone(redis_server: RedisServer, raw: redis.Redis) -> None:
+    """A Redis that came back without its last moments: what was not there to go on from is refused, although the
+    journal is still there.
+    """
+    store = await RedisStore.open(redis_server.url)
+    sessions = [await created(store, name, states=b"\0" * 8) for name in "ab"]
+    (first, second) = await ticked(store, sessions, 1)
+    (name,) = [key for key in journals(raw) if not key.endswith(":open")]
+    elements = raw.llen(name)
+    (first,) = await ticked(store, [first], 1)
+    raw.ltrim(name, 0, elements - 1)
+    made = tick([second], [1])
+    assert await store.commit_ticks([made]) == [[True]]  # which was not lost, and is not applied twice
+    assert await store.commit_ticks([tick([first], [1])]) == [[False]]
+    await checked(store, [applied(second, *made.writes())])
+    await store.close()
+
+
+@pytest.mark.parametrize("limit", ["_TICKS", "_BYTES", "_SESSIONS"])
 async def test_a_journal_of_ticks_does_not_grow_for_ever(
     redis_server: RedisServer, raw: redis.Redis, monkeypatch: pytest.MonkeyPatch, limit: str
 ) -> None:
     """By its ticks, its bytes or its sessions, whatever limit comes first, it is brought to the sessions' own keys."""
-    from rnnserve_server.store import redis as module
-
-    monkeypatch.setattr(module, limit, {"_JOURNAL_TICKS": 3, "_JOURNAL_BYTES": 400, "_JOURNAL_SESSIONS": 2}[limit])
+    monkeypatch.setattr(journal, limit, {"_TICKS": 3, "_BYTES": 400, "_SESSIONS": 2}[limit])
     store = await RedisStore.open(redis_server.url)
     sessions = [await created(store, name, states=b"\0" * 8) for name in "ab"]
-    lengths = []
+    names = set()
     for _ in range(12):
-        made = tick(sessions, [1, 1])
-        assert await store.commit_ticks([made]) == [[True, True]]
-        sessions = [applied(each, write) for each, write in zip(sessions, made.writes(), strict=True)]
-        lengths.append(sum(raw.llen(key) for key in journals(raw) if not key.endswith(":sessions")))
-    assert max(lengths) <= 3 * 10
-    assert lengths.count(0) >= 4
-    found = await store.take(["a", "b"], NOW)
-    assert [each and replace(each, epoch=1) for each in found] == [replace(each, epoch=1) for each in sessions]
+        sessions = await ticked(store, sessions, 1)
+        (name,) = [key for key in journals(raw) if not key.endswith(":open")]  # the one before is gone
+        names.add(name)
+        assert raw.llen(name) <= 3 * 7
+    assert len(names) >= 4
+    await checked(store, sessions)
     await store.close()
+
+
+@pytest.mark.parametrize("limit", ["_LOOK_TICKS", "_LOOK_BYTES"])
+async def test_what_nobody_wants_any_more_leaves_the_journal(
+    redis_server: RedisServer, raw: redis.Redis, monkeypatch: pytest.MonkeyPatch, limit: str
+) -> None:
+    """Ticks whose replies no window holds, and whose states are not the last, go; those of sessions that rest stay,
+    and sessions of other windows have what is theirs.
+    """
+    monkeypatch.setattr(journal, limit, 3)
+    monkeypatch.setattr(journal, "_TICKS", 10_000)
+    rng = random.Random(9)
+    store = await RedisStore.open(redis_server.url)
+    sessions = {name: await created(store, name, states=b"\0" * 8) for name in "abcde"}
+    longest = 0
+    for _ in range(200):
+        names = rng.sample(sorted(sessions), rng.choice((1, 5, 5)))
+        made = tick([sessions[name] for name in names], [1] * rng.randrange(1, 3), keep=4)
+        assert await store.commit_ticks([made]) == [[True] * len(names)]
+        sessions |= {write.id: applied(sessions[write.id], write) for write in made.writes()}
+        (name,) = [key for key in journals(raw) if not key.endswith(":open")]
+        longest = max(longest, raw.llen(name))
+    assert longest < 60 * 10  # of 200
+    await checked(store, list(sessions.values()))
+    await store.close()
+
+
+async def ticked(store: Store, sessions: Sequence[Record], count: int) -> list[Record]:
+    """Sessions after so many ticks of one chunk."""
+    sessions = list(sessions)
+    for _ in range(count):
+        made = tick(sessions, [1])
+        assert await store.commit_ticks([made]) == [[True] * len(sessions)]
+        sessions = [applied(each, write) for each, write in zip(sessions, made.writes(), strict=True)]
+    return sessions
+
+
+async def checked(store: Store, sessions: Sequence[Record]) -> None:
+    """That sessions are stored so."""
+    found = await store.take([each.id for each in sessions], NOW)
+    assert [each and replace(each, epoch=1) for each in found] == [replace(each, epoch=1) for each in sessions]
 
 
 async def test_a_key_of_another_kind(redis_server: RedisServer, raw: redis.Redis) -> None:

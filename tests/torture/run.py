@@ -206,8 +206,9 @@ async def _run(
                     track.total = track.high
     finally:
         trial.over = True
-        await asyncio.sleep(0)
-        for task in (adversary, *tasks):
+        trial.moved.set()
+        await asyncio.wait([adversary])  # whatever server it is ending or starting
+        for task in tasks:
             task.cancel()
         await asyncio.gather(adversary, *tasks, return_exceptions=True)
         for server in servers:
@@ -231,6 +232,8 @@ async def _adversary(
                     why = f"status {server.exit_code}: {server.log()[-300:]}"
                     trial.faults.append(Fault("dead server", server.address, why))
                     await asyncio.to_thread(server.start)
+            if trial.over:
+                return
         await asyncio.sleep(chance.expovariate(200))  # somewhere within what is under way
         at = chance.randrange(len(servers))
         server, proxy = servers[at], proxies[at]

@@ -49,6 +49,7 @@ from rnnserve_server.store.base import StoreError
 log = structlog.get_logger(__name__)
 
 _HELD_SECONDS = 0.01  # for which a commit is held back at most, whatever the disk did the last time
+_NEAR_SECONDS = 0.005  # which a commit elsewhere may take to be waited for: less than two commits cost more than one
 
 Batch = tuple[Arrays, Array, Arrays]
 """The arguments of `Engine.run`: inputs {name: [T, R, ...]}, lengths [R], states {name: [R, ...]}."""
@@ -260,7 +261,10 @@ class Worker:
                 if len(self):  # as in `_turn`
                     await asyncio.sleep(0)
                 if self._keeper is not None and self._must_store(self._keeper):
-                    await asyncio.wait([self._begin_storing(self._keeper)])  # what comes meanwhile is one tick
+                    # What comes meanwhile is one tick. If another process does not answer, there may be work that is
+                    # not for the store.
+                    longest = None if self._keeper.store.embedded else _HELD_SECONDS
+                    await asyncio.wait([self._begin_storing(self._keeper)], timeout=longest)
                     await asyncio.sleep(0)
                 tick, ready = self._next_tick(), None
         finally:
@@ -382,20 +386,26 @@ class Worker:
         self._watched = None  # it is over when they are stored
         for block in sessions:
             self._scheduler.ran(block)
-        if self._storing is None and not keeper.store.embedded:
+        if self._storing is None and not self._waits(keeper):
             self._begin_storing(keeper)
         return [block for block in blocks if block.sessions is None]
 
     def _must_store(self, keeper: Keeper) -> bool:
-        """Whether what was run is to be stored before anything else is run, where a commit is this process's own work.
+        """Whether what was run is to be stored before anything else is run, where commits are waited for.
 
         A commit costs the same for many frames as for one. So what is waiting is run first, and stored along with what
         was run before, which thereby waits for as long as the last commit took at most.
         """
-        if not (self._behind and keeper.store.embedded):
+        if not self._behind or self._storing is not None or not self._waits(keeper):
             return False
         self.line_up()
         return not self._scheduler.has_ready or self._clock() >= self._ran_at + self._commit_seconds
+
+    def _waits(self, keeper: Keeper) -> bool:
+        """Whether nothing is run during a commit: where it is this process's own work anyway, or is over so soon that
+        to make two commits of what would be one is a loss.
+        """
+        return keeper.store.embedded or self._commit_seconds < _NEAR_SECONDS
 
     def _begin_storing(self, keeper: Keeper) -> asyncio.Task[None]:
         """Has what was run stored and answered, and what is run meanwhile too."""
@@ -470,7 +480,8 @@ class Worker:
             for block in alive:
                 self._drop(block, StoreDown(error))
             return []
-        self._commit_seconds = min(self._clock() - began_at, _HELD_SECONDS)
+        finally:
+            self._commit_seconds = min(self._clock() - began_at, _HELD_SECONDS)
         for ((block, _), *_), each in zip(living, applied, strict=True):
             assert block.sessions is not None
             group, slots = block.sessions.group, block.sessions.slots

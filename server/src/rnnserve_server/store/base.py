@@ -293,7 +293,9 @@ class Store(ABC):
     shared: bool
     """Whether other processes can take sessions from it."""
     embedded: bool = False
-    """Whether a commit is work of this process rather than a wait for another one: then fewer and larger ones pay."""
+    """Whether a commit is work of this process rather than a wait for another one: then fewer and larger ones pay,
+    however long one takes.
+    """
 
     @abstractmethod
     async def create(self, records: Sequence[Record]) -> list[bool]:

@@ -1,10 +1,10 @@
 """Sessions in Redis, or Valkey, for several servers.
 
 A session is three keys that share a slot: a hash, the list of its replies, and, once it has ended, a note that says
-why. What must hold at once is done by a script on these keys. A tick is one entry of its writer's journal, whatever the
-number of its sessions (see `scripts`), but for a cluster, whose scripts may not touch what is elsewhere. The indexes,
-of all sessions and of when to look at each next, are sorted sets of their own and only hints: they are written before a
-session and again after it, and what they name is held against the session itself.
+why. What must hold at once is done by a script on these keys. A tick is pushed to its writer's journal, whatever the
+number of its sessions, and mostly without a script (see `scripts`), but for a cluster, whose scripts may not touch what
+is elsewhere. The indexes, of all sessions and of when to look at each next, are sorted sets of their own and only
+hints: they are written before a session and again after it, and what they name is held against the session itself.
 
 What a commit that was answered is worth is for the server to say: ``appendonly yes`` with ``appendfsync always`` for
 "on disk", ``maxmemory-policy noeviction`` so that no session vanishes. A replica that is promoted may lack the last
@@ -15,10 +15,9 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterator, Sequence
-from itertools import accumulate, chain, islice, pairwise
+from itertools import accumulate, chain, pairwise
 from typing import Any
 
-import numpy as np
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
@@ -50,14 +49,12 @@ from rnnserve_server.store.base import (
     Write,
     check_distinct,
 )
+from rnnserve_server.store.journal import Command, Journal, Line
 from rnnserve_server.store.tick import Tick
 
-_HEAD = ("meta", "epoch", "revision", "step", "used")
+_FORMAT = 2
 _FOREVER = 1e300  # what ends at infinity ends here: not every Lua reads "inf"
 _EXACT = 2**53  # of Lua's numbers
-_JOURNAL_TICKS = 64
-_JOURNAL_BYTES = 16 << 20
-_JOURNAL_SESSIONS = 256
 _PER_CALL = 64  # sessions of one call of a script: no other client waits for longer than that takes
 _BATCH = 1000
 _SCHEMES = {"valkey": "redis", "valkeys": "rediss"}
@@ -73,16 +70,19 @@ class RedisStore(Store):
     name = "redis"
     shared = True
 
-    def __init__(self, client: Redis, place: str, *, prefix: str, remember: float, per_call: int) -> None:
+    def __init__(
+        self, client: Redis, place: str, *, prefix: str, remember: float, patience: float, retries: int
+    ) -> None:
         self._client = client
         self._place = place
         self._prefix = prefix
         self._remember = str(max(1, int(remember * 1000)))
         self._remember_seconds = remember
-        self._per_call = per_call
-        self._journal = f"{prefix}journal:{secrets.token_hex(8)}"  # of this process
-        self._journal_ticks = self._journal_bytes = 0
-        self._journal_sessions: set[str] = set()
+        self._per_call = _PER_CALL
+        self._retries = retries
+        self._line = Line(client, patience)
+        self._journal = Journal("", prefix, "")
+        self._begin_journal()
 
     @classmethod
     async def open(
@@ -107,7 +107,8 @@ class RedisStore(Store):
             retries: how often to send a batch again over a new connection; it may be, for it is recognised.
 
         Raises:
-            StoreMisconfigured: the URL is wrong, or the server lets nobody in with it.
+            StoreMisconfigured: the URL is wrong, the server lets nobody in with it, or a later release keeps its
+                sessions there.
             StoreUnavailable: there is no server, or it does not answer.
         """
         scheme, separator, rest = url.partition("://")
@@ -121,11 +122,13 @@ class RedisStore(Store):
             )
         except ValueError as error:
             raise StoreMisconfigured(f"{_without_password(url)}: {error}") from error
-        store = cls(client, _without_password(url), prefix=prefix, remember=remember, per_call=_PER_CALL)
+        place = _without_password(url)
+        store = cls(client, place, prefix=prefix, remember=remember, patience=patience, retries=retries)
         try:
             (found,) = await store._pipeline([("INFO", "cluster")])
             if isinstance(found, dict) and found.get("cluster_enabled"):
                 store._per_call = 1  # the keys of one call must share a slot
+            await store._check_format()
         except BaseException:
             await client.aclose()
             raise
@@ -182,9 +185,9 @@ class RedisStore(Store):
 
     async def peek(self, ids: Sequence[str]) -> list[Head | None]:
         """See `Store`."""
-        found = await self._pipeline([("HMGET", self._keys(session_id)[0], *_HEAD) for session_id in ids])
+        found = await self._call(scripts.PEEK, ids, ())
         return [
-            None if values[0] is None else _head(session_id, values)
+            None if values[0] is None else _head(session_id, values[:5])
             for session_id, values in zip(ids, found, strict=True)
         ]
 
@@ -210,57 +213,50 @@ class RedisStore(Store):
             tick.forget_before or max((*tick.epochs, *tick.revisions, *tick.steps)) >= _EXACT for tick in ticks
         ):
             return await super().commit_ticks(ticks)
-        size = self._per_call
-        parts = [
-            tick if len(tick.ids) <= size else tick.part(start, start + size)
-            for tick in ticks
-            for start in range(0, len(tick.ids), size)
-        ]
-        done = await self._scripted(scripts.TICK, [self._tick(part) for part in parts])
-        if all(done):
+        if await self._push(ticks):
             return [[True] * len(tick.ids) for tick in ticks]
-        late = [part for part, each in zip(parts, done, strict=True) if not each]  # another's, or sent before
-        looked_at = chain.from_iterable(await super().commit_ticks(late))  # each is
-        whole = zip(parts, done, strict=True)
-        applied = chain.from_iterable([True] * len(p.ids) if d else islice(looked_at, len(p.ids)) for p, d in whole)
-        return [list(islice(applied, len(tick.ids))) for tick in ticks]
+        return await super().commit_ticks(ticks)  # some are another's, or were sent before: each is looked at
 
-    def _tick(self, tick: Tick) -> tuple[Any, ...]:
-        """The call of the script for a tick."""
-        keys = [f"{self._prefix}{{{session_id}}}" for session_id in tick.ids]
-        columns = np.array([tick.epochs, tick.revisions, tick.steps], np.int64).T - [0, 1, tick.timesteps]  # [N, 3]
-        rounds = [f"|{each.timesteps} {each.digests.shape[1]} {each.rest.shape[1]}" for each in tick.rounds]
-        common = f"{tick.last_used!r} {tick.keep} {tick.timesteps} {tick.states.shape[1]} {''.join(rounds)}"
-        arguments: list[Any] = []
-        for each in tick.rounds:
-            arguments += [each.digests.tobytes(), each.head, each.rest.tobytes()]
-        arguments += [tick.states.tobytes(), columns.tobytes(), common]
-        fold = self._grown(tick, sum(map(len, arguments)))
-        return ("EVALSHA", scripts.TICK.sha, len(keys) + 1, *keys, self._journal, *arguments, int(fold))
+    async def _push(self, ticks: Sequence[Tick]) -> bool:
+        """Pushes ticks to the journal: whether all of them are there. If not, some may be, or come to be."""
+        async with self._line.turn:
+            if self._journal.is_full:
+                self._begin_journal()
+            journal = self._journal
+            commands = journal.trim()
+            answers: list[Any] = [b"OK"] * len(commands)
+            for tick in ticks:
+                parts = [tick]
+                if len(tick.ids) > self._per_call and journal.strangers(tick):  # a script takes no more
+                    starts = range(0, len(tick.ids), self._per_call)
+                    parts = [tick.part(start, start + self._per_call) for start in starts]
+                for part in parts:
+                    commands.append(journal.push(part))
+                    answers.append(journal.length)
+            pushed = False
+            try:
+                pushed = await self._scripted(scripts.TICK, commands, once=True) == answers
+            except StoreUnavailable:
+                if not self._retries:
+                    raise
+            finally:
+                if not pushed:  # it was folded, or it is not known what is in it, and what will be
+                    self._begin_journal()
+            return pushed
 
-    def _grown(self, tick: Tick, nbytes: int) -> bool:
-        """Whether the journal has grown enough with a tick to be folded, which keeps other clients waiting for some
-        milliseconds.
-        """
-        self._journal_ticks += 1
-        self._journal_bytes += nbytes
-        self._journal_sessions.update(tick.ids)
-        if (
-            self._journal_ticks < _JOURNAL_TICKS
-            and self._journal_bytes < _JOURNAL_BYTES
-            and len(self._journal_sessions) < _JOURNAL_SESSIONS
-        ):
-            return False
-        self._journal_ticks = self._journal_bytes = 0
-        self._journal_sessions.clear()
-        return True
+    def _begin_journal(self) -> None:
+        """Pushes nothing more to the journal, and has it folded when something is pushed to the next one."""
+        self._journal = Journal(f"{self._prefix}journal:{secrets.token_hex(8)}", self._prefix, self._journal.name)
 
     async def delete(self, owned: Sequence[tuple[str, int]], why: End, now: float) -> list[bool]:
         """See `Store`."""
         ids = [session_id for session_id, _ in owned]
         check_distinct(ids)
         epochs = [(epoch,) for _, epoch in owned]
-        results = await self._call(scripts.DELETE, ids, (self._remember, why.value, repr(now)), epochs)
+        for session_id in ids:
+            self._journal.forget(session_id)
+        common = (self._remember, why.value, repr(now), self._journal.name)
+        results = await self._call(scripts.DELETE, ids, common, epochs)
         await self._forget([result[1] for result in results if len(result) == 2])
         return [result[0] == 1 for result in results]
 
@@ -330,7 +326,20 @@ class RedisStore(Store):
 
     async def close(self) -> None:
         """See `Store`."""
+        await self._line.close()
         await self._client.aclose()
+
+    async def _check_format(self) -> None:
+        """Says in which format sessions are kept here, or finds that it is this one."""
+        key = f"{self._prefix}format"
+        (found,) = await self._pipeline([("GET", key)])
+        if found is None:  # also where releases wrote that kept none: they knew of no other format
+            _, found = await self._pipeline([("SET", key, _FORMAT, "NX"), ("GET", key)])
+        if found != b"%d" % _FORMAT:
+            raise StoreMisconfigured(
+                f"{self._place}: expected sessions in format {_FORMAT} under {self._prefix!r}, got format "
+                f"{found.decode(errors='replace')}; serve them with the release that wrote them"
+            )
 
     # Keys and indexes
 
@@ -339,7 +348,7 @@ class RedisStore(Store):
         key = f"{self._prefix}{{{session_id}}}"
         return key, f"{key}:replies", f"{key}:ended"
 
-    def _index(self, record: Record) -> Iterator[tuple[Any, ...]]:
+    def _index(self, record: Record) -> Iterator[Command]:
         # LT: should a live session have the very same entry, it must not be looked at later than it was to be.
         yield "ZADD", f"{self._prefix}due", "LT", repr(min(record.expires_at, _FOREVER)), _index_entry(record)
         yield "ZADD", f"{self._prefix}all", 0, record.cursor
@@ -349,7 +358,7 @@ class RedisStore(Store):
 
     async def _forget(self, entries: Sequence[bytes]) -> None:
         """Takes ended sessions out of the indexes."""
-        commands: list[tuple[Any, ...]] = []
+        commands: list[Command] = []
         for entry in entries:
             cursor, _, model = entry.decode().partition(" ")
             commands.append(("ZREM", f"{self._prefix}due", entry))
@@ -376,7 +385,7 @@ class RedisStore(Store):
             What it answers for each.
         """
         keys = [self._keys(session_id)[: script.keys] for session_id in ids]
-        commands: list[tuple[Any, ...]] = []
+        commands: list[Command] = []
         for start in range(0, len(ids), self._per_call):
             part = slice(start, start + self._per_call)
             flat = chain.from_iterable
@@ -384,27 +393,37 @@ class RedisStore(Store):
             commands.append(("EVALSHA", script.sha, count, *flat(keys[part]), *common, *flat(each[part])))
         return list(chain.from_iterable(await self._scripted(script, commands)))
 
-    async def _scripted(self, script: scripts.Script, commands: list[tuple[Any, ...]]) -> list[Any]:
+    async def _scripted(self, script: scripts.Script, commands: Sequence[Command], *, once: bool = False) -> list[Any]:
         """Sends calls of a script, which the server may have to be given first. Their answers."""
-        answers = await self._pipeline(commands)
+        answers = await self._pipeline(commands, once=once)
         missing = [index for index, answer in enumerate(answers) if isinstance(answer, NoScriptError)]
         if missing:  # a server that was started again, or another one: nothing was done
-            again = await self._pipeline([("SCRIPT LOAD", script.text), *(commands[index] for index in missing)])
+            load = ("SCRIPT LOAD", script.text)
+            again = await self._pipeline([load, *(commands[index] for index in missing)], once=once)
             for index, answer in zip(missing, again[1:], strict=True):
                 answers[index] = answer
                 if isinstance(answer, NoScriptError):
                     raise self._explained(answer)
         return answers
 
-    async def _pipeline(self, commands: Sequence[tuple[Any, ...]]) -> list[Any]:
-        """Sends commands in one go. Their answers; NoScriptError, which a caller may mend, is one of them."""
+    async def _pipeline(self, commands: Sequence[Command], *, once: bool = False) -> list[Any]:
+        """Sends commands in one go. Their answers; NoScriptError, which a caller may mend, is one of them.
+
+        Args:
+            commands: they.
+            once: whether they must not be sent again if the connection breaks. The caller has the turn of the line.
+        """
         if not commands:
             return []
+        answers: list[Any]
         try:
-            async with self._client.pipeline(transaction=False) as pipeline:
-                for command in commands:
-                    pipeline.execute_command(*command)
-                answers: list[Any] = await pipeline.execute(raise_on_error=False)
+            if once:
+                answers = await self._line.send(commands)
+            else:
+                async with self._client.pipeline(transaction=False) as pipeline:
+                    for command in commands:
+                        pipeline.execute_command(*command)
+                    answers = await pipeline.execute(raise_on_error=False)
         except (RedisError, OSError) as error:
             raise self._explained(error) from error
         for answer in answers:

@@ -4,10 +4,18 @@ A script takes any number of sessions, the keys of each (the hash, the list of r
 arguments, and answers with as many results. Numbers are compared as text, because Lua's hold 53 bits: steps are written
 with 20 digits, and so sort as numbers do. A reply begins with the 20 digits of its first step and the 20 of its end.
 
-A tick is pushed to its writer's journal, whole. Of a session only the numbers are changed then, and that its states and
-last replies lie in that journal; whoever wants these, or writes them another way, first has the journal folded: brought
-to the sessions' own keys. So nobody else needs to know that there are journals. Another key counts the sessions that
-have something in a journal, and with the last of them it goes.
+A tick is pushed to its writer's journal, whole. Of a session that has something in a journal, the hash says so and in
+whose. Its numbers, states and last replies are what the journal says; what the hash has of them is of the past, and the
+time of the last use is empty there, so that releases that do not know of this fail rather than believe the rest. To
+read any of these but for a look, or to change them, is to fold the journal first: to bring it to the sessions' own keys
+and remove it. So as long as a journal is there, nobody but its writer has touched its sessions, and the writer may push
+their next tick without asking: by RPUSHX, which does nothing where there is no list. Hence:
+
+* What is folded never comes back: no two journals have the same name.
+* A push that may have been lost is not sent again, and nothing is pushed behind it. What it was is written to the
+  sessions themselves, whereby the journal is folded, with the push or without it, which then comes too late.
+* When a writer ends a session of its own, nothing is folded: what is pushed of it after that is of an epoch that is
+  over. Another key counts the sessions that have something in a journal, and with the last of them it goes.
 """
 
 from __future__ import annotations
@@ -29,29 +37,23 @@ class Script:
         return hashlib.sha1(self.text.encode(), usedforsecurity=False).hexdigest()
 
 
-_ENDS = """
-local function due(key, now)
-  local at = redis.call('HMGET', key, 'used', 'idle', 'ends')
-  if not at[1] then return nil end
-  if tonumber(at[3]) <= now then return 'aged' end
-  if tonumber(at[1]) + tonumber(at[2]) <= now then return 'idle' end
-  return false
-end
-local function finish(key, list, note, why, now, remember)
-  local kept = redis.call('HMGET', key, 'epoch', 'index', 'journal')
-  redis.call('DEL', key, list)
-  redis.call('SET', note, why .. ' ' .. now .. ' ' .. kept[1], 'PX', remember)
-  if kept[3] and redis.call('DECR', kept[3] .. ':sessions') == 0 then
-    redis.call('DEL', kept[3], kept[3] .. ':sessions')
+# The elements of a journal are, for each tick, its parts as `TICK` has them. It is read from its end, until all that is
+# wanted is found. A session that has ended since, or was made anew, has another epoch or no journal.
+_JOURNAL = """
+local function tick_at(journal, last)  -- the tick whose last element is there
+  local found, rounds = redis.call('LRANGE', journal, last - 2, last), {}
+  local used, keep, timesteps, width = string.match(found[2], '^(%S+) (%d+) (%d+) (%d+)')
+  for steps, digest, rest in string.gmatch(found[2], '|(%d+) (%d+) (%d+)') do
+    rounds[#rounds + 1] = {tonumber(steps), tonumber(digest), tonumber(rest), string.format('%04d', tonumber(digest))}
   end
-  return kept[2]
+  return {columns = found[1], keys = found[3], used = used, keep = tonumber(keep), timesteps = tonumber(timesteps),
+    width = tonumber(width), rounds = rounds, states = last - 3, before = last - 4 - 3 * #rounds}
 end
 """
 
-# The entries of a journal are, for each tick, its parts as `TICK` has them and then its keys. It is read from its end,
-# until all that is wanted is found: the last states and the last replies of each session. A session that has ended
-# since, or was made anew, has another epoch or no journal.
-_FOLD = """
+_FOLD = (
+    _JOURNAL
+    + """
 local function texts()  -- sessions that are stepped together are mostly at the same step
   local known = {}
   return function(number)
@@ -63,46 +65,41 @@ local function texts()  -- sessions that are stepped together are mostly at the 
     return text
   end
 end
-local function push(list, values)  -- of which a call takes some thousands
-  for start = 1, #values, 1000 do
+local function push(list, values, first)  -- of which a call takes some thousands
+  for start = first, #values, 1000 do
     redis.call('RPUSH', list, unpack(values, start, math.min(start + 999, #values)))
   end
 end
 local function fold(journal)
-  local left, digits = tonumber(redis.call('GET', journal .. ':sessions')), texts()
-  local found, last = {}, -1
-  while left > 0 do
-    local keys, common = redis.call('LINDEX', journal, last), redis.call('LINDEX', journal, last - 1)
-    local keep, timesteps, width = string.match(common, '^%S+ (%d+) (%d+) (%d+)')
-    local rounds = {}
-    for steps, digest, rest in string.gmatch(common, '|(%d+) (%d+) (%d+)') do
-      rounds[#rounds + 1] = {tonumber(steps), tonumber(digest), tonumber(rest), string.format('%04d', tonumber(digest))}
-    end
-    local columns = redis.call('LINDEX', journal, last - 2)
-    local states, answers
-    keep, timesteps, width, last = tonumber(keep), tonumber(timesteps), tonumber(width), last - 3
+  -- Releases before format 2 counted the sessions in another key, and had their numbers in the hashes too.
+  local left = tonumber(redis.call('GET', journal .. ':open') or redis.call('GET', journal .. ':sessions'))
+  local found, last, first, digits = {}, -1, -redis.call('LLEN', journal), texts()
+  while left > 0 and last >= first do
+    local tick = tick_at(journal, last)
+    local rounds, states, answers = tick.rounds, nil, nil
     local at = 0
-    for key in string.gmatch(keys, '[^\\n]+') do
-      local session, epoch, _, step = found[key], struct.unpack('<i8i8i8', columns, at * 24 + 1)
-      if session == nil then
+    for key in string.gmatch(tick.keys, '[^\\n]+') do
+      local session, epoch, before, step = found[key], struct.unpack('<i8i8i8', tick.columns, at * 24 + 1)
+      if not session then
         local stored = redis.call('HMGET', key, 'epoch', 'journal')
-        session = stored[2] == journal and tonumber(stored[1]) == epoch and {epoch = epoch, keep = keep}
-        if session then
-          states = states or redis.call('LINDEX', journal, last)
-          redis.call('HSET', key, 'states', string.sub(states, at * width + 1, (at + 1) * width))
+        if stored[2] == journal and tonumber(stored[1]) == epoch then
+          session = {epoch = epoch, keep = tick.keep}
+          found[key] = session
+          states = states or redis.call('LINDEX', journal, tick.states)
+          redis.call('HSET', key, 'revision', string.format('%.0f', before + 1), 'step', digits(step + tick.timesteps),
+            'used', tick.used, 'states', string.sub(states, at * tick.width + 1, (at + 1) * tick.width))
           redis.call('HDEL', key, 'journal')
         end
-        found[key] = session
       end
       if session and session.epoch == epoch then
-        local first = step + timesteps
+        local start = step + tick.timesteps
         for r = #rounds, 1, -1 do
           local round = rounds[r]
           if #session >= session.keep then break end
-          answers = answers or redis.call('LRANGE', journal, last - 3 * #rounds, last - 1)
+          answers = answers or redis.call('LRANGE', journal, tick.before + 1, tick.states - 1)
           local digests, head, rest = answers[3 * r - 2], answers[3 * r - 1], answers[3 * r]
-          first = first - round[1]
-          session[#session + 1] = table.concat({digits(first), digits(first + round[1]), round[4],
+          start = start - round[1]
+          session[#session + 1] = table.concat({digits(start), digits(start + round[1]), round[4],
             string.sub(digests, at * round[2] + 1, (at + 1) * round[2]), head,
             string.sub(rest, at * round[3] + 1, (at + 1) * round[3])})
         end
@@ -113,20 +110,46 @@ local function fold(journal)
       end
       at = at + 1
     end
-    last = last - 1 - 3 * #rounds
-    if redis.call('LLEN', journal) < -last then break end
+    last = tick.before
   end
-  redis.call('DEL', journal, journal .. ':sessions')
+  redis.call('DEL', journal, journal .. ':open', journal .. ':sessions')
   for key, session in pairs(found) do
-    if session and #session > 0 then
+    if #session > 0 then
       local list, replies = key .. ':replies', {}
       for r = #session, 1, -1 do replies[#replies + 1] = session[r] end
-      push(list, replies)
+      push(list, replies, 1)
       redis.call('LTRIM', list, -session.keep, -1)
     end
   end
 end
 """
+)
+
+_ENDS = (
+    _FOLD
+    + """
+local function due(key, now)
+  local at = redis.call('HMGET', key, 'used', 'idle', 'ends', 'journal')
+  if not at[1] then return nil end
+  if at[4] then
+    fold(at[4])
+    at[1] = redis.call('HGET', key, 'used')
+  end
+  if tonumber(at[3]) <= now then return 'aged' end
+  if tonumber(at[1]) + tonumber(at[2]) <= now then return 'idle' end
+  return false
+end
+local function finish(key, list, note, why, now, remember)
+  local kept = redis.call('HMGET', key, 'epoch', 'index', 'journal')
+  redis.call('DEL', key, list)
+  redis.call('SET', note, why .. ' ' .. now .. ' ' .. kept[1], 'PX', remember)
+  if kept[3] and redis.call('DECR', kept[3] .. ':open') == 0 then
+    redis.call('DEL', kept[3], kept[3] .. ':open')
+  end
+  return kept[2]
+end
+"""
+)
 
 CREATE = Script(
     _ENDS
@@ -159,7 +182,6 @@ return results
 
 TAKE = Script(
     _ENDS
-    + _FOLD
     + """
 local results = {}
 for k = 1, #KEYS, 3 do
@@ -170,8 +192,6 @@ for k = 1, #KEYS, 3 do
   elseif why == nil then
     results[#results + 1] = {0}
   else
-    local journal = redis.call('HGET', key, 'journal')
-    if journal then fold(journal) end
     redis.call('HINCRBY', key, 'epoch', 1)
     local replies, sizes = redis.call('LRANGE', list, 0, -1), {}
     for r = 1, #replies do sizes[r] = #replies[r] end
@@ -193,9 +213,10 @@ for k = 1, #KEYS, 2 do
   local epoch, before, revision, step, floor, start, changed, count, keep, used =
     string.match(ARGV[a], '^(%d+) (%d+) (%d+) (%d+) (%d+) (%d+) (%d) (%d+) (%d+) (.+)$')
   changed, count = changed == '1', tonumber(count)
-  local stored = redis.call('HMGET', key, 'epoch', 'revision', 'step', 'journal')
+  local journal = redis.call('HGET', key, 'journal')
+  if journal then fold(journal) end
+  local stored = redis.call('HMGET', key, 'epoch', 'revision', 'step')
   local applied = 0
-  if stored[4] then fold(stored[4]) end
   if stored[1] == epoch and stored[2] == before then
     if changed then
       redis.call('HSET', key, 'revision', revision, 'step', step, 'used', used, 'states', ARGV[a + 1])
@@ -230,41 +251,66 @@ return table.concat(results)
     keys=2,
 )
 
-# A tick, in columns. Keys: the sessions' hashes, and the journal. Arguments: for each of its rounds the digests, the
-# beginning of all answers and what follows in each; the states; 24 bytes of each session (epoch, revision before, step
-# before); what all sessions have in common; and whether to fold the journal then. Only for numbers that Lua holds
-# exactly. Applied as a whole or, if a session does not follow what is stored, not at all.
+# A tick of sessions some of which are not in the journal yet. Keys: the hashes of those, and the journal. Arguments: 24
+# bytes of each of those (epoch, revision before, step before); how many elements the journal has, none if it is still
+# to be made; a journal to be folded first, or nothing; and the tick, as the elements that are pushed: for each of its
+# rounds the digests, the beginning of all answers and what follows in each; the states; 24 bytes of each session; what
+# all sessions have in common; and the keys of the sessions, one a line. Only for numbers that Lua holds exactly.
+# Answers with the elements that the journal has then, or 0 if anything is not as the writer thinks, and nothing of the
+# tick was applied.
 TICK = Script(
     _FOLD
     + """
-local common, columns, journal, sessions, fresh = ARGV[#ARGV - 1], ARGV[#ARGV - 2], KEYS[#KEYS], #KEYS - 1, {}
-local used, timesteps = string.match(common, '^(%S+) %d+ (%d+)')
-local befores, steps, digits = {}, {}, texts()
-timesteps = tonumber(timesteps)
-for k = 1, sessions do
-  local epoch, before, step = struct.unpack('<i8i8i8', columns, (k - 1) * 24 + 1)
+local journal, fresh, columns, before = KEYS[#KEYS], #KEYS - 1, ARGV[1], ARGV[3]
+if before ~= '' and redis.call('EXISTS', before) == 1 then fold(before) end
+if redis.call('LLEN', journal) ~= tonumber(ARGV[2]) then return 0 end
+for k = 1, fresh do
+  local epoch, revision, step = struct.unpack('<i8i8i8', columns, (k - 1) * 24 + 1)
   local stored = redis.call('HMGET', KEYS[k], 'epoch', 'revision', 'step', 'journal')
-  if tonumber(stored[1]) ~= epoch or tonumber(stored[2]) ~= before or tonumber(stored[3]) ~= step then return 0 end
-  if not stored[4] then
-    fresh[#fresh + 1] = KEYS[k]
-  elseif stored[4] ~= journal then
+  if stored[4] or tonumber(stored[1]) ~= epoch or tonumber(stored[2]) ~= revision or tonumber(stored[3]) ~= step then
     return 0
   end
-  befores[k], steps[k] = before, step
 end
-for k = 1, sessions do
-  redis.call('HSET', KEYS[k], 'revision', string.format('%.0f', befores[k] + 1), 'step', digits(steps[k] + timesteps),
-    'used', used)
-end
-for _, key in ipairs(fresh) do redis.call('HSET', key, 'journal', journal) end
-if #fresh > 0 then redis.call('INCRBY', journal .. ':sessions', #fresh) end
-local parts = {}
-for a = 1, #ARGV - 1 do parts[a] = ARGV[a] end
-parts[#parts + 1] = table.concat(KEYS, '\\n', 1, sessions)
-push(journal, parts)
-if ARGV[#ARGV] == '1' then fold(journal) end
-return 1
+for k = 1, fresh do redis.call('HSET', KEYS[k], 'journal', journal, 'used', '') end
+if fresh > 0 then redis.call('INCRBY', journal .. ':open', fresh) end
+push(journal, ARGV, 4)
+return redis.call('LLEN', journal)
 """
+)
+
+# Of each session: description, epoch, revision, step and time of the last use, the last three out of its journal if it
+# is in one.
+PEEK = Script(
+    _JOURNAL
+    + """
+local heads, wanted = {}, {}
+for k = 1, #KEYS do
+  local head = redis.call('HMGET', KEYS[k], 'meta', 'epoch', 'revision', 'step', 'used', 'journal')
+  heads[k] = head
+  if head[6] then
+    local some = wanted[head[6]] or {left = 0, heads = {}}
+    wanted[head[6]], some.left, some.heads[KEYS[k]] = some, some.left + 1, head
+  end
+end
+for journal, some in pairs(wanted) do
+  local last, first = -1, -redis.call('LLEN', journal)
+  while some.left > 0 and last >= first do
+    local tick, at = tick_at(journal, last), 0
+    for key in string.gmatch(tick.keys, '[^\\n]+') do
+      local head = some.heads[key]
+      local epoch, before, step = struct.unpack('<i8i8i8', tick.columns, at * 24 + 1)
+      if head and tonumber(head[2]) == epoch then
+        head[3], head[4], head[5] = before + 1, step + tick.timesteps, tick.used
+        some.heads[key], some.left = nil, some.left - 1
+      end
+      at = at + 1
+    end
+    last = tick.before
+  end
+end
+return heads
+""",
+    keys=1,
 )
 
 DELETE = Script(
@@ -273,9 +319,10 @@ DELETE = Script(
 local results = {}
 for k = 1, #KEYS, 3 do
   local key, list, note = KEYS[k], KEYS[k + 1], KEYS[k + 2]
-  local epoch, why, result = ARGV[4 + (k - 1) / 3], ARGV[2], {0}
-  local stored = redis.call('HGET', key, 'epoch')
+  local epoch, why, result = ARGV[5 + (k - 1) / 3], ARGV[2], {0}
+  local stored, journal = unpack(redis.call('HMGET', key, 'epoch', 'journal'))
   if stored == epoch then
+    if journal and journal ~= ARGV[4] then fold(journal) end  -- its writer does not know
     result = {1, finish(key, list, note, why, ARGV[3], ARGV[1])}
   elseif not stored then
     local before, _, ended = string.match(redis.call('GET', note) or '', '^(%S+) (%S+) (%S+)$')

@@ -1,0 +1,195 @@
+"""The journal that a server pushes its ticks to in Redis, as the server knows it, and the line on which it does so.
+
+See `rnnserve_server.store.scripts` for what a journal is and who may do what with one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from redis.asyncio import Redis
+from redis.exceptions import ResponseError
+from redis.exceptions import TimeoutError as RedisTimeoutError
+
+from rnnserve_server.store import scripts
+from rnnserve_server.store.tick import Rows, Tick
+
+# To fold a journal keeps other clients waiting: for 10 ms, if there are 16 answers of half a KiB of 64 sessions in it,
+# because Lua reads every byte of every string several times.
+_TICKS = 256
+_BYTES = 16 << 20
+_SESSIONS = 1024
+_LOOK_TICKS = 32  # how many it has when it is looked through for such of which nothing is wanted any more
+_LOOK_BYTES = 2 << 20
+
+Command = tuple[Any, ...]
+
+
+class _Pushed(NamedTuple):
+    """A tick in the journal.
+
+    Attributes:
+        ids: its sessions.
+        replies: of each of them.
+        keep: so many are wanted of each at most.
+        length: elements.
+        nbytes: bytes.
+    """
+
+    ids: Sequence[str]
+    replies: int
+    keep: int
+    length: int
+    nbytes: int
+
+
+class Journal:
+    """What a journal has in it if all that was pushed to it has arrived, in order.
+
+    Args:
+        name: its key, which no other journal ever had.
+        prefix: what the keys of sessions begin with.
+        before: the journal before it, which the first tick has folded; or nothing.
+
+    Attributes:
+        length: its elements.
+    """
+
+    def __init__(self, name: str, prefix: str, before: str) -> None:
+        self.name = name
+        self.length = 0
+        self._prefix = prefix
+        self._before = before
+        self._nbytes = 0
+        self._pushed: deque[_Pushed] = deque()
+        self._look_ticks, self._look_bytes = _LOOK_TICKS, _LOOK_BYTES
+        # (epoch, revision, step) of the sessions that have something in it.
+        self._known: dict[str, tuple[int, int, int]] = {}
+        self._keyed: tuple[Sequence[str], bytes] = ((), b"")  # the sessions of the last tick, and their keys
+
+    @property
+    def is_full(self) -> bool:
+        """Whether it is to be folded, before that takes too long."""
+        return len(self._pushed) >= _TICKS or self._nbytes >= _BYTES or len(self._known) >= _SESSIONS
+
+    def trim(self) -> list[Command]:
+        """Takes the oldest ticks out, if it is time to and nothing is wanted of them: with these commands.
+
+        They are for a journal that has all that was pushed. Of one that has less or is not there any more, they take
+        nothing that is wanted either.
+        """
+        if len(self._pushed) < self._look_ticks and self._nbytes < self._look_bytes:
+            return []
+        lacking: dict[str, int] = {}  # replies of each session that are kept and not found yet
+        wanted = 0
+        for number, each in enumerate(reversed(self._pushed), 1):
+            for session_id in each.ids:
+                left = lacking.get(session_id)
+                if left is None or left > 0:
+                    wanted = number
+                    lacking[session_id] = (each.keep if left is None else left) - each.replies
+        unwanted = [self._pushed.popleft() for _ in range(len(self._pushed) - wanted)]
+        self.length -= sum([each.length for each in unwanted])
+        self._nbytes -= sum([each.nbytes for each in unwanted])
+        self._look_ticks, self._look_bytes = max(_LOOK_TICKS, 2 * wanted), max(_LOOK_BYTES, 2 * self._nbytes)
+        return [("LTRIM", self.name, -self.length, -1)] if unwanted else []
+
+    def strangers(self, tick: Tick) -> list[int]:
+        """The positions of those of a tick's sessions that do not go on from here."""
+        known, timesteps = self._known, tick.timesteps
+        columns = zip(tick.ids, tick.epochs, tick.revisions, tick.steps, strict=True)
+        return [
+            position
+            for position, (session_id, epoch, revision, step) in enumerate(columns)
+            if known.get(session_id) != (epoch, revision - 1, step - timesteps)
+        ]
+
+    def push(self, tick: Tick) -> Command:
+        """The command that pushes a tick. Its answer is `length` as it is then, or the tick may not be there."""
+        strangers = self.strangers(tick)
+        columns = np.array([tick.epochs, tick.revisions, tick.steps], np.int64).T - [0, 1, tick.timesteps]  # [N, 3]
+        rounds = [f"|{each.timesteps} {each.digests.shape[1]} {each.rest.shape[1]}" for each in tick.rounds]
+        common = f"{tick.last_used!r} {tick.keep} {tick.timesteps} {tick.states.shape[1]} {''.join(rounds)}"
+        elements: list[bytes | memoryview] = []
+        for each in tick.rounds:
+            elements += [_bytes(each.digests), each.head, _bytes(each.rest)]
+        elements += [_bytes(tick.states), columns.tobytes(), common.encode(), self._keys(tick.ids)]
+        command: Command = ("RPUSHX", self.name)
+        if strangers or not self.length:
+            keys = [f"{self._prefix}{{{tick.ids[position]}}}" for position in strangers]
+            before = "" if self.length else self._before
+            numbers = columns[strangers].tobytes()
+            command = ("EVALSHA", scripts.TICK.sha, len(keys) + 1, *keys, self.name, numbers, self.length, before)
+        self.length += len(elements)
+        pushed = _Pushed(tick.ids, len(tick.rounds), tick.keep, len(elements), sum(map(len, elements)))
+        self._pushed.append(pushed)
+        self._nbytes += pushed.nbytes
+        self._known.update(zip(tick.ids, zip(tick.epochs, tick.revisions, tick.steps, strict=True), strict=True))
+        return (*command, *elements)
+
+    def forget(self, session_id: str) -> None:
+        """A session ends."""
+        self._known.pop(session_id, None)
+
+    def _keys(self, ids: Sequence[str]) -> bytes:
+        if ids != self._keyed[0]:
+            self._keyed = ids, "\n".join([f"{self._prefix}{{{session_id}}}" for session_id in ids]).encode()
+        return self._keyed[1]
+
+
+def _bytes(rows: Rows) -> memoryview:
+    """Its bytes, not copied if they lie one after the other."""
+    return rows.reshape(-1).data
+
+
+class Line:
+    """One connection, for commands that must be sent at most once: redis-py's own pipelines send them again.
+
+    Args:
+        client: says how to connect.
+        patience: seconds to wait for a connection and for the answers.
+
+    Attributes:
+        turn: to be held by whoever sends something.
+    """
+
+    def __init__(self, client: Redis, patience: float) -> None:
+        pool = client.connection_pool
+        # One wait for everything instead of one for each call, which would be a task of its own.
+        self._connection = pool.connection_class(**{**pool.connection_kwargs, "socket_timeout": None})
+        self._patience = patience
+        self.turn = asyncio.Lock()
+
+    async def send(self, commands: Sequence[Command]) -> list[Any]:
+        """Sends commands in one go. Their answers, errors among them.
+
+        Raises:
+            RedisError, OSError: it is not known what has arrived, or will yet.
+        """
+        connection = self._connection
+        try:
+            async with asyncio.timeout(self._patience):
+                if not connection.is_connected:
+                    await connection.connect()  # type: ignore[no-untyped-call]
+                await connection.send_packed_command(connection.pack_commands(commands), check_health=False)
+                answers: list[Any] = []
+                for _ in commands:
+                    try:
+                        answers.append(await connection.read_response())
+                    except ResponseError as error:
+                        answers.append(error)
+                return answers
+        except BaseException as error:
+            await connection.disconnect(nowait=True)
+            if isinstance(error, TimeoutError):
+                raise RedisTimeoutError(f"no answer within {self._patience:g} s") from error
+            raise
+
+    async def close(self) -> None:
+        """Hangs up."""
+        async with self.turn:
+            await self._connection.disconnect()
