@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import functools
 import os
 import random
 import sqlite3
@@ -12,6 +14,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import redis
@@ -248,6 +251,29 @@ async def test_a_commit_that_fails_leaves_nothing(tmp_path: Path) -> None:
     await store._run(lambda: store._db.execute("PRAGMA max_page_count = 1000000"))
     assert await store.commit(writes) == [True, True]
     await store.close()
+
+
+async def test_a_file_is_looked_at_at_one_moment(tmp_path, monkeypatch):
+    """Another process that makes its tables while a new file is looked at has to wait, and is not half seen."""
+    path = tmp_path / "s.db"
+    tries = []
+
+    class Connection(sqlite3.Connection):
+        def execute(self, statement: str, *arguments: Any) -> sqlite3.Cursor:
+            if statement == "PRAGMA user_version" and not tries:
+                with contextlib.closing(connect(path, timeout=0)) as other:
+                    try:
+                        other.executescript("BEGIN; CREATE TABLE t (c); PRAGMA user_version = 1; COMMIT")
+                        tries.append("made")
+                    except sqlite3.OperationalError as error:
+                        tries.append(str(error))
+            return super().execute(statement, *arguments)
+
+    connect = sqlite3.connect
+    monkeypatch.setattr(sqlite3, "connect", functools.partial(connect, factory=Connection))
+    store = await SqliteStore.open(path)
+    await store.close()
+    assert tries == ["database is locked"]
 
 
 def test_many_processes_open_a_new_file_at_once(tmp_path: Path) -> None:

@@ -275,7 +275,9 @@ class SqliteStore(Store):
             raise StoreMisconfigured(f"{self._path}: cannot be opened: {error.strerror}: {hint}") from error
         self._db = sqlite3.connect(self._path, timeout=self._patience, isolation_level=None)
         try:
+            self._db.execute("BEGIN")  # else another process might make the tables between two of the looks
             self._check_owner()
+            self._db.execute("COMMIT")
             self._db.execute(f"PRAGMA page_size = {_PAGE_BYTES}")  # of a file that is still empty
             self._begin_log()
             self._db.execute(f"PRAGMA synchronous = {self._synchronous}")
