@@ -304,6 +304,18 @@ def test_what_is_no_text_is_refused(key, value):
         unpack(wrong)
 
 
+@pytest.mark.parametrize("key", ["format", "version", "model", "options", "checksum"])
+def test_half_a_character_is_refused(key):
+    """JSON can say a surrogate on its own, which is in no text that can be sent or stored: refused wherever it is."""
+    metadata = {"format": "rnnserve-session", "version": "1", "checksum": "0" * 64} | {key: "\ud800"}
+    header = json.dumps({"__metadata__": metadata}).encode()
+    wrong = len(header).to_bytes(8, "little") + header
+    wrong = wrong.replace(b"0" * 64, hashlib.sha256(wrong).hexdigest().encode())
+    with pytest.raises(BlobInvalid) as refused:
+        unpack(wrong)
+    str(refused.value).encode()
+
+
 def test_a_newer_blob_is_refused(monkeypatch):
     """The error says which version is understood, and that a newer server wrote it."""
     monkeypatch.setattr("rnnserve_server.blob.VERSION", 3)

@@ -104,7 +104,7 @@ def unpack(blob: bytes) -> Exported:
         raise BlobInvalid(
             f"version {VERSION} or older", f"version {version}", "a newer server wrote it: import it there"
         )
-    said = str(metadata.get("checksum")).encode()
+    said = str(metadata.get("checksum")).encode(errors="surrogatepass")
     if len(said) != len(_NO_CHECKSUM) or blob.count(said) != 1:
         raise BlobInvalid("one checksum of 64 hexadecimal digits", f"{said[:80]!r}")
     if hashlib.sha256(blob.replace(said, _NO_CHECKSUM.encode(), 1)).hexdigest().encode() != said:
