@@ -42,7 +42,7 @@ from rnnserve_server.sessions import Group
 from rnnserve_server.wire.call import Call
 from rnnserve_server.wire.send import sender
 
-_TURN_SECONDS = 0.001  # for which a message of a stream may keep the event loop, before others have their turns
+_TURN_SECONDS = 0.0004  # for which a message of a stream may keep the event loop, before others have their turns
 # What is done of a message before anybody looks how long it took:
 _TAKEN_AT_ONCE = 64  # opens or closes, which are alike mostly
 _TOLD_AT_ONCE = 64  # chunks that are told the same
