@@ -1386,9 +1386,9 @@ async def test_a_list_of_sessions_leaves_the_event_loop_to_others():
     await core.close()
 
 
-async def test_a_messages_turn_is_over_with_its_millisecond(monkeypatch):
+async def test_a_messages_turn_is_over_with_its_time(monkeypatch):
     """Frames, opens that are not alike, and lanes that are told what is wrong with them: however many there are in a
-    message, others have their turns whenever it has taken a millisecond, and not before.
+    message, others have their turns whenever it has taken 0.4 ms, and not before.
     """
     clock, turns, worked = Clock(), 0, Counter()
     core = Core(Settings(max_sessions=10), repository(), clock=clock)
@@ -1398,7 +1398,7 @@ async def test_a_messages_turn_is_over_with_its_millisecond(monkeypatch):
 
         def each(self, *args):
             worked[name, turns] += 1
-            clock.now += 0.0004
+            clock.now += 0.00016
             return whole(self, *args)
 
         monkeypatch.setattr(LaneStream, name, each)
