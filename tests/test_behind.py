@@ -20,6 +20,7 @@ from rnnserve_server.resets import ResetRules
 from rnnserve_server.scheduler import Scheduler
 from rnnserve_server.store import Head, Record, StoreUnavailable
 from rnnserve_server.store.memory import MemoryStore
+from rnnserve_server.store.tick import STEP
 from rnnserve_server.worker import Worker
 
 
@@ -49,7 +50,8 @@ class GatedStore(MemoryStore):
             raise StoreUnavailable("the disk is full")
         applied = await super().commit_ticks(ticks)
         for tick, done in zip(ticks, applied, strict=True):
-            self.stored |= {x: step for x, step, good in zip(tick.ids, tick.steps, done, strict=True) if good}
+            steps = tick.numbers[:, STEP].tolist()
+            self.stored |= {x: step for x, step, good in zip(tick.ids, steps, done, strict=True) if good}
         if fails is True:
             raise StoreUnavailable("the answer was lost")
         return applied

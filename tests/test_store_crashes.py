@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from compliance.store_suite import NOW, after, applied, created, record, rows
@@ -61,10 +62,8 @@ def columns(sessions: list[Record]) -> Tick:
     rest = rows([answer.payload[5:]] * count)
     answered = Answered(answer.timesteps, rows([answer.request_digest] * count), answer.payload[:5], rest)
     return Tick(
-        [each.id for each in writes],
-        [each.epoch for each in writes],
-        [each.revision for each in writes],
-        [each.step for each in writes],
+        tuple([each.id for each in writes]),
+        np.array([(each.epoch, each.revision, each.step) for each in writes]),
         answer.timesteps,
         writes[0].last_used,
         rows([each.states or b"" for each in writes]),

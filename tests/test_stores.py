@@ -192,13 +192,13 @@ async def test_files_that_are_none_of_ours(tmp_path: Path) -> None:
     db.close()
     await (await SqliteStore.open(later)).close()
     with sqlite3.connect(later) as db:
-        db.execute("PRAGMA user_version = 3")
+        db.execute("PRAGMA user_version = 4")
     db.close()
     before = {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)}
     for path, message in (
         (text, "not a database.*name a file of rnnserve's own"),
         (other, "another program's database"),
-        (later, "got format 3"),
+        (later, "got format 4"),
         (tmp_path, "Is a directory"),
         (tmp_path / "none" / "s.db", "No such file or directory"),
     ):
@@ -348,7 +348,7 @@ async def test_a_later_format_is_refused(redis_server: RedisServer, raw: redis.R
     stores.append(await RedisStore.open(redis_server.url))
     assert (await stores[1].peek(["a"]))[0] is not None
     raw.set("rnnserve:format", 3)
-    with pytest.raises(StoreMisconfigured, match="got format 3"):
+    with pytest.raises(StoreMisconfigured, match="got format 4"):
         await RedisStore.open(redis_server.url)
     for store in stores:
         await store.close()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import sqlite3
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from compliance.store_suite import NOW, created, record, tick
@@ -21,11 +23,22 @@ def test_a_packed_tick_is_the_tick() -> None:
     packed = made.pack()
     assert Tick.unpack(packed).writes() == made.writes()
     assert Tick.unpack(made.part(1, 2).pack()).writes() == made.writes()[1:2]
-    floors = replace(made, forget_before=[0, 1, 2])
+    floors = replace(made, forget_before=np.array([0, 1, 2]))
     assert [write.forget_before for write in Tick.unpack(floors.pack()).writes()] == [0, 1, 2]
     for cut in (0, 3, 20, len(packed) - 1):
         with pytest.raises(StoreCorrupt):
             Tick.unpack(packed[:cut])
+
+
+def test_a_tick_of_the_second_format() -> None:
+    """It had its numbers as lists, and is read."""
+    made = replace(tick([record(name) for name in "ab"], [2, 1]), forget_before=np.array([0, 2]))
+    rounds = [[each.timesteps, each.digests.shape[1], each.head.decode(), each.rest.shape[1]] for each in made.rounds]
+    columns = [made.ids, *made.numbers.T.tolist(), [0, 2]]
+    what = json.dumps([*columns, made.timesteps, made.last_used, made.keep, made.states.shape[1], rounds]).encode()
+    contents = [made.states, *(part for each in made.rounds for part in (each.digests, each.rest))]
+    packed = b"".join([len(what).to_bytes(4, "little"), what, *(each.tobytes() for each in contents)])
+    assert Tick.unpack(packed).writes() == made.writes()
 
 
 def test_a_window_smaller_than_what_is_new() -> None:
@@ -46,12 +59,12 @@ async def test_a_journal_that_has_grown_is_brought_to_the_rows(tmp_path: Path, m
     for limit, value in (("_JOURNAL_BYTES", 500), ("_JOURNAL_TICKS", 2), ("_JOURNAL_SESSIONS", 1)):
         with monkeypatch.context() as patched:
             patched.setattr(sqlite, limit, value)
-            for _ in range(4):
+            for _ in range(5):
                 assert await store.commit_ticks([tick(sessions, [1])]) == [[True, True]]
                 sessions = [replace(each, step=each.step + 1, revision=each.revision + 1) for each in sessions]
         ((ticks,),) = other.execute("SELECT count(*) FROM journal")
         ((step,),) = other.execute("SELECT step FROM sessions WHERE id = 'a'")
-        assert ticks < 4
+        assert ticks < 5
         assert step + ticks == sessions[0].step
     other.close()
     await store.close()
@@ -100,14 +113,18 @@ async def test_a_journal_that_a_dead_process_left_behind(tmp_path: Path) -> None
     await again.close()
 
 
-async def test_a_file_of_the_first_format_goes_on(tmp_path: Path) -> None:
-    """It lacks the journal only, and is given one."""
+@pytest.mark.parametrize("version", [1, 2])
+async def test_a_file_of_an_earlier_format_goes_on(version: int, tmp_path: Path) -> None:
+    """The first lacks the journal, and is given one; the second has it. Releases that know of no later format refuse
+    the file from then on.
+    """
     store = await SqliteStore.open(tmp_path / "s.db")
     session = await created(store, states=b"\0" * 8)
     await store.close()
     with sqlite3.connect(tmp_path / "s.db") as db:
-        db.execute("DROP TABLE journal")
-        db.execute("PRAGMA user_version = 1")
+        if version == 1:
+            db.execute("DROP TABLE journal")
+        db.execute(f"PRAGMA user_version = {version}")
     db.close()
     store = await SqliteStore.open(tmp_path / "s.db")
     assert await store.commit_ticks([tick([session], [2])]) == [[True]]
@@ -115,3 +132,6 @@ async def test_a_file_of_the_first_format_goes_on(tmp_path: Path) -> None:
     assert head is not None
     assert head.step == 2
     await store.close()
+    with sqlite3.connect(tmp_path / "s.db") as db:
+        assert db.execute("PRAGMA user_version").fetchone() == (3,)
+    db.close()

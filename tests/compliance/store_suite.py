@@ -89,10 +89,8 @@ def tick(before: Sequence[Record], chunks: Sequence[int], keep: int = 16) -> Tic
         rounds.append(Answered(timesteps, rows(digests), b"head", rows([b"y%8d" % step for step in at])))
         at = [step + timesteps for step in at]
     return Tick(
-        [each.id for each in before],
-        [each.epoch for each in before],
-        [each.revision + 1 for each in before],
-        steps,
+        tuple([each.id for each in before]),
+        np.array([(each.epoch, each.revision + 1, step) for each, step in zip(before, steps, strict=True)]),
         sum(chunks),
         max(each.last_used for each in before) + 1,
         rows([b"%8d" % step for step in steps]),

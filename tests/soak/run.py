@@ -13,6 +13,7 @@ from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 
 import grpc.aio
 
@@ -59,8 +60,9 @@ class Report:
         return (
             f"{self.seconds:.0f} s, {sum(self.visits.values())} visits ({dict(self.visits)}), {self.chunks} chunks\n"
             f"memory: {self.before.memory / 1e6:.1f} MB before, {max(memory):.1f} at most, "
-            f"{sorted(memory[third:-third])[third // 2]:.1f} in the second third, "
-            f"{sorted(memory[-third:])[third // 2]:.1f} in the last, {self.after.memory / 1e6:.1f} after\n"
+            f"{median(memory[third:-third]):.1f} in the second third, {median(memory[-third:]):.1f} in the last, "
+            f"{self.after.memory / 1e6:.1f} after\n"
+            f"memory, tenth by tenth: {', '.join(_tenths(memory))}\n"
             f"descriptors: {self.before.files} before, {_thirds([each.files for each in self.during])} at most in each "
             f"third, {self.after.files} after; threads: {self.before.threads} before, {self.after.threads} after\n"
             f"sessions left: {self.sessions}"
@@ -71,6 +73,12 @@ def _thirds(figures: list[int]) -> str:
     """The most of each third."""
     third = max(len(figures) // 3, 1)
     return ", ".join(str(max(figures[start : start + third])) for start in (0, third, len(figures) - third))
+
+
+def _tenths(figures: list[float]) -> list[str]:
+    """The median of each tenth."""
+    size = max(len(figures) // 10, 1)
+    return [f"{median(figures[start : start + size]):.1f}" for start in range(0, len(figures) - size + 1, size)]
 
 
 async def soak(

@@ -54,7 +54,7 @@ from rnnserve_server.repository import Repository
 from rnnserve_server.resets import NO_RULES, ResetRules
 from rnnserve_server.sessions import Group, SessionTable
 from rnnserve_server.store.base import End, Head, Record, Reply, Store, StoreError, Write, first_epoch
-from rnnserve_server.store.tick import Answered, Tick
+from rnnserve_server.store.tick import EPOCH, REVISION, STEP, Answered, Tick
 
 log = structlog.get_logger(__name__)
 
@@ -372,17 +372,19 @@ class Keeper:
             for (each, outputs, shown), what in zip(rounds[-limits.replies :], asked[-limits.replies :], strict=True):
                 answered.append(Answered(each.call.timesteps, what, *pack_answers(outputs, shown, count)))
         by_count = window.by_count and all(each.rest.shape[1] * limits.replies <= limits.bytes for each in answered)
+        numbers = np.empty((count, 3), np.int64)  # [N, 3]
+        numbers[:, EPOCH] = group.epoch[slots]
+        numbers[:, REVISION] = group.revision[slots] + 1
+        numbers[:, STEP] = sessions.first_steps + np.uint64(last.call.timesteps)
         return Tick(
-            [group.ids[slot] for slot in slots.tolist()],
-            group.epoch[slots].tolist(),
-            (group.revision[slots] + 1).tolist(),
-            (sessions.first_steps + np.uint64(last.call.timesteps)).tolist(),
+            tuple([group.ids[slot] for slot in slots.tolist()]),
+            numbers,
             sum([block.call.timesteps for block in chain]),
             self._wall_clock(),
             pack_states(group, last.states, count),
             tuple(answered),
             limits.replies,
-            () if by_count else window.oldest(group, slots).tolist(),
+            None if by_count else window.oldest(group, slots).astype(np.int64),
         )
 
     async def save(self, group: Group, slots: Array) -> None:

@@ -10,12 +10,13 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from rnnserve_server.store import scripts
+from rnnserve_server.store.outcome import wanted
+from rnnserve_server.store.standing import Standing, strangers
 from rnnserve_server.store.tick import Rows, Tick
 
 # To fold a journal keeps other clients waiting: for 10 ms, if there are 16 answers of half a KiB of 64 sessions in it,
@@ -67,8 +68,7 @@ class Journal:
         self._nbytes = 0
         self._pushed: deque[_Pushed] = deque()
         self._look_ticks, self._look_bytes = _LOOK_TICKS, _LOOK_BYTES
-        # (epoch, revision, step) of the sessions that have something in it.
-        self._known: dict[str, tuple[int, int, int]] = {}
+        self._known = Standing()  # the sessions that have something in it
         self._keyed: tuple[Sequence[str], bytes] = ((), b"")  # the sessions of the last tick, and their keys
 
     @property
@@ -84,56 +84,42 @@ class Journal:
         """
         if len(self._pushed) < self._look_ticks and self._nbytes < self._look_bytes:
             return []
-        lacking: dict[str, int] = {}  # replies of each session that are kept and not found yet
-        wanted = 0
-        for number, each in enumerate(reversed(self._pushed), 1):
-            for session_id in each.ids:
-                left = lacking.get(session_id)
-                if left is None or left > 0:
-                    wanted = number
-                    lacking[session_id] = (each.keep if left is None else left) - each.replies
-        unwanted = [self._pushed.popleft() for _ in range(len(self._pushed) - wanted)]
+        found = wanted([(each.ids, each.replies, each.keep) for each in reversed(self._pushed)])
+        unwanted = [self._pushed.popleft() for _ in range(found[::-1].index(True))]
         self.length -= sum([each.length for each in unwanted])
         self._nbytes -= sum([each.nbytes for each in unwanted])
-        self._look_ticks, self._look_bytes = max(_LOOK_TICKS, 2 * wanted), max(_LOOK_BYTES, 2 * self._nbytes)
+        self._look_ticks, self._look_bytes = max(_LOOK_TICKS, 2 * len(self._pushed)), max(_LOOK_BYTES, 2 * self._nbytes)
         return [("LTRIM", self.name, -self.length, -1)] if unwanted else []
 
-    def strangers(self, tick: Tick) -> list[int]:
+    def strangers(self, tick: Tick) -> Sequence[int]:
         """The positions of those of a tick's sessions that do not go on from here."""
-        known, timesteps = self._known, tick.timesteps
-        columns = zip(tick.ids, tick.epochs, tick.revisions, tick.steps, strict=True)
-        return [
-            position
-            for position, (session_id, epoch, revision, step) in enumerate(columns)
-            if known.get(session_id) != (epoch, revision - 1, step - timesteps)
-        ]
+        return strangers(self._known.of(tick.ids), tick.before)
 
     def push(self, tick: Tick) -> Command:
         """The command that pushes a tick. Its answer is `length` as it is then, or the tick may not be there."""
-        strangers = self.strangers(tick)
-        columns = np.array([tick.epochs, tick.revisions, tick.steps], np.int64).T - [0, 1, tick.timesteps]  # [N, 3]
+        before = tick.before
+        fresh = strangers(self._known.of(tick.ids), before)
         rounds = [f"|{each.timesteps} {each.digests.shape[1]} {each.rest.shape[1]}" for each in tick.rounds]
         common = f"{tick.last_used!r} {tick.keep} {tick.timesteps} {tick.states.shape[1]} {''.join(rounds)}"
         elements: list[bytes | memoryview] = []
         for each in tick.rounds:
             elements += [_bytes(each.digests), each.head, _bytes(each.rest)]
-        elements += [_bytes(tick.states), columns.tobytes(), common.encode(), self._keys(tick.ids)]
+        elements += [_bytes(tick.states), before.tobytes(), common.encode(), self._keys(tick.ids)]
         command: Command = ("RPUSHX", self.name)
-        if strangers or not self.length:
-            keys = [f"{self._prefix}{{{tick.ids[position]}}}" for position in strangers]
-            before = "" if self.length else self._before
-            numbers = columns[strangers].tobytes()
-            command = ("EVALSHA", scripts.TICK.sha, len(keys) + 1, *keys, self.name, numbers, self.length, before)
+        if fresh or not self.length:
+            keys = [f"{self._prefix}{{{tick.ids[position]}}}" for position in fresh]
+            numbers, last = before[list(fresh)].tobytes(), "" if self.length else self._before
+            command = ("EVALSHA", scripts.TICK.sha, len(keys) + 1, *keys, self.name, numbers, self.length, last)
         self.length += len(elements)
         pushed = _Pushed(tick.ids, len(tick.rounds), tick.keep, len(elements), sum(map(len, elements)))
         self._pushed.append(pushed)
         self._nbytes += pushed.nbytes
-        self._known.update(zip(tick.ids, zip(tick.epochs, tick.revisions, tick.steps, strict=True), strict=True))
+        self._known.set(tick.ids, tick.numbers)
         return (*command, *elements)
 
     def forget(self, session_id: str) -> None:
         """A session ends."""
-        self._known.pop(session_id, None)
+        self._known.forget(session_id)
 
     def _keys(self, ids: Sequence[str]) -> bytes:
         if ids != self._keyed[0]:

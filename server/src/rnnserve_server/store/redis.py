@@ -210,7 +210,7 @@ class RedisStore(Store):
         """See `Store`."""
         check_distinct([session_id for tick in ticks for session_id in tick.ids])
         if self._per_call == 1 or any(
-            tick.forget_before or max((*tick.epochs, *tick.revisions, *tick.steps)) >= _EXACT for tick in ticks
+            tick.forget_before is not None or tick.numbers.max(initial=0) >= _EXACT for tick in ticks
         ):
             return await super().commit_ticks(ticks)
         if await self._push(ticks):

@@ -22,6 +22,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, ParamSpec, TypeVar
 
+import numpy as np
+
 from rnnserve_server.store.base import (
     REMEMBERED,
     End,
@@ -38,11 +40,14 @@ from rnnserve_server.store.base import (
     Write,
     check_distinct,
 )
-from rnnserve_server.store.outcome import Outcome
-from rnnserve_server.store.tick import Tick
+from rnnserve_server.store.outcome import Outcome, wanted
+from rnnserve_server.store.standing import Standing, strangers
+from rnnserve_server.store.tick import EPOCH, Tick
 
 _APPLICATION = 0x726E6E73  # "rnns"
-_VERSION = 2
+_VERSION = 3
+_TICKS_SINCE = 2  # that version there is a journal of ticks
+_READ = (1, 2, _VERSION)
 
 # Replies lie in the order in which they were given, not by session: those that come together are neighbours, and so are
 # those that are forgotten together. For the same reason pages are large and the log is long: a page written many
@@ -98,6 +103,10 @@ _COUNTERS = """
 SELECT json_group_array(json_array(id, n, epoch, revision, step))
 FROM sessions WHERE id IN (SELECT value FROM json_each(?))
 """
+_APPEND = """
+INSERT INTO journal (tick) SELECT ?1 WHERE (SELECT data_version FROM pragma_data_version) = ?2
+"""
+_NO_VERSION = -1  # of the file: nothing is in mind
 _IN_SCOPE = "id >= ? AND id < ?"
 
 P = ParamSpec("P")
@@ -137,9 +146,8 @@ class SqliteStore(Store):
         self._patience = patience
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="store")
         self._db: sqlite3.Connection
-        # (epoch, revision, step) of sessions, among them all that the journal names; good for this version of the file.
-        self._known: dict[str, tuple[int, int, int]] = {}
-        self._version = -1
+        self._known = Standing()  # all that the journal names are in it; good for this version of the file
+        self._version = _NO_VERSION
         self._journal: list[_Entry] = []  # what the file's journal holds, as long as that is good
         self._journal_bytes = 0
         self._look_again = _LOOK_BYTES  # of the journal, when it is looked through
@@ -292,8 +300,10 @@ class SqliteStore(Store):
                     for statement in _SCHEMA.split(";\n"):
                         self._db.execute(statement)
                     self._db.execute(f"PRAGMA application_id = {_APPLICATION}")
-                if self._db.execute("PRAGMA user_version").fetchone()[0] < _VERSION:
+                (version,) = self._db.execute("PRAGMA user_version").fetchone()
+                if version < _TICKS_SINCE:
                     self._db.execute(_JOURNAL)
+                if version < _VERSION:
                     self._db.execute(f"PRAGMA user_version = {_VERSION}")
         except BaseException:
             self._db.close()
@@ -311,7 +321,7 @@ class SqliteStore(Store):
                 f"{self._path}: expected a file of rnnserve's sessions, got another program's database; "
                 "name a file that is not there yet"
             )
-        if version not in (1, _VERSION):
+        if version not in _READ:
             raise StoreMisconfigured(
                 f"{self._path}: expected sessions in format {_VERSION}, got format {version}; "
                 "serve them with the release that wrote them, or name another file"
@@ -342,6 +352,7 @@ class SqliteStore(Store):
             yield
             self._db.execute("COMMIT")
         except BaseException:
+            self._version = _NO_VERSION  # what is in mind may not be what is there
             if self._db.in_transaction:
                 self._db.execute("ROLLBACK")
             raise
@@ -399,50 +410,73 @@ class SqliteStore(Store):
 
     def _append(self, ticks: Sequence[Tick]) -> bool:
         """Puts ticks into the journal, if all of them follow what is stored: whether they do."""
-        follow: dict[str, tuple[int, int, int]] = {}
-        try:
-            with self._transaction():
-                self._look([session_id for tick in ticks for session_id in tick.ids])
-                known = self._known
-                for tick in ticks:
-                    columns = zip(tick.ids, tick.epochs, tick.revisions, tick.steps, strict=True)
-                    for session_id, epoch, revision, step in columns:
-                        if known.get(session_id) != (epoch, revision - 1, step - tick.timesteps):
-                            return False
-                        follow[session_id] = epoch, revision, step
-                for tick in ticks:
-                    packed = tick.pack()
-                    number = self._db.execute("INSERT INTO journal (tick) VALUES (?)", (packed,)).lastrowid
-                    self._journal.append(_Entry(number, len(packed), tick))
-                    self._journal_bytes += len(packed)
-                known |= follow
-                if self._journal_bytes > self._look_again:
-                    self._thin()
-                if (
-                    self._journal_bytes > _JOURNAL_BYTES
-                    or len(self._journal) > _JOURNAL_TICKS
-                    or len(known) > _JOURNAL_SESSIONS
-                ):
-                    self._fold()
-        except BaseException:
-            self._known = {}  # whether it was committed is not known
-            raise
+        if len(ticks) == 1 and not self._is_due and self._append_at_once(ticks[0]):
+            return True
+        with self._transaction():
+            self._look([session_id for tick in ticks for session_id in tick.ids])
+            if any(len(strangers(self._known.of(tick.ids), tick.before)) for tick in ticks):
+                return False
+            for tick in ticks:
+                packed = tick.pack()
+                self._note_tick(self._db.execute("INSERT INTO journal (tick) VALUES (?)", (packed,)), packed, tick)
+            if self._journal_bytes > self._look_again:
+                self._thin()
+            if self._is_full:
+                self._fold()
         return True
+
+    def _append_at_once(self, tick: Tick) -> bool:
+        """Puts a tick into the journal by one statement, if it follows what is in mind, and that is good.
+
+        The interpreter's lock is given up and taken again at every statement, and others are after it.
+        """
+        if len(strangers(self._known.of(tick.ids), tick.before)):
+            return False
+        packed = tick.pack()
+        try:
+            added = self._db.execute(_APPEND, (packed, self._version))
+        except BaseException:
+            self._version = _NO_VERSION  # whether it was committed is not known
+            raise
+        if added.rowcount:
+            self._note_tick(added, packed, tick)
+        return bool(added.rowcount)
+
+    def _note_tick(self, added: sqlite3.Cursor, packed: bytes, tick: Tick) -> None:
+        """A tick was put into the journal."""
+        self._journal.append(_Entry(added.lastrowid, len(packed), tick))
+        self._journal_bytes += len(packed)
+        self._known.set(tick.ids, tick.numbers)
+
+    @property
+    def _is_full(self) -> bool:
+        """Whether the journal is to be brought to the sessions' rows, before that takes too long."""
+        return (
+            self._journal_bytes > _JOURNAL_BYTES
+            or len(self._journal) > _JOURNAL_TICKS
+            or len(self._known) > _JOURNAL_SESSIONS
+        )
+
+    @property
+    def _is_due(self) -> bool:
+        """Whether there is more to do than to append."""
+        return self._journal_bytes > self._look_again or self._is_full
 
     def _look(self, ids: Sequence[str]) -> None:
         """Has in mind where sessions stand, of those that there are."""
         if not self._current():
             self._fold()
-        if missing := [session_id for session_id in ids if session_id not in self._known]:
-            for session_id, (_, epoch, revision, step) in self._counters(missing).items():
-                self._known[session_id] = epoch, revision, step
+        unknown = np.flatnonzero(self._known.of(tuple(ids))[:, EPOCH] < 0)
+        if len(unknown):
+            found = self._counters([ids[position] for position in unknown.tolist()])
+            numbers = np.array([row[1:] for row in found.values()], np.int64).reshape(-1, 3)
+            self._known.set(tuple(found), numbers)
 
     def _current(self) -> bool:
-        """Whether what is in mind is good: nobody else has written since. If not, it is forgotten."""
+        """Whether what is in mind is good: nobody else has written since."""
         (version,) = self._db.execute("PRAGMA data_version").fetchone()
-        if version != self._version:
-            self._version, self._known = version, {}
-        return bool(self._known)
+        good: bool = version == self._version
+        return good
 
     def _settle(self) -> None:
         """Brings the journal to the sessions' rows, if there is anything in it."""
@@ -452,13 +486,14 @@ class SqliteStore(Store):
 
     def _thin(self) -> None:
         """Takes the ticks out of the journal of which nothing is wanted any more."""
-        outcome = Outcome()
-        wanted = [entry for entry in reversed(self._journal) if outcome.add(entry.tick)]
-        kept = {entry.number for entry in wanted}
-        unwanted = [(entry.number,) for entry in self._journal if entry.number not in kept]
-        self._db.executemany("DELETE FROM journal WHERE n = ?", unwanted)
-        self._journal = wanted[::-1]
-        self._journal_bytes = sum([entry.nbytes for entry in wanted])
+        ticks = [entry.tick for entry in reversed(self._journal)]
+        found = wanted([(tick.ids, len(tick.rounds), tick.keep) for tick in ticks])[::-1]
+        entries = list(zip(self._journal, found, strict=True))
+        self._db.executemany(
+            "DELETE FROM journal WHERE n = ?", [(entry.number,) for entry, kept in entries if not kept]
+        )
+        self._journal = [entry for entry, kept in entries if kept]
+        self._journal_bytes = sum([entry.nbytes for entry in self._journal])
         self._look_again = max(_LOOK_BYTES, 2 * self._journal_bytes)
 
     def _fold(self) -> None:
@@ -468,7 +503,8 @@ class SqliteStore(Store):
         else:
             found = self._db.execute("SELECT tick FROM journal ORDER BY n DESC")
             ticks = (Tick.unpack(packed) for (packed,) in found)
-        self._known, self._journal, self._journal_bytes, self._look_again = {}, [], 0, _LOOK_BYTES
+            (self._version,) = self._db.execute("PRAGMA data_version").fetchone()
+        self._known, self._journal, self._journal_bytes, self._look_again = Standing(), [], 0, _LOOK_BYTES
         outcome = Outcome()
         for tick in ticks:
             outcome.add(tick)

@@ -6,7 +6,7 @@ A tick steps many sessions alike. Made into a `Write` for each of them it would 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,8 +16,14 @@ from rnnserve_server.store.base import Reply, StoreCorrupt, Write
 
 Rows = NDArray[np.uint8]
 """N equal parts of bytes: uint8 [N, bytes of a part]."""
+Numbers = NDArray[np.int64]
+"""Where N sessions stand: int64 [N, 3], the epoch, revision and step of each."""
 
+EPOCH, REVISION, STEP = range(3)
+"""The columns of `Numbers`."""
 _LENGTH_BYTES = 4
+_NUMBER_BYTES = 8
+_FORMAT_2 = 9  # things that files of format 2 say beside the ids
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -48,31 +54,33 @@ class Tick:
 
     Attributes:
         ids: [N], the sessions'.
-        epochs: [N], the writer's.
-        revisions: [N], the numbers of the writes.
-        steps: [N], the sessions' steps afterwards.
+        numbers: where they stand afterwards: the writer's epochs, the numbers of the writes, the steps.
         timesteps: time steps that each session took.
         last_used: when they were used.
         states: their states afterwards.
         rounds: the last chunks of each, oldest first: no more than ``keep``.
         keep: replies that a window holds at most.
-        forget_before: [N], the first steps of the windows; empty if only ``keep`` limits them.
+        forget_before: int64 [N], the first steps of the windows; None if only ``keep`` limits them.
     """
 
-    ids: Sequence[str]
-    epochs: Sequence[int]
-    revisions: Sequence[int]
-    steps: Sequence[int]
+    ids: tuple[str, ...]
+    numbers: Numbers
     timesteps: int
     last_used: float
     states: Rows
     rounds: tuple[Answered, ...]
     keep: int
-    forget_before: Sequence[int] = ()
+    forget_before: NDArray[np.int64] | None = None
+
+    @property
+    def before(self) -> Numbers:
+        """Where its sessions stood."""
+        before: Numbers = self.numbers - np.array([0, 1, self.timesteps])
+        return before
 
     def replies(self, position: int) -> list[Reply]:
         """What one of the sessions was answered, oldest first."""
-        step = self.steps[position] - sum([each.timesteps for each in self.rounds])
+        step = int(self.numbers[position, STEP]) - sum([each.timesteps for each in self.rounds])
         replies = []
         for each in self.rounds:
             replies.append(each.reply(position, step))
@@ -84,33 +92,32 @@ class Tick:
         some = slice(start, stop)
         return Tick(
             self.ids[some],
-            self.epochs[some],
-            self.revisions[some],
-            self.steps[some],
+            self.numbers[some],
             self.timesteps,
             self.last_used,
             self.states[some],
             tuple(Answered(each.timesteps, each.digests[some], each.head, each.rest[some]) for each in self.rounds),
             self.keep,
-            self.forget_before[some],
+            None if self.forget_before is None else self.forget_before[some],
         )
 
     def writes(self) -> list[Write]:
         """The same, session by session."""
-        floors = self.forget_before or [0] * len(self.ids)
+        floors = [0] * len(self.ids) if self.forget_before is None else self.forget_before.tolist()
+        columns = zip(self.ids, self.numbers.tolist(), self.states, floors, strict=True)
         return [
             Write(
                 session_id,
-                self.epochs[position],
-                self.revisions[position],
-                self.steps[position],
+                epoch,
+                revision,
+                step,
                 self.last_used,
-                self.states[position].tobytes(),
+                states.tobytes(),
                 tuple(self.replies(position)),
-                floors[position],
+                floor,
                 self.keep,
             )
-            for position, session_id in enumerate(self.ids)
+            for position, (session_id, (epoch, revision, step), states, floor) in enumerate(columns)
         ]
 
     def pack(self) -> bytes:
@@ -119,18 +126,20 @@ class Tick:
             (each.timesteps, each.digests.shape[1], each.head.decode("latin-1"), each.rest.shape[1])
             for each in self.rounds
         ]
-        columns = (self.ids, self.epochs, self.revisions, self.steps, self.forget_before)
-        what = json.dumps(
-            (*columns, self.timesteps, self.last_used, self.keep, self.states.shape[1], rounds), separators=(",", ":")
-        ).encode()
-        parts: list[bytes | memoryview] = [
-            len(what).to_bytes(_LENGTH_BYTES, "little"),
-            what,
-            np.ascontiguousarray(self.states).data,
-        ]
-        for each in self.rounds:
-            parts += [np.ascontiguousarray(each.digests).data, np.ascontiguousarray(each.rest).data]
+        floors = self.forget_before is not None
+        common = (self.timesteps, self.last_used, self.keep, self.states.shape[1], rounds, floors)
+        what = json.dumps((self.ids, *common), separators=(",", ":")).encode()
+        parts: list[bytes | memoryview] = [len(what).to_bytes(_LENGTH_BYTES, "little"), what, *self._contents()]
         return b"".join(parts)
+
+    def _contents(self) -> Iterator[memoryview]:
+        yield np.ascontiguousarray(self.numbers).data
+        if self.forget_before is not None:
+            yield np.ascontiguousarray(self.forget_before).data
+        yield np.ascontiguousarray(self.states).data
+        for each in self.rounds:
+            yield np.ascontiguousarray(each.digests).data
+            yield np.ascontiguousarray(each.rest).data
 
     @classmethod
     def unpack(cls, packed: bytes) -> Tick:
@@ -147,9 +156,16 @@ class Tick:
             return np.frombuffer(packed, np.uint8, count * width, start - count * width).reshape(count, width)
 
         try:
-            what = json.loads(packed[_LENGTH_BYTES:start])
-            ids, epochs, revisions, steps, floors, timesteps, last_used, keep, width, rounds = what
+            ids, *what = json.loads(packed[_LENGTH_BYTES:start])
             count = len(ids)
+            if len(what) == _FORMAT_2:  # numbers and floors are lists
+                epochs, revisions, steps, floors, timesteps, last_used, keep, width, rounds = what
+                numbers = np.array([epochs, revisions, steps], np.int64).T
+                forget_before = np.array(floors, np.int64) if floors else None
+            else:
+                timesteps, last_used, keep, width, rounds, floors = what
+                numbers = rows(3 * _NUMBER_BYTES).reshape(-1).view(np.int64).reshape(count, 3)
+                forget_before = rows(_NUMBER_BYTES).reshape(-1).view(np.int64) if floors else None
             states = rows(width)
             answered = tuple(
                 Answered(steps_of, rows(digest), head.encode("latin-1"), rows(rest))
@@ -157,4 +173,4 @@ class Tick:
             )
         except (ValueError, TypeError) as error:
             raise StoreCorrupt(f"a stored tick of {len(packed)} bytes cannot be read: {error}") from error
-        return cls(ids, epochs, revisions, steps, timesteps, last_used, states, answered, keep, floors)
+        return cls(tuple(ids), numbers, timesteps, last_used, states, answered, keep, forget_before)
