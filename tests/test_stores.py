@@ -348,7 +348,7 @@ async def test_a_later_format_is_refused(redis_server: RedisServer, raw: redis.R
     stores.append(await RedisStore.open(redis_server.url))
     assert (await stores[1].peek(["a"]))[0] is not None
     raw.set("rnnserve:format", 3)
-    with pytest.raises(StoreMisconfigured, match="got format 4"):
+    with pytest.raises(StoreMisconfigured, match="got format 3"):
         await RedisStore.open(redis_server.url)
     for store in stores:
         await store.close()

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -22,7 +23,7 @@ import structlog
 
 from rnnserve_models.engine.base import Array, Arrays, Engine, EngineError
 from rnnserve_models.load import LoadedModel
-from rnnserve_server.behind import Behind, Chain, Ran
+from rnnserve_server.behind import Behind, Ran
 from rnnserve_server.blocks import Barrier, Block, Failure, Sink
 from rnnserve_server.errors import (
     Cancelled,
@@ -44,7 +45,8 @@ from rnnserve_server.replay import Run
 from rnnserve_server.resets import resets
 from rnnserve_server.scheduler import Scheduler, Tick
 from rnnserve_server.sessions import Group, SessionTable
-from rnnserve_server.store.base import StoreError
+from rnnserve_server.store.base import Applied, StoreError
+from rnnserve_server.store.tick import Tick as Changes
 
 log = structlog.get_logger(__name__)
 
@@ -59,6 +61,9 @@ Soon = Callable[[Callable[[], object]], object]
 
 Shown = list[tuple[Block, Arrays, Arrays]]
 """The blocks that a finished one was made of, and the outputs and states of each, as `Answers` has them."""
+
+Chained = list[tuple[Block, Shown]]
+"""The blocks of a chain, and what they answer."""
 
 
 class _Ready(NamedTuple):
@@ -131,7 +136,12 @@ class Worker:
         self._due = False  # it is about to tick
         self._task: asyncio.Task[None] | None = None  # what ticks, where that has to wait
         self._behind = Behind()
-        self._storing: asyncio.Task[None] | None = None
+        self._storing = False  # a commit is under way
+        self._storing_long = False  # for so long that nothing waits for it any more
+        self._storing_at = 0.0  # since then
+        self._all_stored = asyncio.Event()  # none is
+        self._held: asyncio.TimerHandle | None = None  # says when that is
+        self._losing: asyncio.Task[None] | None = None  # held on to, or it might be collected
         self._ran_at = 0.0  # when the first of what is behind was run
         self._commit_seconds = 0.0  # what the last commit took, as far as it shall count
 
@@ -147,7 +157,7 @@ class Worker:
     @property
     def idle(self) -> bool:
         """Whether nothing is queued."""
-        return not self._due and self._task is None and self._storing is None
+        return not self._due and self._task is None and not self._storing
 
     def take_in(self, frame: Frame, signature: Signature) -> None:
         """Queues a frame. Called on the event loop's thread; frames of one turn of the loop are joined."""
@@ -198,8 +208,10 @@ class Worker:
     async def settle(self) -> None:
         """Waits for what is queued."""
         while not self.idle:
-            if task := self._task or self._storing:
-                await task
+            if self._task is not None:
+                await self._task
+            elif self._storing:
+                await self._all_stored.wait()
             else:
                 await asyncio.sleep(0)
 
@@ -218,16 +230,15 @@ class Worker:
         tick = self._next_tick()
         if tick is None:
             return
-        if self._keeper is not None:
-            self._task = asyncio.get_running_loop().create_task(self._loop(tick), context=contextvars.Context())
+        if self._ahead(tick.blocks):
+            self._begin_loop(self._loop(tick))
             return
         self._begins()
         sinks = _sinks(tick.blocks)
         try:
             ready = self._ready(tick)
             if not self._is_short(ready):
-                loop = asyncio.get_running_loop()
-                self._task = loop.create_task(self._loop(tick, ready, sinks), context=contextvars.Context())
+                self._begin_loop(self._loop(tick, ready, sinks))
                 return
             self._ran(ready, None if ready.batch is None else self._compute(ready.batch))
         except Exception:
@@ -236,6 +247,9 @@ class Worker:
         if len(self):  # small runs one after the other must not keep the loop from reading and writing
             self._due = True
             self._next_turn(self._turn)
+
+    def _begin_loop(self, loop: Coroutine[None, None, None]) -> None:
+        self._task = asyncio.get_running_loop().create_task(loop, context=contextvars.Context())
 
     async def _loop(self, tick: Tick | None, ready: _Ready | None = None, sinks: Collection[Sink] = ()) -> None:
         """Ticks for as long as something is ready, beginning with a tick that may be ready too."""
@@ -246,8 +260,9 @@ class Worker:
                     sinks = _sinks(tick.blocks)
                 try:
                     if ready is None:
-                        if self._keeper is not None:
-                            await self._verify(tick.blocks, self._keeper)
+                        if self._keeper is not None and (ahead := self._ahead(tick.blocks)):
+                            with suppress(StoreDown):
+                                await self._keeper.verify(ahead)
                         ready = self._ready(tick)
                     if ready.batch is None or self._is_short(ready):
                         result = None if ready.batch is None else self._compute(ready.batch)
@@ -259,12 +274,6 @@ class Worker:
                     self._failed(tick)
                 self._ends(sinks)
                 if len(self):  # as in `_turn`
-                    await asyncio.sleep(0)
-                if self._keeper is not None and self._must_store(self._keeper):
-                    # What comes meanwhile is one tick. If another process does not answer, there may be work that is
-                    # not for the store.
-                    longest = None if self._keeper.store.embedded else _HELD_SECONDS
-                    await asyncio.wait([self._begin_storing(self._keeper)], timeout=longest)
                     await asyncio.sleep(0)
                 tick, ready = self._next_tick(), None
         finally:
@@ -291,7 +300,10 @@ class Worker:
         self._on_progress()
 
     def _next_tick(self) -> Tick | None:
+        """What is to be run next; nothing as long as what was run is stored before."""
         self.line_up()
+        if self._keeper is not None and self._stores_first(self._keeper):
+            return None
         return self._scheduler.next_tick()
 
     def line_up(self) -> None:
@@ -310,10 +322,13 @@ class Worker:
                 block = block.take(left)
             self._scheduler.submit(block)
 
-    async def _verify(self, blocks: list[Block], keeper: Keeper) -> None:
-        """Looks whether sessions are still ours for which chunks come from further on: another server may have moved
-        them on.
+    def _ahead(self, blocks: Sequence[Block]) -> list[str]:
+        """The sessions for which chunks come from further on than they are here, where there is a store: another server
+        may have moved them on, and it is to be verified that they are still ours.
         """
+        if self._keeper is None:
+            return []
+        found: list[str] = []
         for block in blocks:
             sessions = block.sessions
             if sessions is None or sessions.first_steps is None or block.begun or block.onto is not None:
@@ -321,8 +336,8 @@ class Worker:
             group, slots = sessions.group, sessions.slots
             ahead = (sessions.first_steps > group.step[slots]) & (group.generation[slots] == sessions.generations)
             if ahead.any():
-                with suppress(StoreDown):
-                    await keeper.verify([group.ids[slot] for slot in slots[ahead].tolist()])
+                found += [group.ids[slot] for slot in slots[ahead].tolist()]
+        return found
 
     def _ready(self, tick: Tick) -> _Ready:
         """Begins the blocks of a tick that have not begun, and puts together what the engine is to run."""
@@ -386,20 +401,26 @@ class Worker:
         self._watched = None  # it is over when they are stored
         for block in sessions:
             self._scheduler.ran(block)
-        if self._storing is None and not self._waits(keeper):
+        if not self._storing and not self._waits(keeper):
             self._begin_storing(keeper)
         return [block for block in blocks if block.sessions is None]
 
-    def _must_store(self, keeper: Keeper) -> bool:
-        """Whether what was run is to be stored before anything else is run, where commits are waited for.
+    def _stores_first(self, keeper: Keeper) -> bool:
+        """Whether what was run is to be stored before anything else is run, where commits are waited for; begins it.
 
         A commit costs the same for many frames as for one. So what is waiting is run first, and stored along with what
-        was run before, which thereby waits for as long as the last commit took at most.
+        was run before, which thereby waits for as long as the last commit took at most. What comes meanwhile is one
+        tick; if another process does not answer, there may be work that is not for the store.
         """
-        if not self._behind or self._storing is not None or not self._waits(keeper):
+        if not self._waits(keeper):
             return False
-        self.line_up()
-        return not self._scheduler.has_ready or self._clock() >= self._ran_at + self._commit_seconds
+        if not self._storing:
+            if not self._behind:
+                return False
+            if self._scheduler.has_ready and self._clock() < self._ran_at + self._commit_seconds:
+                return False
+            self._begin_storing(keeper)
+        return self._storing and not self._storing_long
 
     def _waits(self, keeper: Keeper) -> bool:
         """Whether nothing is run during a commit: where it is this process's own work anyway, or is over so soon that
@@ -407,41 +428,132 @@ class Worker:
         """
         return keeper.store.embedded or self._commit_seconds < _NEAR_SECONDS
 
-    def _begin_storing(self, keeper: Keeper) -> asyncio.Task[None]:
-        """Has what was run stored and answered, and what is run meanwhile too."""
-        storing = self._store_behind(keeper)
-        self._storing = asyncio.get_running_loop().create_task(storing, context=contextvars.Context())
-        return self._storing
+    def _begin_storing(self, keeper: Keeper) -> None:
+        """Has what was run stored and answered, and then what is run meanwhile."""
+        while self._behind and not self._storing:
+            ran, chains = self._behind.take()
+            living: list[Chained] = []
+            ticks: list[Changes] = []
+            try:
+                for chain in chains:  # a session may have ended while others were stored
+                    blocks = [checked for block in chain if (checked := self._checked(block))]
+                    if blocks:
+                        living.append([(block, self._shown(block)) for block in blocks])
+                ticks = [
+                    keeper.tick([x for x, _ in chain], [x for _, shown in chain for x in shown]) for chain in living
+                ]
+            except Exception:
+                self._storing_failed(ran)
+                ticks = []
+            if not ticks:
+                self._is_stored(ran, None, ())
+                continue
+            self._storing, self._storing_long, self._storing_at = True, False, self._clock()
+            self._all_stored.clear()
+            if not keeper.store.embedded:
+                loop = asyncio.get_running_loop()
+                self._held = loop.call_later(_HELD_SECONDS, self._wait_no_longer, context=self._context)
+            keeper.store.begin_commit(ticks, partial(self._kept, keeper, ran, living))
 
-    async def _store_behind(self, keeper: Keeper) -> None:
-        """Stores and answers what was run, for as long as there is something."""
+    def _wait_no_longer(self) -> None:
+        """A commit takes long: what is not for the store need not wait for it."""
+        self._storing_long = True
+        self._wake()
+
+    def _kept(
+        self, keeper: Keeper, ran: Sequence[Ran], living: Sequence[Chained], applied: Applied | Exception
+    ) -> None:
+        """The store says what it has kept of chains: they are answered."""
+        self._commit_seconds = min(self._clock() - self._storing_at, _HELD_SECONDS)
+        if self._held is not None:
+            self._held.cancel()
+        stored_at = None if self._observer is None else self._clock()
+        answered: list[Block] = []
         try:
-            while self._behind:
-                ticks, chains = self._behind.take()
-                blocks = [block for tick in ticks for block in tick.blocks]
-                sinks = {sink for block in blocks for each in block.rounds or (block,) for sink, _ in each.sinks}
-                answered: list[Block] = []
-                stored_at = None
-                try:
-                    kept = await self._stored(chains, keeper)
-                    if self._observer is not None:
-                        stored_at = self._clock()
-                    for block, shown in kept:
-                        if alive := self._alive(block):
-                            self._commit(alive, shown if alive is block else self._shown(alive), stored=True)
-                            answered.append(alive)
-                except Exception:  # a bug; no one is left waiting for it
-                    log.exception("storing a tick failed", **self._facts(blocks))
-                    for block in filter(self._scheduler.holds, blocks):
-                        self._drop(block, _internal())
-                for sink in sinks:
-                    sink.flush()
-                for tick in ticks:
-                    self._watch(tick, stored_at, answered)
-                self._wake()
-                self._on_progress()
-        finally:
-            self._storing = None
+            if isinstance(applied, StoreError):
+                self._not_kept([block for chain in living for block, _ in chain], applied)
+            elif isinstance(applied, Exception):
+                raise applied
+            elif lost := self._moved_on(living, applied):
+                coroutine = self._lose(keeper, ran, living, lost)
+                self._losing = asyncio.get_running_loop().create_task(coroutine, context=contextvars.Context())
+                return
+            else:
+                answered = self._answer_kept(living)
+        except Exception:
+            self._storing_failed(ran)
+        self._go_on(keeper, ran, stored_at, answered)
+
+    async def _lose(
+        self, keeper: Keeper, ran: Sequence[Ran], living: Sequence[Chained], lost: Sequence[tuple[Group, Array]]
+    ) -> None:
+        """Some of the sessions of chains are not ours any more; the others are answered."""
+        answered: list[Block] = []
+        try:
+            for group, slots in lost:
+                await keeper.lose(group, slots)
+            answered = self._answer_kept(living)
+        except Exception:
+            self._storing_failed(ran)
+        self._go_on(keeper, ran, None if self._observer is None else self._clock(), answered)
+
+    def _moved_on(self, living: Sequence[Chained], applied: Sequence[Sequence[bool]]) -> list[tuple[Group, Array]]:
+        """Moves the revisions of what was kept on: the slots of sessions that were not, of each chain that has any."""
+        lost: list[tuple[Group, Array]] = []
+        for ((block, _), *_), each in zip(living, applied, strict=True):
+            assert block.sessions is not None
+            group, slots = block.sessions.group, block.sessions.slots
+            good = np.array(each)
+            alive = group.generation[slots] == block.sessions.generations
+            group.revision[slots[good & alive]] += 1
+            if len(gone := slots[~good & alive]):
+                lost.append((group, gone))
+        return lost
+
+    def _answer_kept(self, living: Sequence[Chained]) -> list[Block]:
+        """Commits and answers the blocks of chains that are stored: those whose sessions live."""
+        answered: list[Block] = []
+        for chain in living:
+            for block, shown in chain:
+                if alive := self._alive(block):
+                    self._commit(alive, shown if alive is block else self._shown(alive), stored=True)
+                    answered.append(alive)
+        return answered
+
+    def _not_kept(self, blocks: Sequence[Block], error: StoreError) -> None:
+        """The store does not answer. Whether blocks were written is not known: what is stored is what counts."""
+        log.warning("the store does not answer", error=str(error), **self._facts(blocks))
+        living = [alive for block in blocks if (alive := self._alive(block))]
+        for block in living:
+            if block.onto is None and block.sessions is not None:
+                self._sessions.lose(block.sessions.group, block.sessions.slots, SessionAway)
+        for block in living:
+            self._drop(block, StoreDown(error))
+
+    def _storing_failed(self, ran: Sequence[Ran]) -> None:
+        """What was to be stored has met a bug: no one is left waiting for it."""
+        blocks = [block for tick in ran for block in tick.blocks]
+        log.exception("storing a tick failed", **self._facts(blocks))
+        for block in filter(self._scheduler.holds, blocks):
+            self._drop(block, _internal())
+
+    def _go_on(self, keeper: Keeper, ran: Sequence[Ran], stored_at: float | None, answered: Sequence[Block]) -> None:
+        """A commit is over."""
+        self._storing = False
+        self._is_stored(ran, stored_at, answered)
+        self._begin_storing(keeper)
+        if not self._storing:
+            self._all_stored.set()
+        self._wake()
+
+    def _is_stored(self, ran: Sequence[Ran], stored_at: float | None, answered: Sequence[Block]) -> None:
+        """Ticks are over, and whoever waits for them is told."""
+        blocks = [block for tick in ran for block in tick.blocks]
+        for sink in {sink for block in blocks for each in block.rounds or (block,) for sink, _ in each.sinks}:
+            sink.flush()
+        for tick in ran:
+            self._watch(tick, stored_at, answered)
+        self._on_progress()
 
     def _watch(self, ran: Ran, stored_at: float | None, answered: Sequence[Block]) -> None:
         """Tells who watches that a tick is over."""
@@ -451,46 +563,6 @@ class Worker:
         watched.finished = [*watched.finished, *(block for block in answered if block.number in numbers)]
         watched.stored_at, watched.ended_at = stored_at, self._clock()
         self._observer.ticked(watched)
-
-    async def _stored(self, chains: Sequence[Chain], keeper: Keeper) -> list[tuple[Block, Shown]]:
-        """Has a store keep what chains of blocks change: their blocks, and what these answer. What could not be kept
-        of them has sessions that live here no more.
-        """
-        living: list[list[tuple[Block, Shown]]] = []
-        for chain in chains:  # a session may have ended while others were stored
-            blocks = [checked for block in chain if (checked := self._checked(block))]
-            if blocks:
-                living.append([(block, self._shown(block)) for block in blocks])
-        if not living:
-            return []
-        kept = [each for chain in living for each in chain]
-        ticks = [
-            keeper.tick([block for block, _ in chain], [each for _, shown in chain for each in shown])
-            for chain in living
-        ]
-        began_at = self._clock()
-        try:
-            applied = await keeper.store.commit_ticks(ticks)
-        except StoreError as error:
-            log.warning("the store does not answer", error=str(error), **self._facts([block for block, _ in kept]))
-            alive = [alive for block, _ in kept if (alive := self._alive(block))]
-            for block in alive:  # whether they were written is not known: what is stored is what counts
-                if block.onto is None and block.sessions is not None:
-                    self._sessions.lose(block.sessions.group, block.sessions.slots, SessionAway)
-            for block in alive:
-                self._drop(block, StoreDown(error))
-            return []
-        finally:
-            self._commit_seconds = min(self._clock() - began_at, _HELD_SECONDS)
-        for ((block, _), *_), each in zip(living, applied, strict=True):
-            assert block.sessions is not None
-            group, slots = block.sessions.group, block.sessions.slots
-            good = np.array(each)
-            alive_slots = group.generation[slots] == block.sessions.generations
-            group.revision[slots[good & alive_slots]] += 1
-            if lost := np.flatnonzero(~good & alive_slots).tolist():
-                await keeper.lose(group, slots[lost])
-        return kept
 
     def _is_short(self, ready: _Ready) -> bool:
         """Whether the run of a tick is expected to take less than to hand it over."""

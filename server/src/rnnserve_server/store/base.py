@@ -22,11 +22,13 @@ are seconds since the epoch and come from the caller, so that all replicas shoul
 
 from __future__ import annotations
 
+import asyncio
+import contextvars
 import json
 import math
 import secrets
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from enum import StrEnum
 from itertools import islice
@@ -38,7 +40,14 @@ if TYPE_CHECKING:
 REMEMBERED = 86400.0
 """Seconds for which it is remembered why a session ended, unless the store is told otherwise."""
 
+Applied = list[list[bool]]
+"""Of ticks: for each of their sessions whether it is as the tick says."""
+
+Told = Callable[[Applied | Exception], None]
+"""Called with what came of a commit: `Applied`, or why it is not known."""
+
 _MOST = 2**63 - 1
+_COMMITS: set[asyncio.Task[None]] = set()  # that are under way: the loop alone would let them be collected
 
 
 class StoreError(Exception):
@@ -330,10 +339,26 @@ class Store(ABC):
             session is another's or has ended; nothing of the write was applied, nor ever will be.
         """
 
-    async def commit_ticks(self, ticks: Sequence[Tick]) -> list[list[bool]]:
+    async def commit_ticks(self, ticks: Sequence[Tick]) -> Applied:
         """Applies the writes that ticks of distinct sessions stand for, as `commit` does: for each whether it is."""
         applied = iter(await self.commit([write for tick in ticks for write in tick.writes()]))
         return [list(islice(applied, len(tick.ids))) for tick in ticks]
+
+    def begin_commit(self, ticks: Sequence[Tick], told: Told) -> None:
+        """Begins `commit_ticks` for who has no task to wait in; what came of it is told on the event loop, in nobody's
+        context: what it returned or raised. A store that needs no task for it saves turns of the loop.
+        """
+
+        async def commit() -> None:
+            try:
+                applied: Applied | Exception = await self.commit_ticks(ticks)
+            except Exception as error:
+                applied = error
+            told(applied)
+
+        task = asyncio.get_running_loop().create_task(commit(), context=contextvars.Context())
+        _COMMITS.add(task)
+        task.add_done_callback(_COMMITS.discard)
 
     @abstractmethod
     async def delete(self, owned: Sequence[tuple[str, int]], why: End, now: float) -> list[bool]:

@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TypeVar
 
-from rnnserve_server.store.base import End, Ended, Head, Record, Store, StoreError, Write
+from rnnserve_server.store.base import Applied, End, Ended, Head, Record, Store, StoreError, Told, Write
 from rnnserve_server.store.tick import Tick
 from rnnserve_server.tally import SECONDS, Tally
 
@@ -58,9 +58,22 @@ class ObservedStore(Store):
         """See `Store`."""
         return await self._timed("commit", self._store.commit(writes))
 
-    async def commit_ticks(self, ticks: Sequence[Tick]) -> list[list[bool]]:
+    async def commit_ticks(self, ticks: Sequence[Tick]) -> Applied:
         """See `Store`."""
         return await self._timed("commit", self._store.commit_ticks(ticks))
+
+    def begin_commit(self, ticks: Sequence[Tick], told: Told) -> None:
+        """See `Store`."""
+        if self._span is not nullcontext:  # it takes a task to be within something
+            super().begin_commit(ticks, told)
+            return
+        start = self._clock()
+
+        def timed(applied: Applied | Exception) -> None:
+            self._note("commit", start, failed=isinstance(applied, StoreError))
+            told(applied)
+
+        self._store.begin_commit(ticks, timed)
 
     async def delete(self, owned: Sequence[tuple[str, int]], why: End, now: float) -> list[bool]:
         """See `Store`."""
@@ -91,14 +104,19 @@ class ObservedStore(Store):
         await self._store.close()
 
     async def _timed(self, operation: str, call: Awaitable[T]) -> T:
-        start = self._clock()
+        start, failed = self._clock(), False
         try:
             with self._span(operation):
                 return await call
         except StoreError:
-            self.errors[operation] += 1
+            failed = True
             raise
         finally:
-            if operation not in self.seconds:
-                self.seconds[operation] = Tally(SECONDS)
-            self.seconds[operation].add(self._clock() - start)
+            self._note(operation, start, failed=failed)
+
+    def _note(self, operation: str, start: float, *, failed: bool) -> None:
+        if failed:
+            self.errors[operation] += 1
+        if operation not in self.seconds:
+            self.seconds[operation] = Tally(SECONDS)
+        self.seconds[operation].add(self._clock() - start)

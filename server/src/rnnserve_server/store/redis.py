@@ -35,6 +35,7 @@ from rnnserve_server.owners import scope_of
 from rnnserve_server.store import scripts
 from rnnserve_server.store.base import (
     REMEMBERED,
+    Applied,
     End,
     Ended,
     Head,
@@ -206,7 +207,7 @@ class RedisStore(Store):
         ]
         return [result == ord("1") for result in await self._call(scripts.COMMIT, ids, (), arguments)]
 
-    async def commit_ticks(self, ticks: Sequence[Tick]) -> list[list[bool]]:
+    async def commit_ticks(self, ticks: Sequence[Tick]) -> Applied:
         """See `Store`."""
         check_distinct([session_id for tick in ticks for session_id in tick.ids])
         if self._per_call == 1 or any(

@@ -26,6 +26,7 @@ import numpy as np
 
 from rnnserve_server.store.base import (
     REMEMBERED,
+    Applied,
     End,
     Ended,
     Head,
@@ -37,6 +38,7 @@ from rnnserve_server.store.base import (
     StoreError,
     StoreMisconfigured,
     StoreUnavailable,
+    Told,
     Write,
     check_distinct,
 )
@@ -201,12 +203,34 @@ class SqliteStore(Store):
         check_distinct([write.id for write in writes])
         return await self._run(self._commit, writes)
 
-    async def commit_ticks(self, ticks: Sequence[Tick]) -> list[list[bool]]:
+    async def commit_ticks(self, ticks: Sequence[Tick]) -> Applied:
         """See `Store`."""
         check_distinct([session_id for tick in ticks for session_id in tick.ids])
         if await self._run(self._append, ticks):
             return [[True] * len(tick.ids) for tick in ticks]
         return await super().commit_ticks(ticks)  # some are another's, or were sent before: each is looked at
+
+    def begin_commit(self, ticks: Sequence[Tick], told: Told) -> None:
+        """See `Store`."""
+        check_distinct([session_id for tick in ticks for session_id in tick.ids])
+        loop = asyncio.get_running_loop()
+
+        def append() -> None:
+            try:
+                appended: bool | Exception = self._append(ticks)
+            except sqlite3.Error as error:
+                appended = self._explained(error)
+            except Exception as error:
+                appended = error
+            loop.call_soon_threadsafe(done, appended)
+
+        def done(appended: bool | Exception) -> None:
+            if appended is False:
+                super(SqliteStore, self).begin_commit(ticks, told)
+            else:
+                told([[True] * len(tick.ids) for tick in ticks] if appended is True else appended)
+
+        self._thread.submit(append)
 
     async def delete(self, owned: Sequence[tuple[str, int]], why: End, now: float) -> list[bool]:
         """See `Store`."""
