@@ -28,7 +28,7 @@ import json
 import math
 import secrets
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from enum import StrEnum
 from itertools import islice
@@ -348,17 +348,7 @@ class Store(ABC):
         """Begins `commit_ticks` for who has no task to wait in; what came of it is told on the event loop, in nobody's
         context: what it returned or raised. A store that needs no task for it saves turns of the loop.
         """
-
-        async def commit() -> None:
-            try:
-                applied: Applied | Exception = await self.commit_ticks(ticks)
-            except Exception as error:
-                applied = error
-            told(applied)
-
-        task = asyncio.get_running_loop().create_task(commit(), context=contextvars.Context())
-        _COMMITS.add(task)
-        task.add_done_callback(_COMMITS.discard)
+        in_task(self.commit_ticks(ticks), told)
 
     @abstractmethod
     async def delete(self, owned: Sequence[tuple[str, int]], why: End, now: float) -> list[bool]:
@@ -414,6 +404,21 @@ class Store(ABC):
     @abstractmethod
     async def close(self) -> None:
         """Waits for what is under way and lets go of everything. The sessions stay."""
+
+
+def in_task(commit: Coroutine[Any, Any, Applied], told: Told) -> None:
+    """Has a task commit, and tell what came of it."""
+
+    async def run() -> None:
+        try:
+            applied: Applied | Exception = await commit
+        except Exception as error:
+            applied = error
+        told(applied)
+
+    task = asyncio.get_running_loop().create_task(run(), context=contextvars.Context())
+    _COMMITS.add(task)
+    task.add_done_callback(_COMMITS.discard)
 
 
 def check_distinct(ids: Sequence[str]) -> None:

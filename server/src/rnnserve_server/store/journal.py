@@ -1,20 +1,16 @@
-"""The journal that a server pushes its ticks to in Redis, as the server knows it, and the line on which it does so.
+"""The journal that a server pushes its ticks to in Redis, as the server knows it.
 
 See `rnnserve_server.store.scripts` for what a journal is and who may do what with one.
 """
 
 from __future__ import annotations
 
-import asyncio
 from collections import deque
 from collections.abc import Sequence
-from typing import Any, NamedTuple
-
-from redis.asyncio import Redis
-from redis.exceptions import ResponseError
-from redis.exceptions import TimeoutError as RedisTimeoutError
+from typing import NamedTuple
 
 from rnnserve_server.store import scripts
+from rnnserve_server.store.line import Command
 from rnnserve_server.store.outcome import wanted
 from rnnserve_server.store.standing import Standing, strangers
 from rnnserve_server.store.tick import Rows, Tick
@@ -26,8 +22,6 @@ _BYTES = 16 << 20
 _SESSIONS = 1024
 _LOOK_TICKS = 32  # how many it has when it is looked through for such of which nothing is wanted any more
 _LOOK_BYTES = 2 << 20
-
-Command = tuple[Any, ...]
 
 
 class _Pushed(NamedTuple):
@@ -130,52 +124,3 @@ class Journal:
 def _bytes(rows: Rows) -> memoryview:
     """Its bytes, not copied if they lie one after the other."""
     return rows.reshape(-1).data
-
-
-class Line:
-    """One connection, for commands that must be sent at most once: redis-py's own pipelines send them again.
-
-    Args:
-        client: says how to connect.
-        patience: seconds to wait for a connection and for the answers.
-
-    Attributes:
-        turn: to be held by whoever sends something.
-    """
-
-    def __init__(self, client: Redis, patience: float) -> None:
-        pool = client.connection_pool
-        # One wait for everything instead of one for each call, which would be a task of its own.
-        self._connection = pool.connection_class(**{**pool.connection_kwargs, "socket_timeout": None})
-        self._patience = patience
-        self.turn = asyncio.Lock()
-
-    async def send(self, commands: Sequence[Command]) -> list[Any]:
-        """Sends commands in one go. Their answers, errors among them.
-
-        Raises:
-            RedisError, OSError: it is not known what has arrived, or will yet.
-        """
-        connection = self._connection
-        try:
-            async with asyncio.timeout(self._patience):
-                if not connection.is_connected:
-                    await connection.connect()  # type: ignore[no-untyped-call]
-                await connection.send_packed_command(connection.pack_commands(commands), check_health=False)
-                answers: list[Any] = []
-                for _ in commands:
-                    try:
-                        answers.append(await connection.read_response())
-                    except ResponseError as error:
-                        answers.append(error)
-                return answers
-        except BaseException as error:
-            await connection.disconnect(nowait=True)
-            if isinstance(error, TimeoutError):
-                raise RedisTimeoutError(f"no answer within {self._patience:g} s") from error
-            raise
-
-    async def close(self) -> None:
-        """Hangs up."""
-        async with self.turn:
-            await self._connection.disconnect()

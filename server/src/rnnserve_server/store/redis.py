@@ -13,8 +13,10 @@ writes; to rule that out, have it promoted by hand or use one server with a disk
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import accumulate, chain, pairwise
 from typing import Any
 
@@ -47,10 +49,13 @@ from rnnserve_server.store.base import (
     StoreError,
     StoreMisconfigured,
     StoreUnavailable,
+    Told,
     Write,
     check_distinct,
+    in_task,
 )
-from rnnserve_server.store.journal import Command, Journal, Line
+from rnnserve_server.store.journal import Journal
+from rnnserve_server.store.line import Answers, Command, Line
 from rnnserve_server.store.tick import Tick
 
 _FORMAT = 2
@@ -209,41 +214,75 @@ class RedisStore(Store):
 
     async def commit_ticks(self, ticks: Sequence[Tick]) -> Applied:
         """See `Store`."""
+        kept: asyncio.Future[Applied] = asyncio.get_running_loop().create_future()
+
+        def told(applied: Applied | Exception) -> None:
+            if kept.done():  # nobody waits any more
+                return
+            if isinstance(applied, Exception):
+                kept.set_exception(applied)
+            else:
+                kept.set_result(applied)
+
+        self.begin_commit(ticks, told)
+        return await kept
+
+    def begin_commit(self, ticks: Sequence[Tick], told: Told) -> None:
+        """See `Store`."""
         check_distinct([session_id for tick in ticks for session_id in tick.ids])
         if self._per_call == 1 or any(
             tick.forget_before is not None or tick.numbers.max(initial=0) >= _EXACT for tick in ticks
         ):
-            return await super().commit_ticks(ticks)
-        if await self._push(ticks):
-            return [[True] * len(tick.ids) for tick in ticks]
-        return await super().commit_ticks(ticks)  # some are another's, or were sent before: each is looked at
+            in_task(super().commit_ticks(ticks), told)
+            return
+        expected: Answers = []
 
-    async def _push(self, ticks: Sequence[Tick]) -> bool:
-        """Pushes ticks to the journal: whether all of them are there. If not, some may be, or come to be."""
-        async with self._line.turn:
-            if self._journal.is_full:
-                self._begin_journal()
-            journal = self._journal
-            commands = journal.trim()
-            answers: list[Any] = [b"OK"] * len(commands)
-            for tick in ticks:
-                parts = [tick]
-                if len(tick.ids) > self._per_call and journal.strangers(tick):  # a script takes no more
-                    starts = range(0, len(tick.ids), self._per_call)
-                    parts = [tick.part(start, start + self._per_call) for start in starts]
-                for part in parts:
-                    commands.append(journal.push(part))
-                    answers.append(journal.length)
-            pushed = False
-            try:
-                pushed = await self._scripted(scripts.TICK, commands, once=True) == answers
-            except StoreUnavailable:
-                if not self._retries:
-                    raise
-            finally:
-                if not pushed:  # it was folded, or it is not known what is in it, and what will be
-                    self._begin_journal()
-            return pushed
+        def pushed(answers: Answers | Exception) -> None:
+            if answers == expected:
+                told([[True] * len(tick.ids) for tick in ticks])
+            else:
+                self._begin_journal()  # it was folded, or it is not known what is in it, and what will be
+                in_task(self._commit_otherwise(ticks, answers), told)
+
+        self._line.exchange(partial(self._pushes, ticks, expected), pushed)
+
+    def _pushes(self, ticks: Sequence[Tick], answers: Answers) -> list[Command]:
+        """The commands that push ticks to the journal, and what they are answered if that goes well."""
+        if self._journal.is_full:
+            self._begin_journal()
+        journal = self._journal
+        commands = journal.trim()
+        answers += [b"OK"] * len(commands)
+        for tick in ticks:
+            parts = [tick]
+            if len(tick.ids) > self._per_call and journal.strangers(tick):  # a script takes no more
+                starts = range(0, len(tick.ids), self._per_call)
+                parts = [tick.part(start, start + self._per_call) for start in starts]
+            for part in parts:
+                commands.append(journal.push(part))
+                answers.append(journal.length)
+        return commands
+
+    async def _commit_otherwise(self, ticks: Sequence[Tick], answers: Answers | Exception) -> Applied:
+        """Commits ticks of which some, or all, may have been pushed to a journal that is not pushed to any more."""
+        if isinstance(answers, list) and any(isinstance(answer, NoScriptError) for answer in answers):
+            # A server that was started again, or another one.
+            await self._pipeline([("SCRIPT LOAD", scripts.TICK.text)])
+            expected: Answers = []
+            again: asyncio.Future[Answers | Exception] = asyncio.get_running_loop().create_future()
+            self._line.exchange(partial(self._pushes, ticks, expected), again.set_result)
+            answers = await again
+            if answers == expected:
+                return [[True] * len(tick.ids) for tick in ticks]
+            self._begin_journal()
+        if isinstance(answers, RedisError | OSError):
+            if not self._retries:
+                raise self._explained(answers) from answers
+        elif isinstance(answers, Exception):
+            raise answers
+        elif errors := [answer for answer in answers if isinstance(answer, RedisError)]:
+            raise self._explained(errors[0]) from errors[0]
+        return await super().commit_ticks(ticks)  # some are another's, or were sent before: each is looked at
 
     def _begin_journal(self) -> None:
         """Pushes nothing more to the journal, and has it folded when something is pushed to the next one."""
@@ -394,37 +433,28 @@ class RedisStore(Store):
             commands.append(("EVALSHA", script.sha, count, *flat(keys[part]), *common, *flat(each[part])))
         return list(chain.from_iterable(await self._scripted(script, commands)))
 
-    async def _scripted(self, script: scripts.Script, commands: Sequence[Command], *, once: bool = False) -> list[Any]:
+    async def _scripted(self, script: scripts.Script, commands: Sequence[Command]) -> list[Any]:
         """Sends calls of a script, which the server may have to be given first. Their answers."""
-        answers = await self._pipeline(commands, once=once)
+        answers = await self._pipeline(commands)
         missing = [index for index, answer in enumerate(answers) if isinstance(answer, NoScriptError)]
         if missing:  # a server that was started again, or another one: nothing was done
             load = ("SCRIPT LOAD", script.text)
-            again = await self._pipeline([load, *(commands[index] for index in missing)], once=once)
+            again = await self._pipeline([load, *(commands[index] for index in missing)])
             for index, answer in zip(missing, again[1:], strict=True):
                 answers[index] = answer
                 if isinstance(answer, NoScriptError):
                     raise self._explained(answer)
         return answers
 
-    async def _pipeline(self, commands: Sequence[Command], *, once: bool = False) -> list[Any]:
-        """Sends commands in one go. Their answers; NoScriptError, which a caller may mend, is one of them.
-
-        Args:
-            commands: they.
-            once: whether they must not be sent again if the connection breaks. The caller has the turn of the line.
-        """
+    async def _pipeline(self, commands: Sequence[Command]) -> list[Any]:
+        """Sends commands in one go. Their answers; NoScriptError, which a caller may mend, is one of them."""
         if not commands:
             return []
-        answers: list[Any]
         try:
-            if once:
-                answers = await self._line.send(commands)
-            else:
-                async with self._client.pipeline(transaction=False) as pipeline:
-                    for command in commands:
-                        pipeline.execute_command(*command)
-                    answers = await pipeline.execute(raise_on_error=False)
+            async with self._client.pipeline(transaction=False) as pipeline:
+                for command in commands:
+                    pipeline.execute_command(*command)
+                answers: list[Any] = await pipeline.execute(raise_on_error=False)
         except (RedisError, OSError) as error:
             raise self._explained(error) from error
         for answer in answers:

@@ -30,11 +30,13 @@ class Standing:
 
     def of(self, ids: tuple[str, ...]) -> Numbers:
         """Those of N sessions: -1 where they are not known."""
-        return self._numbers[self._find(ids)]
+        rows = self._find(ids)  # which may make another array
+        return self._numbers[rows]
 
     def set(self, ids: tuple[str, ...], numbers: Numbers) -> None:
         """N sessions stand there now."""
-        self._numbers[self._find(ids)] = numbers
+        rows = self._find(ids)
+        self._numbers[rows] = numbers
 
     def forget(self, session_id: str) -> None:
         """It is not known any more where a session stands."""

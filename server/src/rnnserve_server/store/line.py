@@ -1,0 +1,179 @@
+"""One connection to Redis, on which every command is sent at most once, and no task waits for the answers."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from redis.asyncio import Redis
+from redis.exceptions import AuthenticationError, NoPermissionError, NoScriptError, RedisError, ResponseError
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import TimeoutError as RedisTimeoutError
+
+Command = tuple[Any, ...]
+"""A command of Redis and its arguments."""
+
+Answers = list[Any]
+"""What commands were answered, each a number, a text or an error."""
+
+Told = Callable[[Answers | Exception], None]
+"""Called with the answers, or with why it is not known what has arrived, or will yet."""
+
+_ERRORS = {
+    b"NOSCRIPT": NoScriptError,
+    b"NOPERM": NoPermissionError,
+    b"NOAUTH": AuthenticationError,
+    b"WRONGPASS": AuthenticationError,
+}
+
+
+class Line(asyncio.Protocol):
+    """Sends commands whose answers are numbers, short texts or errors, one exchange after the other.
+
+    redis-py makes the connection; its own pipelines would send commands again when it breaks, and wait for their
+    answers in a task, which costs several turns of the event loop.
+
+    Args:
+        client: says how to connect.
+        patience: seconds to wait for a connection and for the answers.
+    """
+
+    def __init__(self, client: Redis, patience: float) -> None:
+        pool = client.connection_pool
+        self._connection = pool.connection_class(**pool.connection_kwargs)
+        self._patience = patience
+        self._waiting: deque[tuple[Callable[[], Sequence[Command]], Told]] = deque()
+        self._told: Told | None = None  # of the exchange that is under way
+        self._connecting: asyncio.Task[None] | None = None
+        self._transport: asyncio.WriteTransport | None = None
+        self._streams: asyncio.BaseProtocol | None = None  # redis-py's, which wants to know of the connection's end
+        self._answers: Answers = []
+        self._expected = 0
+        self._rest = b""  # of an answer whose end has not come
+        self._until = 0.0  # when the answers are not waited for any more
+        self._timer: asyncio.TimerHandle | None = None
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    def exchange(self, commands: Callable[[], Sequence[Command]], told: Told) -> None:
+        """Sends commands, at least one, in one go, when those before were answered.
+
+        Args:
+            commands: called when it is their turn.
+            told: called with their answers, in nobody's context.
+        """
+        self._waiting.append((commands, told))
+        if self._told is None and self._connecting is None:
+            self._next()
+
+    async def close(self) -> None:
+        """Waits for what is under way, and hangs up."""
+        await self._idle.wait()
+        self._transport = None
+        if self._timer is not None:
+            self._timer.cancel()
+        await self._connection.disconnect()
+
+    def data_received(self, data: bytes) -> None:
+        """See `asyncio.Protocol`."""
+        *lines, self._rest = (self._rest + data).split(b"\r\n")
+        self._answers += map(_answer, lines)
+        if self._told is not None and len(self._answers) >= self._expected:
+            self._end(self._answers)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """See `asyncio.Protocol`."""
+        if self._streams is not None:
+            self._streams.connection_lost(exc)
+        if self._transport is not None:
+            self._transport = None
+            self._end(RedisConnectionError("the connection was closed by the server" if exc is None else str(exc)))
+
+    def _next(self) -> None:
+        """Begins the next exchange, if there is one."""
+        while self._waiting and self._told is None:
+            self._idle.clear()
+            if self._transport is None:
+                loop = asyncio.get_running_loop()
+                self._connecting = loop.create_task(self._connect(), context=contextvars.Context())
+                return
+            commands, self._told = self._waiting.popleft()
+            try:
+                self._send(self._transport, commands())
+            except Exception as error:  # a bug
+                self._break_off(error)
+        if self._told is None:
+            self._idle.set()
+
+    def _send(self, transport: asyncio.WriteTransport, commands: Sequence[Command]) -> None:
+        loop = asyncio.get_running_loop()
+        self._answers, self._rest, self._expected = [], b"", len(commands)
+        self._until = loop.time() + self._patience
+        if self._timer is None:  # one for many exchanges
+            self._timer = loop.call_at(self._until, self._look_at_time, context=contextvars.Context())
+        transport.writelines(self._connection.pack_commands(commands))
+
+    def _end(self, answers: Answers | Exception) -> None:
+        """Ends the exchange that is under way."""
+        told, self._told = self._told, None
+        try:
+            if told is not None:
+                told(answers)
+        finally:
+            self._next()
+
+    def _break_off(self, error: Exception) -> None:
+        """Ends the exchange that is under way, and the connection."""
+        transport, self._transport = self._transport, None
+        if transport is not None:
+            transport.abort()
+        self._end(error)
+
+    def _look_at_time(self) -> None:
+        self._timer = None
+        if self._told is None:
+            return
+        loop = asyncio.get_running_loop()
+        if loop.time() < self._until:
+            self._timer = loop.call_at(self._until, self._look_at_time, context=contextvars.Context())
+        else:
+            self._break_off(RedisTimeoutError(f"no answer within {self._patience:g} s"))
+
+    async def _connect(self) -> None:
+        """Connects, and begins the first exchange that waits; ends it if that fails."""
+        connection = self._connection
+        error: Exception | None = None
+        try:
+            async with asyncio.timeout(self._patience):
+                await connection.disconnect(nowait=True)
+                await connection.connect()  # type: ignore[no-untyped-call]
+            assert connection._writer is not None
+            self._transport = connection._writer.transport
+            self._streams = self._transport.get_protocol()
+            self._transport.set_protocol(self)
+        except TimeoutError:
+            error = RedisTimeoutError(f"no connection within {self._patience:g} s")
+        except Exception as failure:
+            error = failure
+        finally:
+            self._connecting = None
+        if error is not None:
+            _, told = self._waiting.popleft()
+            told(error)
+        self._next()
+
+
+def _answer(line: bytes) -> object:
+    """What a line of an answer says."""
+    kind, said = line[:1], line[1:]
+    if kind == b":":
+        return int(said)
+    if kind == b"+":
+        return said
+    if kind == b"-":
+        error = _ERRORS.get(said.partition(b" ")[0], ResponseError)
+        return error(said.decode(errors="replace"))
+    return RedisError(f"expected the answer to a command that has a short one, got {line[:40]!r}")
