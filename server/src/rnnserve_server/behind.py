@@ -52,6 +52,9 @@ class Behind:
         """Takes out the ticks that can be stored at once, one at least: they, and their blocks as chains, no session in
         two of them.
         """
+        if len(self._ticks) == 1:
+            ran = self._ticks.popleft()
+            return [ran], [[block] for block in ran.blocks]
         taken: list[Ran] = []
         chains: dict[tuple[int, bytes], Chain] = {}
         busy: set[tuple[int, int]] = set()

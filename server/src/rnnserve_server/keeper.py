@@ -364,7 +364,7 @@ class Keeper:
         sessions = last.sessions
         assert sessions is not None
         assert sessions.first_steps is not None
-        group, slots, count = sessions.group, sessions.slots, len(sessions.slots)
+        group, slots, at, count = sessions.group, sessions.slots, sessions.at, len(sessions.slots)
         window, answered = group.window, list[Answered]()
         limits = window.limits
         if limits.replies:
@@ -373,11 +373,11 @@ class Keeper:
                 answered.append(Answered(each.call.timesteps, what, *pack_answers(outputs, shown, count)))
         by_count = window.by_count and all(each.rest.shape[1] * limits.replies <= limits.bytes for each in answered)
         numbers = np.empty((count, 3), np.int64)  # [N, 3]
-        numbers[:, EPOCH] = group.epoch[slots]
-        numbers[:, REVISION] = group.revision[slots] + 1
+        numbers[:, EPOCH] = group.epoch[at]
+        numbers[:, REVISION] = group.revision[at] + 1
         numbers[:, STEP] = sessions.first_steps + np.uint64(last.call.timesteps)
         return Tick(
-            tuple([group.ids[slot] for slot in slots.tolist()]),
+            tuple(group.ids[at]) if isinstance(at, slice) else tuple([group.ids[slot] for slot in slots.tolist()]),
             numbers,
             sum([block.call.timesteps for block in chain]),
             self._wall_clock(),

@@ -503,6 +503,9 @@ class Worker:
         for ((block, _), *_), each in zip(living, applied, strict=True):
             assert block.sessions is not None
             group, slots = block.sessions.group, block.sessions.slots
+            if all(each) and block.sessions.ended == group.ended:
+                group.revision[block.sessions.at] += 1
+                continue
             good = np.array(each)
             alive = group.generation[slots] == block.sessions.generations
             group.revision[slots[good & alive]] += 1
@@ -544,7 +547,8 @@ class Worker:
         self._begin_storing(keeper)
         if not self._storing:
             self._all_stored.set()
-        self._wake()
+        if len(self):
+            self._wake()
 
     def _is_stored(self, ran: Sequence[Ran], stored_at: float | None, answered: Sequence[Block]) -> None:
         """Ticks are over, and whoever waits for them is told."""
