@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import socket
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -21,6 +22,8 @@ Answers = list[Any]
 
 Told = Callable[[Answers | Exception], None]
 """Called with the answers, or with why it is not known what has arrived, or will yet."""
+
+_SEND_BYTES = 1 << 20
 
 _ERRORS = {
     b"NOSCRIPT": NoScriptError,
@@ -154,6 +157,9 @@ class Line(asyncio.Protocol):
             self._transport = connection._writer.transport
             self._streams = self._transport.get_protocol()
             self._transport.set_protocol(self)
+            found = self._transport.get_extra_info("socket")
+            if found is not None and found.family == socket.AF_UNIX:  # what does not fit is sent in further turns
+                found.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BYTES)
         except TimeoutError:
             error = RedisTimeoutError(f"no connection within {self._patience:g} s")
         except Exception as failure:

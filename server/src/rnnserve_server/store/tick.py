@@ -128,7 +128,7 @@ class Tick:
         ]
         floors = self.forget_before is not None
         common = (self.timesteps, self.last_used, self.keep, self.states.shape[1], rounds, floors)
-        what = json.dumps((self.ids, *common), separators=(",", ":")).encode()
+        what = json.dumps(("\n".join(self.ids), *common), separators=(",", ":")).encode()
         parts: list[bytes | memoryview] = [len(what).to_bytes(_LENGTH_BYTES, "little"), what, *self._contents()]
         return b"".join(parts)
 
@@ -157,6 +157,7 @@ class Tick:
 
         try:
             ids, *what = json.loads(packed[_LENGTH_BYTES:start])
+            ids = ids if isinstance(ids, list) else ids.split("\n")
             count = len(ids)
             if len(what) == _FORMAT_2:  # numbers and floors are lists
                 epochs, revisions, steps, floors, timesteps, last_used, keep, width, rounds = what

@@ -117,7 +117,8 @@ class _Completions(selectors.DefaultSelector):
         self.ends: list[Callable[[], object]] = []
         self._waited_at = 0.0  # when it waited last
         self._seen = False  # a file was ready, and one may still be
-        self._looking = threading.Semaphore(0)
+        self._looking = threading.Lock()  # held: nobody looks out; not a semaphore, which is written in Python
+        self._looking.acquire()
         self._ends, self._end = os.pipe()
         self._lookout = threading.Thread(target=self._look_out, name="files", daemon=True)
         self._lookout.start()
@@ -193,7 +194,8 @@ class _Completions(selectors.DefaultSelector):
     def close(self) -> None:
         """See `selectors.BaseSelector.close`."""
         os.close(self._end)
-        self._looking.release()
+        if self._looking.locked():
+            self._looking.release()
         self._lookout.join()
         os.close(self._ends)
         super().close()
