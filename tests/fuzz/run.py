@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import json
 import os
@@ -26,6 +27,8 @@ from fuzz.messages import stream_request, unary_request
 from raw_http2 import Wire
 from rnnserve.v1 import inference_pb2
 from rnnserve_server.access.edit import with_token
+from soak.past import live_through
+from soak.watch import Holdings
 from torture.servers import ServerProcess, server_process
 
 ZOO = Path(__file__).parents[2] / "models" / "zoo"
@@ -72,7 +75,8 @@ class Report:
         faults: what must not be.
         calm, fuzzed: milliseconds that the honest waited, before and meanwhile, and that they were late by themselves.
         growth: of the server's descriptors and threads.
-        memory: the server's, in MB, at the beginning and after each tenth of the frames.
+        memory: the server's own, in MB, at the beginning, when it remembers as many ended sessions as it may, and after
+            each tenth of the frames.
     """
 
     frames: Counter[str] = field(default_factory=Counter)
@@ -81,7 +85,7 @@ class Report:
     calm: dict[str, float] = field(default_factory=dict)
     fuzzed: dict[str, float] = field(default_factory=dict)
     growth: dict[str, int] = field(default_factory=dict)
-    memory: list[int] = field(default_factory=list)
+    memory: list[float] = field(default_factory=list)
     honest: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
 
@@ -165,7 +169,7 @@ def fuzz(plan: Fuzz, folder: Path) -> Report:
     with server_process(folder / "server.log", **settings) as server:
         honest = _Honest(server.address, tokens["alice"], plan.sessions)
         try:
-            _run(plan, server, honest, tokens["mallory"], report)
+            _run(plan, server, honest, tokens["alice"], tokens["mallory"], report)
         finally:
             honest.kill()
         if not server.alive:
@@ -178,20 +182,21 @@ def fuzz(plan: Fuzz, folder: Path) -> Report:
     return report
 
 
-def _run(plan: Fuzz, server: ServerProcess, honest: _Honest, token: str, report: Report) -> None:
+def _run(plan: Fuzz, server: ServerProcess, honest: _Honest, honest_token: str, token: str, report: Report) -> None:
     os.nice(plan.nice)
     chance = Random(plan.seed)
+    asyncio.run(live_through(server.address, honest_token))
     sender = _Sender(server.address, token, chance, report)
     sender.send(min(2000, plan.frames // 20))  # what is loaded and grows once
     time.sleep(1.0)
     honest.latencies()
     time.sleep(_CALM_SECONDS)
     report.calm = honest.latencies()
-    before = _weigh(server.pid)
+    before = Holdings.of(server.pid)
     began = time.monotonic()
     while (sent := report.frames.total()) < plan.frames and (spent := time.monotonic() - began) < plan.seconds:
         if sent >= len(report.memory) * plan.frames // 10:
-            report.memory.append(_weigh(server.pid)["megabytes"])
+            report.memory.append(_megabytes(server))
         sender.send(min(500, plan.frames - sent))
         if plan.pace and (ahead := sent / plan.pace - spent) > 0:
             time.sleep(ahead)
@@ -199,28 +204,25 @@ def _run(plan: Fuzz, server: ServerProcess, honest: _Honest, token: str, report:
             return
     report.seconds = time.monotonic() - began
     report.fuzzed = honest.latencies()
-    report.memory.append(_weigh(server.pid)["megabytes"])  # before the honest ask for all their outputs once more
+    report.memory.append(_megabytes(server))  # before the honest ask for all their outputs once more
     report.honest = honest.end()
     if report.honest["wrong"]:
         report.faults.append(f"{report.honest['wrong']} outputs of honest sessions are not what they should be")
     sender.close()
     deadline = time.monotonic() + 20
-    while (after := _weigh(server.pid))["descriptors"] > before["descriptors"] and time.monotonic() < deadline:
+    while (after := Holdings.of(server.pid)).files > before.files and time.monotonic() < deadline:
         time.sleep(0.2)  # connections without calls are closed after two seconds
-    report.growth = {name: after[name] - before[name] for name in ("descriptors", "threads")}
+    report.growth = {"descriptors": after.files - before.files, "threads": after.threads - before.threads}
     if report.growth["descriptors"] > 0:
         report.faults.append(f"{report.growth['descriptors']} descriptors are left")
     if report.growth["threads"] > 8:
         report.faults.append(f"{report.growth['threads']} threads are left")
     if (late := report.memory[-1] - report.memory[len(report.memory) // 2]) > _LATE_MEGABYTES:
-        report.faults.append(f"{late} MB more than half-way, where all that is kept was there")
+        report.faults.append(f"{late:.1f} MB more than half-way, where all that is kept was there")
 
 
-def _weigh(pid: int) -> dict[str, int]:
-    status = Path(f"/proc/{pid}/status").read_text()
-    found = {key: int(re.search(rf"{key}:\s+(\d+)", status)[1]) for key in ("VmRSS", "Threads")}  # type: ignore[index]
-    descriptors = len(list(Path(f"/proc/{pid}/fd").iterdir()))
-    return {"megabytes": found["VmRSS"] >> 10, "threads": found["Threads"], "descriptors": descriptors}
+def _megabytes(server: ServerProcess) -> float:
+    return round(Holdings.of(server.pid).memory / 1e6, 1)
 
 
 class _Sender:

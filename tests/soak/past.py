@@ -37,8 +37,9 @@ async def fill(path: Path) -> None:
     database.close()
 
 
-async def live_through(address: str) -> None:
-    """Has as many sessions come and go as a server keeps in mind."""
+async def live_through(address: str, token: str = "") -> None:
+    """Has as many sessions come and go as a server keeps in mind. With a principal's token, where there are such."""
+    metadata = (("authorization", f"Bearer {token}"),) if token else ()
     async with grpc.aio.insecure_channel(address) as channel:
 
         def requests() -> Iterator[pb.StreamRequest]:
@@ -49,7 +50,7 @@ async def live_through(address: str) -> None:
                 )
 
         ended = 0
-        async for response in inference_pb2_grpc.InferenceServiceStub(channel).Stream(requests()):
+        async for response in inference_pb2_grpc.InferenceServiceStub(channel).Stream(requests(), metadata=metadata):
             assert not response.errors, response.errors[0]
             ended += len(response.closed)
     assert ended == _ENDS
