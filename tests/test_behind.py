@@ -12,7 +12,7 @@ import pytest
 from house import FEATURES, AddingEngine, Clock, Notes, chunks, loaded, table
 from rnnserve_models.options import LayerOptions
 from rnnserve_server.behind import Behind, Ran
-from rnnserve_server.errors import SessionAway, SessionClosed, SessionTakenOver, StoreDown
+from rnnserve_server.errors import InternalError, SessionAway, SessionClosed, SessionTakenOver, StoreDown
 from rnnserve_server.keeper import Keeper
 from rnnserve_server.replay import Limits
 from rnnserve_server.repository import Repository
@@ -255,6 +255,26 @@ async def test_a_store_that_fails_takes_back_what_ran_ahead(house, applied):
     again = [house.send("a", step) for step in range(2)]
     await house.worker.settle()
     assert [sink.results[0][1].tolist() for sink in again] == [[[1, 1]], [[2, 2]]]
+    await house.check_store("a")
+
+
+async def test_a_commit_that_meets_a_bug_leaves_nobody_waiting(house, monkeypatch):
+    """Who waits for it is told, nothing is taken for stored, and the sessions go on."""
+    await house.open("a", "b")
+
+    def begin_commit(ticks, told):
+        monkeypatch.undo()
+        raise AssertionError("a bug")
+
+    monkeypatch.setattr(house.store, "begin_commit", begin_commit)
+    first, other = house.send("a", 0), house.send("b", 0)
+    await house.worker.settle()
+    assert isinstance(first.errors[0], InternalError)
+    assert isinstance(other.errors[0], InternalError)
+    assert house.sessions.get("a").step == 0
+    again = house.send("ab", 0)
+    await house.worker.settle()
+    assert again.results[0][1].tolist() == [[1, 1], [1, 1]]
     await house.check_store("a")
 
 

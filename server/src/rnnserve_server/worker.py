@@ -453,7 +453,11 @@ class Worker:
             if not keeper.store.embedded:
                 loop = asyncio.get_running_loop()
                 self._held = loop.call_later(_HELD_SECONDS, self._wait_no_longer, context=self._context)
-            keeper.store.begin_commit(ticks, partial(self._kept, keeper, ran, living))
+            told = partial(self._kept, keeper, ran, living)
+            try:
+                keeper.store.begin_commit(ticks, told)
+            except Exception as error:  # a bug
+                told(error)
 
     def _wait_no_longer(self) -> None:
         """A commit takes long: what is not for the store need not wait for it."""

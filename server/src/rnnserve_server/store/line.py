@@ -83,8 +83,14 @@ class Line(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         """See `asyncio.Protocol`."""
         *lines, self._rest = (self._rest + data).split(b"\r\n")
-        self._answers += map(_answer, lines)
-        if self._told is not None and len(self._answers) >= self._expected:
+        try:
+            self._answers += map(_answer, lines)
+        except ValueError as error:
+            self._break_off(RedisError(str(error)))
+            return
+        if len(self._answers) > self._expected:
+            self._break_off(RedisError(f"expected {self._expected} answers, got {len(self._answers)}"))
+        elif self._told is not None and len(self._answers) == self._expected:
             self._end(self._answers)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -173,7 +179,11 @@ class Line(asyncio.Protocol):
 
 
 def _answer(line: bytes) -> object:
-    """What a line of an answer says."""
+    """What a line of an answer says.
+
+    Raises:
+        ValueError: it is not the whole of an answer.
+    """
     kind, said = line[:1], line[1:]
     if kind == b":":
         return int(said)
@@ -182,4 +192,4 @@ def _answer(line: bytes) -> object:
     if kind == b"-":
         error = _ERRORS.get(said.partition(b" ")[0], ResponseError)
         return error(said.decode(errors="replace"))
-    return RedisError(f"expected the answer to a command that has a short one, got {line[:40]!r}")
+    raise ValueError(f"expected an answer of one line, got {line[:40]!r}")
