@@ -412,7 +412,7 @@ async def test_a_bug_in_storing_leaves_nothing_half_done(house, monkeypatch):
         monkeypatch.undo()
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(house.worker, "_commit", bug)
+    monkeypatch.setattr(house.worker._answering, "commit", bug)
     house.store.gate.set()
     await house.worker.settle()
     assert first.errors[0].reason == "INTERNAL"
@@ -461,7 +461,7 @@ async def test_a_commit_of_this_process_waits_for_what_is_ready(house, monkeypat
 
 async def test_a_commit_elsewhere_is_waited_for_while_it_is_quick(house, monkeypatch):
     """What comes meanwhile is one tick and one commit. After a slow one, and when one does not end, it runs at once."""
-    monkeypatch.setattr("rnnserve_server.worker._HELD_SECONDS", 60.0)
+    monkeypatch.setattr("rnnserve_server.storing._HELD_SECONDS", 60.0)
     await house.open("a", "b", "c")
 
     async def runs_during_a_commit():
@@ -488,7 +488,7 @@ async def test_a_commit_elsewhere_is_waited_for_while_it_is_quick(house, monkeyp
     assert await runs_during_a_commit() == 2
     house.store.gate.set()
     await house.worker.settle()
-    monkeypatch.setattr("rnnserve_server.worker._HELD_SECONDS", 0.0)
+    monkeypatch.setattr("rnnserve_server.storing._HELD_SECONDS", 0.0)
     assert await runs_during_a_commit() == 2
 
 
@@ -498,7 +498,7 @@ async def test_whatever_happens_every_answer_is_the_oracles(tmp_path, monkeypatc
     """Frames of any sessions, sent ahead, to a store that is slow, fails and loses sessions: each answer is the sum of
     what the session was sent, and in the end memory is what is stored.
     """
-    monkeypatch.setattr("rnnserve_server.worker._NEAR_SECONDS", near)
+    monkeypatch.setattr("rnnserve_server.storing._NEAR_SECONDS", near)
     house, rng = House(tmp_path), random.Random(seed)
     house.store.embedded = embedded
     names = "abcde"

@@ -1,0 +1,205 @@
+"""What becomes of blocks that were run, or cannot be: they are checked, committed in memory and answered."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import structlog
+
+from rnnserve_models.engine.base import Arrays, Engine
+from rnnserve_models.load import LoadedModel
+from rnnserve_server.blocks import Block, Failure
+from rnnserve_server.errors import (
+    Cancelled,
+    DeadlinePassed,
+    InternalError,
+    ServiceError,
+    StepBehind,
+    StepConflict,
+)
+from rnnserve_server.layout import to_wire
+from rnnserve_server.observer import some_sessions
+from rnnserve_server.replay import Run
+from rnnserve_server.scheduler import Scheduler
+from rnnserve_server.sessions import SessionTable
+
+log = structlog.get_logger(__name__)
+
+Shown = list[tuple[Block, Arrays, Arrays]]
+"""The blocks that a finished one was made of, and the outputs and states of each, as `Answers` has them."""
+
+
+class Answering:
+    """Commits and answers the blocks of one model.
+
+    Args:
+        model: it.
+        scheduler: its queue.
+        sessions: where states are committed.
+        clock: monotonic seconds.
+
+    Attributes:
+        replayed: how many chunks were answered as they were answered before.
+    """
+
+    def __init__(
+        self, model: LoadedModel, scheduler: Scheduler, sessions: SessionTable, clock: Callable[[], float]
+    ) -> None:
+        self.replayed = 0
+        self._model = model
+        self._engine = model.engine
+        self._scheduler = scheduler
+        self._sessions = sessions
+        self._clock = clock
+
+    def alive(self, block: Block) -> Block | None:
+        """The part of a block that was begun whose sessions have not ended since; the others are told."""
+        sessions = block.sessions
+        return block if sessions is None or sessions.ended == sessions.group.ended else self.checked(block)
+
+    def gone(self, block: Block) -> list[tuple[int, ServiceError]]:
+        """The positions of the chunks that nobody waits for any more, and why."""
+        gone: list[tuple[int, ServiceError]] = []
+        start = 0
+        for sink, count in block.sinks:
+            if sink.cancelled:
+                error: ServiceError = Cancelled("the call ended before its turn came")
+            elif sink.deadline is not None and self._clock() >= sink.deadline:
+                error = DeadlinePassed("the deadline passed before its turn came")
+            else:
+                start += count
+                continue
+            gone += [(position, error) for position in range(start, start + count)]
+            start += count
+        return gone
+
+    def commit(self, block: Block, shown: Shown, *, stored: bool) -> None:
+        """Moves the sessions of a block on, and answers."""
+        if block.sessions is not None:
+            self._sessions.commit(block.sessions, block.states, block.call.timesteps, stored=stored)
+        for each, outputs, states in shown:
+            self._answer(each, outputs, states)
+        for sink, _ in block.sinks:  # an answer is on its way while the rest is done
+            sink.flush()
+        if block.sessions is not None:
+            self._remember(block, shown)
+        self._scheduler.finish(block)  # after the answer, so that a lane is never closed before its chunks are answered
+
+    def _remember(self, block: Block, shown: Shown) -> None:
+        """Puts the answers of a block of sessions into their replay window."""
+        run, start = Run(block.call, block.initial), 0
+        for each, outputs, states in shown:
+            assert each.sessions is not None
+            each.sessions.group.window.remember(each.sessions, each.call.timesteps, run, start, outputs, states)
+            start += each.call.timesteps
+
+    def shown(self, block: Block) -> Shown:
+        """What a finished block answers."""
+        ys = _joined(block, self._engine)
+        if not block.rounds:
+            return [(block, *self._wire(block, ys, block))]
+        shown, start = [], 0
+        for each in block.rounds:
+            part = {name: y[start : start + each.steps] for name, y in ys.items()}
+            shown.append((each, *self._wire(each, part, block)))
+            start += each.steps
+        return shown
+
+    def _wire(self, block: Block, ys: Arrays, whole: Block) -> tuple[Arrays, Arrays]:
+        """The outputs and states of a block, as `Answers` has them; the states are those of the whole."""
+        options = block.options
+        outputs = {
+            name: block.call.expand(
+                y, return_sequences=options.return_sequences, zero_output_for_mask=options.zero_output_for_mask
+            )
+            for name, y in ys.items()
+        }
+        states = whole.states
+        if whole.resets is not None:
+            states = {spec.name: states[spec.name] for spec in self._engine.states}
+        return to_wire(outputs, states, options, len(block.tags))
+
+    def _answer(self, block: Block, outputs: Arrays, states: Arrays) -> None:
+        """Gives the answers of a block."""
+        for sink, answers in block.shares(outputs, states):
+            try:
+                sink.result(answers)
+            except Exception:  # a bug, or an answer that cannot be encoded; the other sinks have nothing to do with it
+                log.exception("an answer could not be given", **self.facts([block]))
+                sink.failed([Failure(int(tag), None, internal_error()) for tag in answers.tags])
+
+    def checked(self, block: Block) -> Block | None:
+        """The part of a block whose chunks fit their sessions; the others are told."""
+        assert block.sessions is not None
+        kept, errors = self._sessions.check(
+            block.sessions,
+            lambda position: block.sink_of(position).session_id(int(block.tags[position])),
+            ahead=block.onto is not None,
+        )
+        if kept is None:
+            return block
+        block.fail(self._not_replayed(block, errors))
+        if not len(kept):
+            self._scheduler.finish(block)
+            return None
+        return self.checked(self._scheduler.narrow(block, kept))
+
+    def _not_replayed(self, block: Block, errors: list[tuple[int, ServiceError]]) -> Iterator[tuple[int, ServiceError]]:
+        """Answers the chunks that were applied before as they were answered then, and leaves the other errors."""
+        sessions, chunks = block.sessions, len(block.tags)
+        assert sessions is not None
+        assert sessions.first_steps is not None or all(not isinstance(error, StepBehind) for _, error in errors)
+        behind = np.array([position for position, error in errors if isinstance(error, StepBehind)], np.int64)
+        window, found = sessions.group.window, {}
+        if len(behind) and window.limits.replies:
+            assert sessions.first_steps is not None
+            columns = sessions.slots[behind], sessions.generations[behind], sessions.first_steps[behind]
+            found = window.find(sessions.group, *columns)
+        answered = dict(zip(behind[list(found)].tolist(), found.values(), strict=True))
+        for position, error in errors:
+            if isinstance(error, StepBehind):
+                here, first_step = int(error.metadata["expected_step"]), int(error.metadata["got"])
+                if position not in answered:
+                    remembered = window.of(sessions.group, int(sessions.slots[position]))
+                    oldest = int(remembered[0][0].first_steps[remembered[0][1]]) if remembered else None
+                    error = StepBehind(here, first_step, oldest)
+                else:
+                    then, at = answered[position]
+                    if then.is_of(at, block.call, position, chunks):
+                        tags = block.tags[position : position + 1]
+                        block.sink_of(position).result(then.answers(at, tags))
+                        self.replayed += 1
+                        continue
+                    error = StepConflict(here, first_step)
+            yield position, error
+
+    def facts(self, blocks: Sequence[Block]) -> dict[str, object]:
+        """What a line of the log says of blocks."""
+        return {
+            "model": self._model.name,
+            "version": self._model.version,
+            "chunks": sum(len(block.tags) for block in blocks),
+            "sessions": some_sessions(blocks),
+        }
+
+    def drop(self, block: Block, error: ServiceError) -> None:
+        """Tells those who wait for a block that it fails, and takes it out of the queue."""
+        try:
+            block.fail((position, error) for position in range(len(block.tags)))
+        finally:
+            self._scheduler.finish(block)
+
+
+def internal_error() -> InternalError:
+    """What is told of a bug."""
+    return InternalError("the server failed; its log has the cause")
+
+
+def _joined(block: Block, engine: Engine) -> Arrays:
+    """The block's outputs of all slices, each [T', R, *shape]."""
+    if len(block.outputs) == 1:
+        return block.outputs[0]
+    if not block.outputs:  # every step was masked
+        return {spec.name: np.zeros((0, block.rows, *spec.shape), spec.dtype) for spec in engine.outputs}
+    return {name: np.concatenate([part[name] for part in block.outputs]) for name in block.outputs[0]}
