@@ -33,7 +33,7 @@ _ERRORS = {
 }
 
 
-class Line(asyncio.Protocol):
+class Line:
     """Sends commands whose answers are numbers, short texts or errors, one exchange after the other.
 
     redis-py makes the connection; its own pipelines would send commands again when it breaks, and wait for their
@@ -51,8 +51,7 @@ class Line(asyncio.Protocol):
         self._waiting: deque[tuple[Callable[[], Sequence[Command]], Told]] = deque()
         self._told: Told | None = None  # of the exchange that is under way
         self._connecting: asyncio.Task[None] | None = None
-        self._transport: asyncio.WriteTransport | None = None
-        self._streams: asyncio.BaseProtocol | None = None  # redis-py's, which wants to know of the connection's end
+        self._ear: _Ear | None = None  # of the connection that there is
         self._answers: Answers = []
         self._expected = 0
         self._rest = b""  # of an answer whose end has not come
@@ -75,13 +74,13 @@ class Line(asyncio.Protocol):
     async def close(self) -> None:
         """Waits for what is under way, and hangs up."""
         await self._idle.wait()
-        self._transport = None
+        self._ear = None
         if self._timer is not None:
             self._timer.cancel()
         await self._connection.disconnect()
 
-    def data_received(self, data: bytes) -> None:
-        """See `asyncio.Protocol`."""
+    def _hear(self, data: bytes) -> None:
+        """Redis says something."""
         *lines, self._rest = (self._rest + data).split(b"\r\n")
         try:
             self._answers += map(_answer, lines)
@@ -93,25 +92,17 @@ class Line(asyncio.Protocol):
         elif self._told is not None and len(self._answers) == self._expected:
             self._end(self._answers)
 
-    def connection_lost(self, exc: Exception | None) -> None:
-        """See `asyncio.Protocol`."""
-        if self._streams is not None:
-            self._streams.connection_lost(exc)
-        if self._transport is not None:
-            self._transport = None
-            self._end(RedisConnectionError("the connection was closed by the server" if exc is None else str(exc)))
-
     def _next(self) -> None:
         """Begins the next exchange, if there is one."""
         while self._waiting and self._told is None:
             self._idle.clear()
-            if self._transport is None:
+            if self._ear is None:
                 loop = asyncio.get_running_loop()
                 self._connecting = loop.create_task(self._connect(), context=contextvars.Context())
                 return
             commands, self._told = self._waiting.popleft()
             try:
-                self._send(self._transport, commands())
+                self._send(self._ear.transport, commands())
             except Exception as error:  # a bug
                 self._break_off(error)
         if self._told is None:
@@ -136,9 +127,9 @@ class Line(asyncio.Protocol):
 
     def _break_off(self, error: Exception) -> None:
         """Ends the exchange that is under way, and the connection."""
-        transport, self._transport = self._transport, None
-        if transport is not None:
-            transport.abort()
+        ear, self._ear = self._ear, None
+        if ear is not None:
+            ear.transport.abort()
         self._end(error)
 
     def _look_at_time(self) -> None:
@@ -160,10 +151,9 @@ class Line(asyncio.Protocol):
                 await connection.disconnect(nowait=True)
                 await connection.connect()  # type: ignore[no-untyped-call]
             assert connection._writer is not None
-            self._transport = connection._writer.transport
-            self._streams = self._transport.get_protocol()
-            self._transport.set_protocol(self)
-            found = self._transport.get_extra_info("socket")
+            transport = connection._writer.transport
+            self._ear = _Ear(transport, lambda ear: ear is self._ear, self._hear, self._break_off)
+            found = transport.get_extra_info("socket")
             if found is not None and found.family == socket.AF_UNIX:  # what does not fit is sent in further turns
                 found.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BYTES)
         except TimeoutError:
@@ -176,6 +166,42 @@ class Line(asyncio.Protocol):
             _, told = self._waiting.popleft()
             told(error)
         self._next()
+
+
+class _Ear(asyncio.Protocol):
+    """Hears what comes on one connection, as long as it is the one that is listened to.
+
+    Args:
+        transport: the connection's.
+        is_asked: whether that is so.
+        heard: called with what comes.
+        lost: called with why nothing comes any more.
+    """
+
+    def __init__(
+        self,
+        transport: asyncio.WriteTransport,
+        is_asked: Callable[[_Ear], bool],
+        heard: Callable[[bytes], None],
+        lost: Callable[[Exception], None],
+    ) -> None:
+        self.transport = transport
+        self._streams = transport.get_protocol()  # redis-py's, which wants to know of the connection's end
+        self._is_asked = is_asked
+        self._heard = heard
+        self._lost = lost
+        transport.set_protocol(self)
+
+    def data_received(self, data: bytes) -> None:
+        """See `asyncio.Protocol`."""
+        if self._is_asked(self):
+            self._heard(data)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """See `asyncio.Protocol`."""
+        self._streams.connection_lost(exc)
+        if self._is_asked(self):
+            self._lost(RedisConnectionError("the server has closed the connection" if exc is None else str(exc)))
 
 
 def _answer(line: bytes) -> object:
