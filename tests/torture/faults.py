@@ -13,6 +13,15 @@ def plant(name: str) -> None:
     FAULTS[name]()
 
 
+def _commit_by(commit_ticks: Any) -> None:
+    """Has ticks committed in that way, by whoever commits any."""
+    from rnnserve_server.store.base import Store
+    from rnnserve_server.store.sqlite import SqliteStore
+
+    SqliteStore.commit_ticks = commit_ticks  # type: ignore[method-assign]
+    SqliteStore.begin_commit = Store.begin_commit  # type: ignore[method-assign]
+
+
 def _drops_a_commit() -> None:
     """The store says that a tick is durable, and has not written it: now and then."""
     from rnnserve_server.store.sqlite import SqliteStore
@@ -24,7 +33,7 @@ def _drops_a_commit() -> None:
         applied = iter(await commit(self, [tick for tick, keep in zip(ticks, kept, strict=True) if keep]))
         return [next(applied) if keep else [True] * len(tick.ids) for tick, keep in zip(ticks, kept, strict=True)]
 
-    SqliteStore.commit_ticks = careless  # type: ignore[method-assign]
+    _commit_by(careless)
 
 
 def _answers_before_commit() -> None:
@@ -39,7 +48,7 @@ def _answers_before_commit() -> None:
             await commit(self, each)
         return [[True] * len(tick.ids) for tick in ticks]
 
-    SqliteStore.commit_ticks = lazy  # type: ignore[method-assign]
+    _commit_by(lazy)
 
 
 def _forgets_answers() -> None:

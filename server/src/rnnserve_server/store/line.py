@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-import socket
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -22,8 +21,6 @@ Answers = list[Any]
 
 Told = Callable[[Answers | Exception], None]
 """Called with the answers, or with why it is not known what has arrived, or will yet."""
-
-_SEND_BYTES = 1 << 20
 
 _ERRORS = {
     b"NOSCRIPT": NoScriptError,
@@ -153,9 +150,6 @@ class Line:
             assert connection._writer is not None
             transport = connection._writer.transport
             self._ear = _Ear(transport, lambda ear: ear is self._ear, self._hear, self._break_off)
-            found = transport.get_extra_info("socket")
-            if found is not None and found.family == socket.AF_UNIX:  # what does not fit is sent in further turns
-                found.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BYTES)
         except TimeoutError:
             error = RedisTimeoutError(f"no connection within {self._patience:g} s")
         except Exception as failure:
