@@ -86,12 +86,14 @@ def starts(folder: Path, stack: ExitStack) -> dict[str, Callable[[], Server]]:
 
 class RedisServer:
     """A redis-server on a socket, on the clients' core as it would be on another machine, that appends every command to
-    a file and has it written to disk once a second.
+    a file and has it written to disk once a second. The file is made anew at each GiB, not at each 64 MiB: that is a
+    process of its own, for which another machine would have another core.
     """
 
     def __init__(self, folder: Path) -> None:
         socket = folder / "redis.sock"
         command = ["redis-server", "--port", "0", "--unixsocket", str(socket), "--dir", str(folder), "--save", ""]
+        command += ["--auto-aof-rewrite-min-size", "1gb"]
         with pinned(CLIENT_CORE), (folder / "redis.log").open("wb") as log:
             self._process = subprocess.Popen(
                 [*command, "--appendonly", "yes", "--appendfsync", "everysec"], stdout=log, stderr=log
