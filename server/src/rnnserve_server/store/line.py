@@ -19,7 +19,7 @@ Command = tuple[Any, ...]
 Answers = list[Any]
 """What commands were answered, each a number, a text or an error."""
 
-Told = Callable[[Answers | Exception], None]
+Answered = Callable[[Answers | Exception], None]
 """Called with the answers, or with why it is not known what has arrived, or will yet."""
 
 _ERRORS = {
@@ -45,8 +45,8 @@ class Line:
         pool = client.connection_pool
         self._connection = pool.connection_class(**pool.connection_kwargs)
         self._patience = patience
-        self._waiting: deque[tuple[Callable[[], Sequence[Command]], Told]] = deque()
-        self._told: Told | None = None  # of the exchange that is under way
+        self._waiting: deque[tuple[Callable[[], Sequence[Command]], Answered]] = deque()
+        self._told: Answered | None = None  # of the exchange that is under way
         self._connecting: asyncio.Task[None] | None = None
         self._ear: _Ear | None = None  # of the connection that there is
         self._answers: Answers = []
@@ -57,7 +57,7 @@ class Line:
         self._idle = asyncio.Event()
         self._idle.set()
 
-    def exchange(self, commands: Callable[[], Sequence[Command]], told: Told) -> None:
+    def exchange(self, commands: Callable[[], Sequence[Command]], told: Answered) -> None:
         """Sends commands, at least one, in one go, when those before were answered.
 
         Args:

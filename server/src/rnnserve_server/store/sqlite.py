@@ -438,7 +438,7 @@ class SqliteStore(Store):
             return True
         with self._transaction():
             self._look([session_id for tick in ticks for session_id in tick.ids])
-            if any(len(strangers(self._known.of(tick.ids), tick.before)) for tick in ticks):
+            if any(strangers(self._known.of(tick.ids), tick.before) for tick in ticks):
                 return False
             for tick in ticks:
                 packed = tick.pack()
@@ -454,7 +454,7 @@ class SqliteStore(Store):
 
         The interpreter's lock is given up and taken again at every statement, and others are after it.
         """
-        if len(strangers(self._known.of(tick.ids), tick.before)):
+        if strangers(self._known.of(tick.ids), tick.before):
             return False
         packed = tick.pack()
         try:
@@ -499,8 +499,7 @@ class SqliteStore(Store):
     def _current(self) -> bool:
         """Whether what is in mind is good: nobody else has written since."""
         (version,) = self._db.execute("PRAGMA data_version").fetchone()
-        good: bool = version == self._version
-        return good
+        return bool(version == self._version)
 
     def _settle(self) -> None:
         """Brings the journal to the sessions' rows, if there is anything in it."""

@@ -14,9 +14,10 @@ _COLUMNS = 256  # of sessions, of which the rows are in mind
 
 
 class Standing:
-    """The epoch, revision and step of sessions, a row for each.
+    """The epoch, revision and step of sessions, a row for each, as `Numbers`: int64 [N, 3].
 
-    Sessions that are stepped together are named together tick after tick: their rows are looked up once.
+    Sessions that are stepped together are named together tick after tick: their rows are looked up once. A row is never
+    given to another session, so who has many sessions come and go is to begin anew.
     """
 
     def __init__(self) -> None:
@@ -58,7 +59,12 @@ class Standing:
 
 
 def strangers(known: Numbers, before: Numbers) -> Sequence[int]:
-    """The positions of those of N sessions that are not known to stand where they are said to have stood."""
+    """The positions of those of N sessions that are not known to stand where they are said to have stood.
+
+    Args:
+        known: where they are known to stand, int64 [N, 3].
+        before: where they are said to have stood, int64 [N, 3].
+    """
     if known.tobytes() == before.tobytes():
         return ()
     found: list[int] = np.flatnonzero((known != before).any(axis=1)).tolist()
