@@ -353,3 +353,15 @@ def test_answers_to_nothing(response):
     lanes.flush()
     with pytest.raises(ProtocolViolation):
         lanes.receive(response)
+
+
+def test_what_is_answered_before_a_violation_is_told():
+    """Who was answered in the same message hears of it, although the stream is given up behind that."""
+    lanes = Lanes()
+    a, b = opened(lanes, 2)
+    lanes.step(a, chunk("a"))
+    lanes.step(b, chunk("b"))
+    (frame,) = lanes.flush().frames
+    with pytest.raises(ProtocolViolation):
+        lanes.receive(pb.StreamResponse(frames=[result(frame, [0]), result(frame, [0])]))
+    assert [answer.ticket for answer in lanes.lost()] == ["a"]

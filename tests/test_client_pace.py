@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rnnserve._chunks import Chunk, Form
-from rnnserve._lanes import Lanes
+from rnnserve._lanes import Lanes, pace
 from rnnserve.codec import encode_named
 from rnnserve.v1 import inference_pb2 as pb
 from rnnserve.v1 import session_pb2
@@ -94,7 +94,8 @@ class Wire:
         self.receive(frames=[pb.ResultFrame(lanes=lanes, first_steps=steps, timesteps=1, outputs=named)])
 
     def receive(self, **parts):
-        self.answered += [each.ticket for each in self.lanes.receive(pb.StreamResponse(**parts)) if each.ticket]
+        answers = self.lanes.receive(pb.StreamResponse(**parts)) + self.lanes.take_later()
+        self.answered += [each.ticket for each in answers if each.ticket]
         self.lanes.settle()
 
     def round_trip(self, *numbers, form=SHORT):
@@ -266,7 +267,7 @@ def test_who_came_right_away_is_awaited(wire):
     wire.step(2)
     assert wire.leave() == []
     wire.step(1)
-    assert wire.leave() == [[0, 3, 2, 1]]
+    assert wire.leave() == [[0, 1, 2, 3]]
 
 
 def test_one_that_fell_behind_is_taken_in_again(wire):
@@ -388,6 +389,91 @@ def test_a_step_that_nobody_was_woken_for_leaves_with_the_next_message(wire):
     assert wire.leave() == [[1, 2]]
 
 
+def frames_of(wire, *, thinks, trip=ROUND_TRIP, steps=400, callers=4):
+    """The lanes of each frame, when one thread makes each caller's next step `thinks` after the one before, and each
+    frame is answered `trip` after it was sent."""
+    come_to_rest(wire)
+    frames, due, answered = [], [], list(range(callers))
+    while steps:
+        while due and due[0] <= wire.clock.now:
+            due.pop(0)
+            answered += [lane for lane, _ in wire.sent[0]]
+            wire.answer()
+        if answered:
+            wire.clock.run(thinks)
+            wire.step(answered.pop(0))
+            steps -= 1
+        else:
+            wire.clock.run(max(due[0] - wire.clock.now, 0))
+        left = wire.leave()
+        frames += left
+        due += [wire.clock.now + trip] * len(left)
+    return frames
+
+
+def come_to_rest(wire):
+    """Everything wished is answered, and nobody is awaited any more."""
+    wire.clock.run(1)
+    wire.leave()
+    while wire.sent:
+        wire.answer()
+    wire.clock.run(1)
+
+
+@pytest.fixture
+def cohorts(monkeypatch):
+    """As `wire`, with eight lanes, which are as many as may come to be two cohorts."""
+    monkeypatch.setattr(pace, "COHORT", 4)
+    wire = Wire(8)
+    wire.round_trip(3)
+    return wire
+
+
+FIRST, SECOND, ALL = [0, 1, 2, 3], [4, 5, 6, 7], [0, 1, 2, 3, 4, 5, 6, 7]
+
+
+@pytest.mark.parametrize("thinks", [ROUND_TRIP / 8, ROUND_TRIP / 4])
+def test_many_come_in_two_cohorts(cohorts, thinks):
+    """Where the callers take as long as the server, half of them are answered while the other half is under way."""
+    frames = frames_of(cohorts, thinks=thinks, callers=8)
+    assert frames[-10:] in ([FIRST, SECOND] * 5, [SECOND, FIRST] * 5)
+
+
+def test_few_come_in_one_frame(wire):
+    """Two frames cost more than one: some callers share one, however long they take."""
+    assert frames_of(wire, thinks=ROUND_TRIP / 4)[-10:] == [[0, 1, 2, 3]] * 10
+
+
+def test_a_slow_server_has_full_frames(cohorts):
+    """Where it is the server that is waited for, larger frames do more, and cohorts that there are become one."""
+    assert frames_of(cohorts, thinks=ROUND_TRIP / 80, callers=8)[-10:] == [ALL] * 10
+    assert ALL not in frames_of(cohorts, thinks=ROUND_TRIP / 8, callers=8)[-10:]
+    assert frames_of(cohorts, thinks=ROUND_TRIP / 8, trip=8 * ROUND_TRIP, callers=8)[-10:] == [ALL] * 10
+
+
+def test_few_who_are_left_come_in_one_frame_again(cohorts):
+    """The second cohort goes over to the first when others have stopped."""
+    frames_of(cohorts, thinks=ROUND_TRIP / 8, callers=8)
+    come_to_rest(cohorts)
+    for _ in range(2):
+        cohorts.round_trip(0, 7)
+    assert cohorts.members[7].pace is cohorts.members[0].pace
+
+
+def test_one_message_answers_the_first_cohort_before_the_second(cohorts):
+    """What the first wish leaves while the second are only told: so they do not come all together for ever."""
+    frames_of(cohorts, thinks=ROUND_TRIP / 8, callers=8)
+    come_to_rest(cohorts)
+    cohorts.step(*ALL)
+    assert cohorts.leave() == [ALL]
+    lanes, steps = zip(*cohorts.sent[0], strict=True)
+    named = encode_named({"y": np.zeros((8, 1, 2), "f4")})
+    frame = pb.ResultFrame(lanes=lanes, first_steps=steps, timesteps=1, outputs=named)
+    told = [answer.ticket[0] for answer in cohorts.lanes.receive(pb.StreamResponse(frames=[frame]))]
+    assert (told, [answer.ticket[0] for answer in cohorts.lanes.take_later()]) == (FIRST, SECOND)
+    assert cohorts.lanes.take_later() == []
+
+
 ACTIONS = st.one_of(
     st.tuples(st.just("step"), st.integers(0, 3), st.sampled_from([SHORT, SHORT, SHORT, OTHER, LONG])),
     st.tuples(st.just("flush")),
@@ -397,10 +483,17 @@ ACTIONS = st.one_of(
 )
 
 
-@settings(deadline=None, max_examples=300)
-@given(st.lists(ACTIONS, max_size=60))
-def test_every_chunk_leaves_and_none_twice(actions):
+@pytest.mark.parametrize("cohort", [pace.COHORT, 1])
+@settings(deadline=None, max_examples=200)
+@given(actions=st.lists(ACTIONS, max_size=60))
+def test_every_chunk_leaves_and_none_twice(cohort, actions):
     """Whatever comes in whatever order: with time alone everything wished is sent, each session's in its order."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pace, "COHORT", cohort)
+        _every_chunk_leaves_and_none_twice(actions)
+
+
+def _every_chunk_leaves_and_none_twice(actions):
     wire = Wire(4)
     wished = {number: [] for number in range(4)}
     losses = 0

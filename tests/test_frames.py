@@ -192,6 +192,24 @@ def test_small_frames_of_many_lanes_are_each_like_one_before():
     assert all(first is second is not None for first, second in zip(*told, strict=True))
 
 
+def test_large_frames_that_begin_alike_are_each_like_one_before():
+    """A client whose sessions come in two cohorts sends frames that differ by lanes far behind their beginning: none is
+    outlined twice.
+    """
+    reader, told = FrameReader(), []
+    for step in (5, 6):
+        frames = [
+            pb.StepFrame(
+                lanes=range(first, first + 128),
+                first_steps=[step] * 128,
+                inputs=encode_named({"x": np.ones((128, 1, 64), np.float32)}),
+            )
+            for first in (128, 256)
+        ]
+        told.append([reader.read(pb.StreamRequest(frames=[frame]).SerializeToString()) for frame in frames])
+    assert all(first is second is not None for first, second in zip(*told, strict=True))
+
+
 def test_a_reader_keeps_no_more_than_a_bound():
     """Outlines of ever new frames of many lanes take no more memory than those of a few; the last one is kept."""
     reader, lanes = FrameReader(), list(range(60_000))

@@ -252,6 +252,9 @@ class Link:
                         limit.cancel()
                 answers = self.lanes.receive(cast("inference_pb2.StreamResponse", response))
                 deliver_all(answers)
+                if later := self.lanes.take_later():
+                    # Behind the tasks that were just set free, whose steps then leave while these make theirs.
+                    self._loop.call_soon(deliver_all, later)
                 if answers:
                     self._progress = True
                 if self.lanes.broken is not None:

@@ -31,6 +31,7 @@ _FRAMES = b"\x12"  # field 2 of a request or response
 _LANES, _FIRST_STEPS = 0x0A, 0x12
 _MOST_OUTLINES = 256
 _BEGINNING = 7  # bytes of a message: the first lane is among them, which tells small frames of a stream from others
+_MOST_ALIKE = 4  # outlines of messages that begin alike: large frames of a stream do, whatever their lanes are
 _MOST_KEPT = 8 << 20  # bytes that a reader's outlines take
 _LANE_KEPT = 40  # bytes that a lane takes, as an element of a tuple
 _MOST_BYTES = 4  # of a varint that is a length or an extent
@@ -148,7 +149,7 @@ class FrameReader:
 
     def __init__(self, *, timesteps: bool = False) -> None:
         self._timesteps = timesteps
-        self._outlines: dict[tuple[int, bytes], Outline] = {}  # by a message's size, and how it begins
+        self._outlines: dict[tuple[int, bytes], list[Outline]] = {}  # by a message's size, and how it begins
         self._nbytes = 0  # of _outlines
 
     def read(self, content: bytes) -> Outline | None:
@@ -156,9 +157,9 @@ class FrameReader:
         None for any other message.
         """
         key = len(content), content[:_BEGINNING]
-        outline = self._outlines.get(key)
-        if outline is not None and outline.fits(content):
-            return outline
+        for known in self._outlines.get(key, ()):
+            if known.fits(content):
+                return known
         outline = None if _SWAP else outlined(content, timesteps=self._timesteps)
         if outline is not None:
             self._keep(key, outline)
@@ -166,14 +167,15 @@ class FrameReader:
 
     def _keep(self, key: tuple[int, bytes], outline: Outline) -> None:
         """Keeps an outline of messages of a kind: whoever sends ever new ones must not fill the memory with them."""
-        if (before := self._outlines.pop(key, None)) is not None:
-            self._nbytes -= before.nbytes
         if len(self._outlines) >= _MOST_OUTLINES or self._nbytes + outline.nbytes > _MOST_KEPT:
             self._outlines.clear()
             self._nbytes = 0
         if outline.nbytes <= _MOST_KEPT:
-            self._outlines[key] = outline
+            alike = self._outlines.setdefault(key, [])
+            alike.insert(0, outline)
             self._nbytes += outline.nbytes
+            if len(alike) > _MOST_ALIKE:
+                self._nbytes -= alike.pop().nbytes
 
 
 def outlined(content: bytes, *, timesteps: bool = False) -> Outline | None:

@@ -23,6 +23,7 @@ class Answers(Order):
         super().__init__(account, timing)
         self._answers: list[Answer] = []
         self._heard: list[Pace] = []  # those that were answered and are not settled
+        self._later: list[Answer] = []  # to the second cohort, where a message answers both
         self.in_flight = 0
 
     def barrier(self, lane: Lane, ticket: Any) -> bool:
@@ -41,7 +42,7 @@ class Answers(Order):
         gathered: dict[Gather, tuple[Pending, list[int], list[int]]] = {}
         known, answers = self._lanes, self._answers
         paced: dict[Pace, list[Lane]] = {}
-        pace, same = None, []
+        pace, same, into = None, [], answers
         for source, (number, first_step) in enumerate(zip(lanes, frame.first_steps, strict=True)):
             lane = known.get(number)
             if lane is not None and lane.pace is not None and len(lane.pending) == 1:
@@ -52,10 +53,11 @@ class Answers(Order):
                     self.in_flight -= 1
                     lane.active = 0
                     self.account.held -= chunk.nbytes + OVERHEAD
-                    answers.append(new_answer((ticket, (columns, source), None)))
                     if lane.pace is not pace:
                         pace = lane.pace
                         same = paced.setdefault(pace, [])
+                        into = self._later if pace.cohort else answers
+                    into.append(new_answer((ticket, (columns, source), None)))
                     same.append(lane)
                     continue
             pending = self._take(self._lane(number), first_step)
@@ -67,13 +69,23 @@ class Answers(Order):
                 rows.append(pending.row)
                 sources.append(source)
         for pace, same in paced.items():
-            pace.answered(same)
             self._heard.append(pace)
+            if (other := pace.answered(same)) is not pace:
+                self._heard.append(other)
         for gather, (pending, rows, sources) in gathered.items():
             gather.put(columns, rows, sources)
             if not gather.left:
                 self.account.held -= pending.chunk.nbytes + OVERHEAD  # type: ignore[union-attr]
                 self._answers.append(gather.answer(pending.ticket))
+
+    def take_later(self) -> list[Answer]:
+        """What a message answers that is to be told a little later than what `receive` gave: see `pace`."""
+        later, self._later = self._later, []
+        return later
+
+    def _take_answers(self) -> list[Answer]:
+        answers, self._answers = self._answers, []
+        return answers
 
     def settle(self) -> None:
         """Lets go chunks that were held until these answers. Whom they set free may wish on before it is called."""

@@ -19,6 +19,10 @@ OPENS_IN_MESSAGE = 1024
 _TAKEN_OVER = "SESSION_TAKEN_OVER"
 
 
+def _first_lane(chunk: Chunk) -> int:
+    return chunk.lanes[0].number
+
+
 class Messages(Resends):
     """The two ways of a stream."""
 
@@ -96,6 +100,8 @@ class Messages(Resends):
             pace.sent()
         self.leaving.clear()
         for _, chunks in sorted(frames.items(), key=lambda item: item[0][0]):
+            if len(chunks) > 1:
+                chunks.sort(key=_first_lane)  # the server knows a frame of the same lanes in the same order again
             write_frame(request.frames.add(), chunks)
         if self._closes and not self._chunks:  # a close stays behind the chunks that were wished before it
             for lane in self._closes:
@@ -105,13 +111,14 @@ class Messages(Resends):
         return request if request.opens or request.frames or request.closes else None
 
     def receive(self, response: inference_pb2.StreamResponse) -> list[Answer]:
-        """What a message of the server answers.
+        """What a message of the server answers, but for what `take_later` gives.
+
+        After an error `lost` has what it answered until there.
 
         Raises:
             ProtocolViolation: the message answers what was not asked; the stream is of no more use.
             TensorError: so is it when a tensor of the message breaks the contract.
         """
-        answers = self._answers = []
         for opened in response.opened:
             self._receive_opened(opened)
         for frame in response.frames:
@@ -124,7 +131,7 @@ class Messages(Resends):
             self._receive_notice(notice)
         if self._parked and (self._crowded or response.opened or response.errors):
             self._unpark()
-        return answers
+        return self._take_answers() or self.take_later()
 
     def _receive_error(self, error: inference_pb2.LaneError) -> None:
         lane = self._lane(error.lane)

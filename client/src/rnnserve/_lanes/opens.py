@@ -63,11 +63,10 @@ class Opens(Answers):
 
     def refuse(self, lane: Lane, cause: RequestError) -> list[Answer]:
         """Fails everything that is wished on a lane that was put off, if it still is; gives the answers."""
-        answers = self._answers = []
         if self._lanes.get(lane.number) is lane and not (lane.open or lane.opening):
             self._refuse(lane, cause)
             self._unpark()
-        return answers
+        return self._take_answers()
 
     def _receive_opened(self, opened: inference_pb2.LaneOpened) -> None:
         lane = self._lane(opened.lane)

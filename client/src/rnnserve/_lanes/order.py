@@ -44,7 +44,9 @@ class Order(Numbers):
         self.account = account or Account()
         self.leaving: list[Pace] = []  # those with chunks among those that leave with the next message
         self._timing = timing
-        self._paces: WeakValueDictionary[Form, Pace] = WeakValueDictionary()  # those of lanes that are still here
+        self._paces: WeakValueDictionary[tuple[Form, int], Pace] = (
+            WeakValueDictionary()
+        )  # those of lanes that are still here
         self.woken: Callable[[], None] = _nobody
         self._chunks: deque[Chunk] = deque()
         self._parked: list[Chunk] = []  # in order; on lanes that are not open, or behind such a chunk
@@ -144,11 +146,21 @@ class Order(Numbers):
                 pace.release()
 
     def _set_pace(self, lane: Lane, form: Form, timing: Timing) -> Pace:
-        pace = self._paces.get(form)
+        pace = self._paces.get((form, 0)) or self._paces.get((form, 1))
         if pace is None:
-            pace = self._paces[form] = Pace(form, self, timing)
+            pace = self._paces[form, 0] = Pace(form, self, timing)
         lane.pace, lane.turn, lane.frame = pace, -1, -1
         return pace
+
+    def other_cohort(self, pace: Pace) -> Pace | None:
+        """The pace of the other cohort of the same form, if it has lanes."""
+        return self._paces.get((pace.form, 1 - pace.cohort))
+
+    def new_cohort(self, pace: Pace) -> Pace:
+        """Makes the pace of the other cohort, for lanes of this one."""
+        assert self._timing is not None
+        other = self._paces[pace.form, 1 - pace.cohort] = Pace(pace.form, self, self._timing, 1 - pace.cohort)
+        return other
 
     def _queue(self, lane: Lane, chunk: Chunk) -> None:
         """Puts a chunk of one lane behind those that are on their way. (A chunk of several is parked.)"""

@@ -30,7 +30,6 @@ class Resends(Opens):
 
     def lost(self) -> list[Answer]:
         """The stream is lost: makes what is unanswered a wish again. Gives the answers that are known without it."""
-        answers = self._answers = []
         lost = self._count_losses() if self.broken is None else ()
         self.in_flight = 0
         self.broken = None
@@ -56,7 +55,7 @@ class Resends(Opens):
             if lane.fresh or lane.closing or lane.pending:
                 self._want(lane)
         self._park_all()
-        return answers
+        return self._take_answers() + self.take_later()
 
     def give_up(self, *, keep: bool) -> list[Any]:
         """The tickets of everything unanswered, each once, in the order of the wishes on each lane.
