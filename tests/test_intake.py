@@ -143,6 +143,21 @@ async def test_many_small_frames_of_one_stream_are_one_run_and_one_answer(house)
     assert [session.step for session in sessions] == [3] * 64
 
 
+async def test_streams_that_send_ahead_are_run_one_after_the_other(house):
+    """Large frames of two streams, eight ahead each: a run takes several frames of one stream, no longer than is fair
+    while the other waits, instead of one frame of each. Every frame is answered in its order.
+    """
+    sinks, sessions = [Notes(), Notes()], house.open(64)
+    of = [sessions[:32], sessions[32:]]
+    house.take_in(*(frame(sinks[i % 2], of[i % 2], value=1 + i % 2, first_steps=[i // 2] * 32) for i in range(16)))
+    await house.idle()
+    assert house.engine.calls == [(steps, [steps] * 32) for steps in (3, 3, 3, 3, 2, 2)]
+    for i, sink in enumerate(sinks):
+        assert not sink.errors
+        assert sink.first_steps == [[step] * 32 for step in range(8)]
+        assert [y[0, :, 0].tolist() for _, y in sink.results] == [[(1 + i) * step] * 32 for step in range(1, 9)]
+
+
 async def test_every_sink_is_told_its_own(house):
     """Chunks of four streams run as one batch, and each stream gets its lanes, steps and outputs, told once a tick."""
     sinks, sessions = [Notes() for _ in range(4)], house.open(8)

@@ -106,6 +106,23 @@ def test_any_blocks(frames, most, slice_steps, batch_size, between):
     assert (group.tail == -1).all()
 
 
+@pytest.mark.parametrize(
+    ("rows", "options", "together"),
+    [(32, {}, 1), (31, {}, 2), (32, {"return_state": True}, 2)],
+    ids=["wide", "narrow", "with states"],
+)
+def test_a_block_with_more_behind_it_runs_alone_if_that_saves_runs(rows, options, together):
+    """A block of many rows leaves its tick to those that follow it; one of few, or one that none may be taken along
+    with, shares it with others.
+    """
+    scheduler, found, model = Scheduler(256, 32), table(), loaded()
+    made = [opened(found, model, options=LayerOptions(stateful=True, **options)) for _ in range(2 * rows)]
+    group, slots = made[0].group, [session.slot for session in made]
+    for of in (slots[:rows], slots[rows:]) * 2:
+        scheduler.submit(chunks(group, of))
+    assert len(scheduler.next_tick().blocks) == together
+
+
 @pytest.mark.parametrize("longs", [1, 3])
 def test_a_short_chunk_waits_for_one_slice_of_each_long_one(longs):
     """A short chunk that comes while long ones run is run before any of them has had two more slices."""

@@ -39,6 +39,9 @@ class Frame:
     trace: Trace | None = None
 
 
+_LARGE = 32  # lanes of a frame, which is a block of its own: joined, it would part from what its client sends ahead
+
+
 class _Pile:
     """Frames to be joined, by their sinks. No session has two chunks of one sink in it: they must run one after the
     other.
@@ -91,7 +94,7 @@ class Intake:
         self.since: float | None = None
         self._frames = 0
         self._piles: list[_Pile] = []
-        self._open: dict[tuple[Group, Signature, bool], _Pile] = {}  # the last pile of a kind
+        self._open: dict[tuple[Group, Signature, bool, Sink | None], _Pile] = {}  # the last pile of a kind
         self._last: dict[Sink, int] = {}  # the number of the last pile that has a frame of the sink
 
     def __len__(self) -> int:
@@ -99,7 +102,8 @@ class Intake:
 
     def add(self, frame: Frame, signature: Signature) -> None:
         """Takes a frame, whose inputs and mask are known to fit and have that signature."""
-        kind = (frame.sessions.group, signature, frame.sessions.first_steps is None)
+        alone = frame.sink if len(frame.tags) >= _LARGE else None
+        kind = (frame.sessions.group, signature, frame.sessions.first_steps is None, alone)
         pile = self._open.get(kind)
         if pile is None or pile.number < self._last.get(frame.sink, -1) or not pile.takes(frame):
             pile = self._open[kind] = _Pile(len(self._piles))

@@ -9,6 +9,9 @@ Ready blocks are kept by the magnitude of the time steps they have left. The mag
 tick is much longer than one of ``max_batch_rows`` rows and one step: neither one long chunk nor many of them keep a
 short one waiting for longer, and the short ones come back for their share before all of the long ones had theirs.
 
+A client that sends ahead has blocks of the very same sessions behind one another. If they have many rows, the first
+runs alone and takes some of the others along (see `Scheduler.absorb`): fewer while there is work beside it.
+
 Where calls must stay whole, blocks are kept by their number of steps and run in one tick, never padded or cut.
 
 Pure: no I/O, no clock of its own, no threads.
@@ -29,6 +32,7 @@ from rnnserve_server.blocks import Barrier, Block, goes_on
 
 _MOST_BLOCKS = 16  # of a tick: each takes the event loop some tenths of a millisecond, beside the run
 _SHARED_RUN = 1.6  # ticks of one step, that a tick may take among others: less, and long chunks have not their share
+_WIDE = 32  # rows that are worth a run of their own
 _LARGE_RUN = 4  # ticks of one step: a run of more row-steps gains nothing, for its arrays leave the core's cache
 
 
@@ -101,6 +105,7 @@ class Scheduler:
         rows = blocks[0].rows
         while (
             line
+            and not self._sends_ahead(blocks[0])
             and not line[0].solo
             and not blocks[0].solo
             and rows + line[0].rows <= most
@@ -121,7 +126,7 @@ class Scheduler:
         """Lets a block that is about to run take along those that wait for it with the next chunks of its sessions.
 
         A client that sends ahead of the answers then pays for one run, check and commit, and not for each chunk. Chunks
-        are taken along as long as all of them together fit a tick, have the same sessions in the same order, each at
+        are taken along as long as all of them together are no longer than others may be kept waiting for, have the same sessions in the same order, each at
         the step where the one before it ends, and nothing but their outputs is asked for.
 
         Args:
@@ -132,7 +137,8 @@ class Scheduler:
         if sessions is None or not block.followers or self._whole or not _plain(block):
             return
         assert sessions.first_steps is not None
-        most = min(self.slice_steps, _LARGE_RUN * self.max_batch_rows // block.rows)
+        run = _SHARED_RUN if self._ready else _LARGE_RUN
+        most = min(self.slice_steps, int(run * self.max_batch_rows) // block.rows)
         if 2 * block.steps > most:
             return
         own = replace(block, states={}, initial={}, outputs=[], followers=[])
@@ -218,6 +224,15 @@ class Scheduler:
             tail, dropped = block.sessions.group.tail, np.delete(block.sessions.slots, index)
             tail[dropped[tail[dropped] == block.number]] = _before(block)
         return rest
+
+    def _sends_ahead(self, block: Block) -> bool:
+        """Whether a block of many rows may have one behind it to take along. It does so only where it runs alone, and
+        that saves more, a check, commit and answer each, than to run beside others would.
+        """
+        if self._whole or block.begun or block.rows < _WIDE or len(block.followers) != 1 or not _plain(block):
+            return False
+        (following,) = block.followers
+        return isinstance(following, Block) and following.rows == block.rows and _plain(following)
 
     def _line(self, block: Block) -> Hashable:
         """What the blocks that may run together have in common."""

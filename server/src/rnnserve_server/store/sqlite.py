@@ -106,7 +106,7 @@ SELECT json_group_array(json_array(id, n, epoch, revision, step))
 FROM sessions WHERE id IN (SELECT value FROM json_each(?))
 """
 _APPEND = """
-INSERT INTO journal (tick) SELECT ?1 WHERE (SELECT data_version FROM pragma_data_version) = ?2
+INSERT INTO journal (tick) SELECT zeroblob(?1) WHERE (SELECT data_version FROM pragma_data_version) = ?2
 """
 _NO_VERSION = -1  # of the file: nothing is in mind
 _IN_SCOPE = "id >= ? AND id < ?"
@@ -434,43 +434,35 @@ class SqliteStore(Store):
 
     def _append(self, ticks: Sequence[Tick]) -> bool:
         """Puts ticks into the journal, if all of them follow what is stored: whether they do."""
-        if len(ticks) == 1 and not self._is_due and self._append_at_once(ticks[0]):
-            return True
+        if len(ticks) == 1 and not self._is_due and not strangers(self._known.of(ticks[0].ids), ticks[0].before):
+            with self._transaction():
+                if self._put(ticks[0]):
+                    return True
         with self._transaction():
             self._look([session_id for tick in ticks for session_id in tick.ids])
             if any(strangers(self._known.of(tick.ids), tick.before) for tick in ticks):
                 return False
             for tick in ticks:
-                packed = tick.pack()
-                self._note_tick(self._db.execute("INSERT INTO journal (tick) VALUES (?)", (packed,)), packed, tick)
+                self._put(tick)
             if self._journal_bytes > self._look_again:
                 self._thin()
             if self._is_full:
                 self._fold()
         return True
 
-    def _append_at_once(self, tick: Tick) -> bool:
-        """Puts a tick into the journal by one statement, if it follows what is in mind, and that is good.
-
-        The interpreter's lock is given up and taken again at every statement, and others are after it.
-        """
-        if strangers(self._known.of(tick.ids), tick.before):
-            return False
+    def _put(self, tick: Tick) -> bool:
+        """Puts a tick that follows what is in mind into the journal, if that is good: whether it is."""
         packed = tick.pack()
-        try:
-            added = self._db.execute(_APPEND, (packed, self._version))
-        except BaseException:
-            self._version = _NO_VERSION  # whether it was committed is not known
-            raise
-        if added.rowcount:
-            self._note_tick(added, packed, tick)
-        return bool(added.rowcount)
-
-    def _note_tick(self, added: sqlite3.Cursor, packed: bytes, tick: Tick) -> None:
-        """A tick was put into the journal."""
-        self._journal.append(_Entry(added.lastrowid, len(packed), tick))
+        added = self._db.execute(_APPEND, (len(packed), self._version))
+        if not added.rowcount or (number := added.lastrowid) is None:
+            return False
+        # As a parameter it would be copied three times on its way to the file's pages.
+        with self._db.blobopen("journal", "tick", number) as blob:
+            blob.write(packed)
+        self._journal.append(_Entry(number, len(packed), tick))
         self._journal_bytes += len(packed)
         self._known.set(tick.ids, tick.numbers)
+        return True
 
     @property
     def _is_full(self) -> bool:
