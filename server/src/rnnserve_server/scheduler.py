@@ -126,8 +126,9 @@ class Scheduler:
         """Lets a block that is about to run take along those that wait for it with the next chunks of its sessions.
 
         A client that sends ahead of the answers then pays for one run, check and commit, and not for each chunk. Chunks
-        are taken along as long as all of them together are no longer than others may be kept waiting for, have the same sessions in the same order, each at
-        the step where the one before it ends, and nothing but their outputs is asked for.
+        are taken along as long as all of them together are no longer than others may be kept waiting for, have the same
+        sessions in the same order, each at the step where the one before it ends, and nothing but their outputs is
+        asked for.
 
         Args:
             block: a block that was checked, of which nothing was run.
