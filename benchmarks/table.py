@@ -23,8 +23,9 @@ STREAMS = [ServerRow(streams=n) for n in (4, 16, 64, 256)]
 CHUNKS = ServerRow(streams=64, steps=20)
 FRAMES_16, FRAMES_64, FRAMES_256 = (ServerRow(lanes=n, depth=4) for n in (16, 64, 256))
 DEEP_64, DEEP_256 = (ServerRow(lanes=n, depth=16) for n in (64, 256))
+GATEWAYS = ServerRow(streams=4, lanes=64, depth=4)
 FRAMES_OF_CHUNKS = ServerRow(lanes=64, steps=20, depth=4)
-SERVER = [ONE, *STREAMS, CHUNKS, FRAMES_16, FRAMES_64, DEEP_64, FRAMES_256, DEEP_256, FRAMES_OF_CHUNKS]
+SERVER = [ONE, *STREAMS, CHUNKS, FRAMES_16, FRAMES_64, DEEP_64, GATEWAYS, FRAMES_256, DEEP_256, FRAMES_OF_CHUNKS]
 TASKS = [TasksRow(streams=n) for n in (1, 16, 64, 256)]
 SDK = [ThreadsRow(), ThreadsRow(streams=64), *TASKS, GroupRow(lanes=64), GroupRow(lanes=64, steps=20)]
 STORES = [*stores.rows(DEEP_64), *stores.rows(FRAMES_64)]
@@ -51,7 +52,7 @@ Seen = Callable[[Lines], NDArray[Any]]
 def targets() -> list[tuple[Callable[..., Finding], str, float, Seen]]:
     """What the table must show: at least or at most, what, how much, and how it is found."""
     streams = {row.streams: row for row in STREAMS}
-    shapes: list[Row] = [ONE, streams[64], streams[256], CHUNKS, FRAMES_64, DEEP_64, FRAMES_256, DEEP_256]
+    shapes: list[Row] = [ONE, streams[64], streams[256], CHUNKS, FRAMES_64, DEEP_64, GATEWAYS, FRAMES_256, DEEP_256]
     shapes += [FRAMES_OF_CHUNKS]
     shapes += [TasksRow(streams=256), ThreadsRow(streams=64)]
     return [
