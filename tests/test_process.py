@@ -41,10 +41,12 @@ def test_memory_goes_back_after_a_flood() -> None:
 
 
 def test_it_is_not_done_for_little() -> None:
-    """Neither a small part of much nor all of little is worth the time; what was looked at is not looked at again."""
+    """Neither a small part of much nor all of little is worth the time, but what follows at the next look after it was
+    done is; what was looked at is not looked at again.
+    """
     ebb = Ebb(least=100)
-    assert [ebb.look(held) for held in (90, 0, 1000, 800, 700, 650, 0, 0)] == [
-        False, False, False, False, True, False, True, False,
+    assert [ebb.look(held) for held in (90, 0, 1000, 800, 700, 690, 689, 650, 600, 0, 0)] == [
+        False, False, False, False, True, True, False, False, False, True, False,
     ]  # fmt: skip
 
 

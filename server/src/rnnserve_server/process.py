@@ -79,16 +79,20 @@ class Ebb:
     def __init__(self, least: int = 32 << 20) -> None:
         self._least = least
         self._most = 0
+        self._falling = False
         self._trim: Callable[[int], object] = lambda _: None
         with suppress(OSError, AttributeError):
             self._trim = ctypes.CDLL("libc.so.6").malloc_trim
 
     def look(self, held: int) -> bool:
         """To be called now and then with the bytes that are held: whether memory was given back, because a quarter of
-        what was held since the last time is not any more.
+        what was held since the last time is not any more, or because it was given back at the last look too, and less
+        is held than then: sessions that came together may end in two passes.
         """
         self._most = max(self._most, held)
-        if self._most - held < max(self._least, self._most // 4):
+        enough = self._least // 16 if self._falling else max(self._least, self._most // 4)
+        self._falling = self._most - held >= max(enough, 1)
+        if not self._falling:
             return False
         self._most = held
         self._trim(0)
