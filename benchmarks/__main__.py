@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import signal
 import sys
 import tempfile
@@ -64,7 +65,9 @@ def main() -> None:
 
 
 def measured(rows: list[Row], rounds: int, seconds: float) -> dict[Row, Line]:
-    """Every round runs every row once, so that a busy minute of the machine hits them all."""
+    """Every round runs every row once, so that a busy minute of the machine hits them all; and those that are held
+    against one another, which do the same work, one after the other, so that a busy second hits them all.
+    """
     lines = {row: Line(row) for row in rows}
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -83,8 +86,9 @@ def measured(rows: list[Row], rounds: int, seconds: float) -> dict[Row, Line]:
             process.measure(seconds)
         for number in range(rounds):
             print(f"\rround {number + 1} of {rounds}", end="", file=sys.stderr, flush=True)
-            for row, process in processes.items():
-                sample, cpu = process.measure(seconds)
+            for row in sorted(rows, key=lambda row: (row.steps, row.sessions)):
+                os.sync()  # no row pays for what the one before has written
+                sample, cpu = processes[row].measure(seconds)
                 lines[row].samples.append(sample)
                 lines[row].cpu.append(cpu)
         print(file=sys.stderr)
