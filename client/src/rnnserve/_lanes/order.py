@@ -44,9 +44,8 @@ class Order(Numbers):
         self.account = account or Account()
         self.leaving: list[Pace] = []  # those with chunks among those that leave with the next message
         self._timing = timing
-        self._paces: WeakValueDictionary[tuple[Form, int], Pace] = (
-            WeakValueDictionary()
-        )  # those of lanes that are still here
+        #: By form and cohort; those of lanes that are still here.
+        self._paces: WeakValueDictionary[tuple[Form, int], Pace] = WeakValueDictionary()
         self.woken: Callable[[], None] = _nobody
         self._chunks: deque[Chunk] = deque()
         self._parked: list[Chunk] = []  # in order; on lanes that are not open, or behind such a chunk

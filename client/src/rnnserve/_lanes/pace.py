@@ -287,8 +287,10 @@ class Pace:
 
     def _wait_on(self, now: float) -> bool:
         """Waits longer for the awaited, if some have come meanwhile and more may: whether it does."""
+        if self._under_way or not self.awaited or now >= self._limit:
+            return False
         come, _ = self._come()
-        if self._under_way or not self.awaited or come == self._seen or now >= self._limit:
+        if come == self._seen:
             return False
         self._seen = come
         self._wait(now, self._soon / _LOOKS)
