@@ -149,7 +149,7 @@ class FrameReader:
 
     def __init__(self, *, timesteps: bool = False) -> None:
         self._timesteps = timesteps
-        self._outlines: dict[tuple[int, bytes], list[Outline]] = {}  # by a message's size, and how it begins
+        self._outlines: dict[tuple[int, bytes], list[Outline]] = {}  # by a message's size and beginning, newest first
         self._nbytes = 0  # of _outlines
 
     def read(self, content: bytes) -> Outline | None:

@@ -2,7 +2,7 @@
 
 A hundred streams that send a chunk each cost a hundred messages. Beyond the message they shall cost one: their frames
 are joined into one block as they come in, and what is checked, laid out, scheduled, computed and committed is done
-once for all of them.
+once for all of them. A frame of many lanes is as good as that by itself, and stays a block of its own.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from rnnserve_models.engine.base import Array, Arrays
 from rnnserve_server.blocks import Block, Sessions, Sink, Trace
 from rnnserve_server.layout import Signature, to_call
 from rnnserve_server.sessions import Group
+
+_LARGE = 32  # lanes of a frame that is worth a block of its own: joined, it would part from what its client sends ahead
 
 
 @dataclass(slots=True, eq=False)
@@ -37,9 +39,6 @@ class Frame:
     inputs: Arrays
     mask: Array | None
     trace: Trace | None = None
-
-
-_LARGE = 32  # lanes of a frame, which is a block of its own: joined, it would part from what its client sends ahead
 
 
 class _Pile:

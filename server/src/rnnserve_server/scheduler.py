@@ -102,15 +102,8 @@ class Scheduler:
             if first.rows > most:
                 self._split(line, most)
         blocks = [line.popleft()]
-        rows = blocks[0].rows
-        while (
-            line
-            and not self._sends_ahead(blocks[0])
-            and not line[0].solo
-            and not blocks[0].solo
-            and rows + line[0].rows <= most
-            and len(blocks) < _MOST_BLOCKS
-        ):
+        rows, alone = blocks[0].rows, blocks[0].solo or self._sends_ahead(blocks[0])
+        while line and not alone and not line[0].solo and rows + line[0].rows <= most and len(blocks) < _MOST_BLOCKS:
             rows += line[0].rows
             blocks.append(line.popleft())
         if line:

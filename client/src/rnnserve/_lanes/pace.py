@@ -17,8 +17,9 @@ When there are few left, or the server is what is waited for, which does more in
 the first.
 
 Nothing is waited for long. A frame that is not answered within `PATIENCE` round trips holds up nobody any more, and so
-for the awaited; they are given up already when none came for half a round trip. What a round trip takes is measured,
-and before it is known nothing is held.
+for the awaited, or twice as many where there are two cohorts, whose callers may have to come one behind the other; they
+are given up already when none came for half a round trip. What a round trip takes is measured, and before it is known
+nothing is held.
 """
 
 from __future__ import annotations

@@ -443,7 +443,8 @@ class SqliteStore(Store):
             if any(strangers(self._known.of(tick.ids), tick.before) for tick in ticks):
                 return False
             for tick in ticks:
-                self._put(tick)
+                if not self._put(tick):  # else it would be told as stored
+                    raise RuntimeError("somebody else has written to the file within a transaction of this connection")
             if self._journal_bytes > self._look_again:
                 self._thin()
             if self._is_full:
