@@ -346,7 +346,7 @@ async def test_replicas_that_come_and_go(monkeypatch):
         for n in (3, 4):  # one port, several addresses, as behind a name
             stack.enter_context(running_server(host=f"127.0.0.{n}", port=port, store=store))
         names.addresses["fleet"] = ["127.0.0.2", "127.0.0.3"]
-        client = quick(aio.Client([f"fleet:{port}"], timeout=30))
+        client = quick(aio.Client([f"fleet:{port}"], timeout=30), faster=100)
         x = np.random.default_rng(0).standard_normal((3, 24, 5), np.float32)
         sessions = [await client.session("lstm-4") for _ in range(24)]
         y = [np.stack([await s.step(each) for s, each in zip(sessions, x[0], strict=True)])]
