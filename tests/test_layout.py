@@ -52,18 +52,18 @@ def test_there_and_back(chunks, batch, steps, time_major, masked):
                 sent = x[chunk, t, row] if time_major else x[chunk, row, t]
                 np.testing.assert_array_equal(call.inputs["x"][t, chunk * batch + row], sent)
     states = {"h": np.arange(chunks * batch * 4).reshape(-1, 4)}
-    outputs, shown = to_wire({"y": call.inputs["x"]}, states, layer, chunks)
-    np.testing.assert_array_equal(outputs["y"], x)
-    assert shown["h"].shape == (chunks, batch, 4)
-    assert shown["h"][-1, -1].tolist() == states["h"][-1].tolist()
+    outputs, shown = to_wire({"y": np.stack([call.inputs["x"]] * 2)}, {"h": states["h"][None]}, layer, chunks)
+    np.testing.assert_array_equal(outputs["y"], np.stack([x, x]))
+    assert shown["h"].shape == (1, chunks, batch, 4)
+    assert shown["h"][0, -1, -1].tolist() == states["h"][-1].tolist()
 
 
 @pytest.mark.parametrize("time_major", [False, True])
 def test_last_output_has_no_time_axis(time_major):
     """Without return_sequences an output is [N, batch, ...], time_major or not; without return_state no state."""
-    last = {"y": np.arange(12).reshape(6, 2)}
-    outputs, states = to_wire(last, {"h": np.zeros((6, 4))}, LayerOptions(time_major=time_major), 3)
-    assert outputs["y"].tolist() == last["y"].reshape(3, 2, 2).tolist()
+    last = {"y": np.arange(24).reshape(2, 6, 2)}
+    outputs, states = to_wire(last, {"h": np.zeros((2, 6, 4))}, LayerOptions(time_major=time_major), 3)
+    assert outputs["y"].tolist() == last["y"].reshape(2, 3, 2, 2).tolist()
     assert states == {}
 
 

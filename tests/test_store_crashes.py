@@ -59,8 +59,8 @@ def columns(sessions: list[Record]) -> Tick:
     writes = tick(sessions)
     (answer,) = writes[0].replies
     count = len(sessions)
-    rest = rows([answer.payload[5:]] * count)
-    answered = Answered(answer.timesteps, rows([answer.request_digest] * count), answer.payload[:5], rest)
+    rest = rows([answer.payload[5:]] * count)[None]
+    answered = Answered(answer.timesteps, rows([answer.request_digest] * count)[None], answer.payload[:5], rest)
     return Tick(
         tuple([each.id for each in writes]),
         np.array([(each.epoch, each.revision, each.step) for each in writes]),

@@ -37,6 +37,7 @@ from rnnserve_server.store import (
 from rnnserve_server.store.memory import MemoryStore
 from rnnserve_server.store.redis import RedisStore
 from rnnserve_server.store.sqlite import SqliteStore
+from torture.servers import free_port
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +48,7 @@ def redis_server() -> Iterator[RedisServer]:
 
 @pytest.fixture(scope="module")
 def redis_cluster() -> Iterator[RedisServer]:
-    with running_redis("--cluster-enabled", "yes") as server:
+    with running_redis("--cluster-enabled", "yes", "--cluster-port", str(free_port())) as server:
         client = redis.Redis(unix_socket_path=str(server.socket))
         client.execute_command("CLUSTER ADDSLOTSRANGE", 0, 16383)
         deadline = time.monotonic() + 30
@@ -192,13 +193,13 @@ async def test_files_that_are_none_of_ours(tmp_path: Path) -> None:
     db.close()
     await (await SqliteStore.open(later)).close()
     with sqlite3.connect(later) as db:
-        db.execute("PRAGMA user_version = 4")
+        db.execute("PRAGMA user_version = 5")
     db.close()
     before = {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)}
     for path, message in (
         (text, "not a database.*name a file of rnnserve's own"),
         (other, "another program's database"),
-        (later, "got format 4"),
+        (later, "got format 5"),
         (tmp_path, "Is a directory"),
         (tmp_path / "none" / "s.db", "No such file or directory"),
     ):
@@ -347,8 +348,8 @@ async def test_a_later_format_is_refused(redis_server: RedisServer, raw: redis.R
     raw.delete("rnnserve:format")
     stores.append(await RedisStore.open(redis_server.url))
     assert (await stores[1].peek(["a"]))[0] is not None
-    raw.set("rnnserve:format", 3)
-    with pytest.raises(StoreMisconfigured, match="got format 3"):
+    raw.set("rnnserve:format", 4)
+    with pytest.raises(StoreMisconfigured, match="got format 4"):
         await RedisStore.open(redis_server.url)
     for store in stores:
         await store.close()
@@ -424,6 +425,36 @@ async def test_a_journal_that_a_dead_server_left_behind(redis_server: RedisServe
     assert (found.step, len(found.replies)) == (3, 3)
     for store in (dead, other):
         await store.close()
+
+
+async def test_a_journal_in_the_second_format(redis_server: RedisServer, raw: redis.Redis) -> None:
+    """It had one reply of each session in each part, and blanks where there are commas now. It is read and folded, and
+    releases that know of no later format find the store in this one from then on.
+    """
+    store = await RedisStore.open(redis_server.url)
+    sessions = [await created(store, name, states=b"\0" * 8) for name in "ab"]
+    made = tick(sessions, [1, 1, 2])
+    parts: list[bytes] = []
+    for each in made.answered:
+        for digests, rest in zip(each.digests, each.rest, strict=True):
+            parts += [digests.tobytes(), each.head, rest.tobytes()]
+    rounds = "".join(f"|{timesteps} 8 9" for timesteps in (1, 1, 2))
+    parts += [made.states.tobytes(), made.before.tobytes(), f"{made.last_used!r} 16 4 8 {rounds}".encode()]
+    raw.rpush("rnnserve:journal:old", *parts, "rnnserve:{a}\nrnnserve:{b}")
+    raw.set("rnnserve:journal:old:open", 2)
+    for name in "ab":
+        raw.hset(f"rnnserve:{{{name}}}", mapping={"journal": "rnnserve:journal:old", "used": ""})
+    raw.set("rnnserve:format", 2)
+    later = await RedisStore.open(redis_server.url)
+    assert raw.get("rnnserve:format") == "3"
+    assert [head and head.step for head in await later.peek(["a", "b"])] == [session.step + 4 for session in sessions]
+    wrote = made.writes()
+    for session, write, found in zip(sessions, wrote, await later.take(["a", "b"], NOW), strict=True):
+        assert found is not None
+        assert found == replace(applied(session, write), epoch=found.epoch)
+    assert journals(raw) == []
+    for each_store in (store, later):
+        await each_store.close()
 
 
 async def test_what_is_in_a_journal_is_said_to_be_there(redis_server: RedisServer, raw: redis.Redis) -> None:

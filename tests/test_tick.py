@@ -17,27 +17,43 @@ from rnnserve_server.store.sqlite import SqliteStore
 from rnnserve_server.store.tick import Tick
 
 
+def pack(made: Tick) -> bytes:
+    """As it lies in a file."""
+    return b"".join(made.pieces())
+
+
 def test_a_packed_tick_is_the_tick() -> None:
     """What it stands for is the same; what was cut off is told."""
-    made = tick([record(name) for name in "abc"], [2, 1, 3])
-    packed = made.pack()
+    made = tick([record(name) for name in "abc"], [2, 1, 1, 1, 3])
+    assert [len(each) for each in made.answered] == [1, 3, 1]
+    assert [reply.first_step for reply in made.replies(2)] == [0, 2, 3, 4, 5]
+    packed = pack(made)
     assert Tick.unpack(packed).writes() == made.writes()
-    assert Tick.unpack(made.part(1, 2).pack()).writes() == made.writes()[1:2]
+    assert Tick.unpack(pack(made.part(1, 2))).writes() == made.writes()[1:2]
     floors = replace(made, forget_before=np.array([0, 1, 2]))
-    assert [write.forget_before for write in Tick.unpack(floors.pack()).writes()] == [0, 1, 2]
+    assert [write.forget_before for write in Tick.unpack(pack(floors)).writes()] == [0, 1, 2]
     for cut in (0, 3, 20, len(packed) - 1):
         with pytest.raises(StoreCorrupt):
             Tick.unpack(packed[:cut])
 
 
-def test_a_tick_of_the_second_format() -> None:
-    """It had its numbers as lists, and is read."""
+@pytest.mark.parametrize("version", [2, 3])
+def test_a_tick_of_an_earlier_format(version: int) -> None:
+    """The second had its numbers as lists; neither it nor the third says how many replies of each session are alike. It
+    is read.
+    """
     made = replace(tick([record(name) for name in "ab"], [2, 1]), forget_before=np.array([0, 2]))
-    rounds = [[each.timesteps, each.digests.shape[1], each.head.decode(), each.rest.shape[1]] for each in made.rounds]
-    columns = [made.ids, *made.numbers.T.tolist(), [0, 2]]
-    what = json.dumps([*columns, made.timesteps, made.last_used, made.keep, made.states.shape[1], rounds]).encode()
-    contents = [made.states, *(part for each in made.rounds for part in (each.digests, each.rest))]
-    packed = b"".join([len(what).to_bytes(4, "little"), what, *(each.tobytes() for each in contents)])
+    answered = [
+        [each.timesteps, each.digests.shape[2], each.head.decode(), each.rest.shape[2]] for each in made.answered
+    ]
+    common = [made.timesteps, made.last_used, made.keep, made.states.shape[1], answered]
+    contents = [made.states, *(part for each in made.answered for part in (each.digests, each.rest))]
+    if version == 2:
+        what = json.dumps([made.ids, *made.numbers.T.tolist(), [0, 2], *common])
+    else:
+        what = json.dumps(["\n".join(made.ids), *common, True])
+        contents = [made.numbers, np.array([0, 2]), *contents]
+    packed = b"".join([len(what).to_bytes(4, "little"), what.encode(), *(each.tobytes() for each in contents)])
     assert Tick.unpack(packed).writes() == made.writes()
 
 
@@ -113,9 +129,9 @@ async def test_a_journal_that_a_dead_process_left_behind(tmp_path: Path) -> None
     await again.close()
 
 
-@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("version", [1, 2, 3])
 async def test_a_file_of_an_earlier_format_goes_on(version: int, tmp_path: Path) -> None:
-    """The first lacks the journal, and is given one; the second has it. Releases that know of no later format refuse
+    """The first lacks the journal, and is given one; the others have it. Releases that know of no later format refuse
     the file from then on.
     """
     store = await SqliteStore.open(tmp_path / "s.db")
@@ -133,5 +149,5 @@ async def test_a_file_of_an_earlier_format_goes_on(version: int, tmp_path: Path)
     assert head.step == 2
     await store.close()
     with sqlite3.connect(tmp_path / "s.db") as db:
-        assert db.execute("PRAGMA user_version").fetchone() == (3,)
+        assert db.execute("PRAGMA user_version").fetchone() == (4,)
     db.close()

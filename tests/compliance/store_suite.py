@@ -83,18 +83,25 @@ def applied(before: Record, write: Write) -> Record:
 def tick(before: Sequence[Record], chunks: Sequence[int], keep: int = 16) -> Tick:
     """What chunks of so many steps leave behind of some sessions."""
     steps = [each.step + sum(chunks) for each in before]
-    rounds, at = [], [each.step for each in before]
-    for timesteps in chunks:
-        digests = [b"%8d" % step for step in at]
-        rounds.append(Answered(timesteps, rows(digests), b"head", rows([b"y%8d" % step for step in at])))
-        at = [step + timesteps for step in at]
+    answered, more = list[Answered](), list(chunks[-keep:]) if keep else []
+    at = [each.step + sum(chunks[: len(chunks) - len(more)]) for each in before]
+    while more:
+        timesteps, alike = more[0], 1
+        while alike < len(more) and more[alike] == timesteps:
+            alike += 1
+        steps_of = [[step + r * timesteps for step in at] for r in range(alike)]
+        digests = np.stack([rows([b"%8d" % step for step in some]) for some in steps_of])
+        rest = np.stack([rows([b"y%8d" % step for step in some]) for some in steps_of])
+        answered.append(Answered(timesteps, digests, b"head", rest))
+        at = [step + alike * timesteps for step in at]
+        more = more[alike:]
     return Tick(
         tuple([each.id for each in before]),
         np.array([(each.epoch, each.revision + 1, step) for each, step in zip(before, steps, strict=True)]),
         sum(chunks),
         max(each.last_used for each in before) + 1,
         rows([b"%8d" % step for step in steps]),
-        tuple(rounds[-keep:]),
+        tuple(answered),
         keep,
     )
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import structlog
@@ -26,8 +27,25 @@ from rnnserve_server.sessions import SessionTable
 
 log = structlog.get_logger(__name__)
 
-Shown = list[tuple[Block, Arrays, Arrays]]
-"""The blocks that a finished one was made of, and the outputs and states of each, as `Answers` has them."""
+
+class Shown(NamedTuple):
+    """What chunks that are alike, R of each of N sessions one after the other, are answered.
+
+    Attributes:
+        blocks: R blocks of N chunks.
+        outputs: every output of theirs, [R, N, ...]: of each as `Answers` has it.
+        states: every state, alike.
+    """
+
+    blocks: Sequence[Block]
+    outputs: Arrays
+    states: Arrays
+
+    def each(self) -> Iterator[tuple[Block, Arrays, Arrays]]:
+        """The blocks, and the outputs and states of each."""
+        for position, block in enumerate(self.blocks):
+            outputs = {name: y[position] for name, y in self.outputs.items()}
+            yield block, outputs, {name: state[position] for name, state in self.states.items()}
 
 
 class Answering:
@@ -74,51 +92,55 @@ class Answering:
             start += count
         return gone
 
-    def commit(self, block: Block, shown: Shown, *, stored: bool) -> None:
+    def commit(self, block: Block, shown: Sequence[Shown], *, stored: bool) -> None:
         """Moves the sessions of a block on, and answers."""
+        answers = [each for some in shown for each in some.each()]
         if block.sessions is not None:
             self._sessions.commit(block.sessions, block.states, block.call.timesteps, stored=stored)
-        for each, outputs, states in shown:
+        for each, outputs, states in answers:
             self._answer(each, outputs, states)
         for sink, _ in block.sinks:  # an answer is on its way while the rest is done
             sink.flush()
         if block.sessions is not None:
-            self._remember(block, shown)
+            self._remember(block, answers)
         self._scheduler.finish(block)  # after the answer, so that a lane is never closed before its chunks are answered
 
-    def _remember(self, block: Block, shown: Shown) -> None:
+    def _remember(self, block: Block, answers: Iterable[tuple[Block, Arrays, Arrays]]) -> None:
         """Puts the answers of a block of sessions into their replay window."""
         run, start = Run(block.call, block.initial), 0
-        for each, outputs, states in shown:
+        for each, outputs, states in answers:
             assert each.sessions is not None
             each.sessions.group.window.remember(each.sessions, each.call.timesteps, run, start, outputs, states)
             start += each.call.timesteps
 
-    def shown(self, block: Block) -> Shown:
-        """What a finished block answers."""
+    def shown(self, block: Block) -> list[Shown]:
+        """What a finished block, or those that it was made of, answers."""
         ys = _joined(block, self._engine)
-        if not block.rounds:
-            return [(block, *self._wire(block, ys, block))]
+        rounds = block.rounds or [block]
+        if len({each.call.timesteps for each in rounds}) == 1:
+            return [self._shown(rounds, ys, block)]
         shown, start = [], 0
-        for each in block.rounds:
+        for each in rounds:
             part = {name: y[start : start + each.steps] for name, y in ys.items()}
-            shown.append((each, *self._wire(each, part, block)))
+            shown.append(self._shown([each], part, block))
             start += each.steps
         return shown
 
-    def _wire(self, block: Block, ys: Arrays, whole: Block) -> tuple[Arrays, Arrays]:
-        """The outputs and states of a block, as `Answers` has them; the states are those of the whole."""
-        options = block.options
-        outputs = {
-            name: block.call.expand(
-                y, return_sequences=options.return_sequences, zero_output_for_mask=options.zero_output_for_mask
-            )
-            for name, y in ys.items()
-        }
-        states = whole.states
-        if whole.resets is not None:
-            states = {spec.name: states[spec.name] for spec in self._engine.states}
-        return to_wire(outputs, states, options, len(block.tags))
+    def _shown(self, blocks: Sequence[Block], ys: Arrays, whole: Block) -> Shown:
+        """That of R blocks that are alike; the states are those of the whole."""
+        block, options, count = blocks[0], whole.options, len(blocks)
+        outputs = {}
+        for name, y in ys.items():
+            if count > 1:  # no step is masked: see `Scheduler.absorb`
+                y = y.reshape(count, block.call.timesteps, *y.shape[1:])  # [R, T, N * batch, ...]
+                outputs[name] = y if options.return_sequences else y[:, -1]
+            else:
+                outputs[name] = block.call.expand(
+                    y, return_sequences=options.return_sequences, zero_output_for_mask=options.zero_output_for_mask
+                )[None]
+        names = whole.states if whole.resets is None else [spec.name for spec in self._engine.states]
+        states = {name: whole.states[name][None] for name in names}
+        return Shown(blocks, *to_wire(outputs, states, options, len(block.tags)))
 
     def _answer(self, block: Block, outputs: Arrays, states: Arrays) -> None:
         """Gives the answers of a block."""

@@ -58,28 +58,37 @@ class Behind:
         taken: list[Ran] = []
         chains: dict[tuple[int, bytes], Chain] = {}
         busy: set[tuple[int, int]] = set()
+        uncounted: list[Block] = []  # whose slots are not among those: mostly nothing is ever looked for there
         while self._ticks:
             longer: list[tuple[Chain, Block]] = []
-            fresh: list[tuple[tuple[int, bytes], Block]] = []
+            fresh: dict[tuple[int, bytes], Chain] = {}
             for block in self._ticks[0].blocks:
                 sessions = _sessions(block)
                 key = id(sessions.group), sessions.slots.tobytes()
                 chain = chains.get(key)
                 if chain is None:
-                    fresh.append((key, block))
+                    fresh[key] = [block]
                 elif goes_on(chain[-1], block):
                     longer.append((chain, block))
                 else:
                     return taken, list(chains.values())
-            slots = {(key[0], slot) for key, block in fresh for slot in _sessions(block).slots.tolist()}
-            if not busy.isdisjoint(slots):
-                return taken, list(chains.values())
-            busy |= slots
-            chains |= {key: [block] for key, block in fresh}
+            new = [block for (block,) in fresh.values()]
+            if taken and new:
+                busy |= _slots(uncounted)
+                uncounted = []
+                if not busy.isdisjoint(_slots(new)):
+                    return taken, list(chains.values())
+            uncounted += new
+            chains |= fresh
             for chain, block in longer:
                 chain.append(block)
             taken.append(self._ticks.popleft())
         return taken, list(chains.values())
+
+
+def _slots(blocks: Sequence[Block]) -> set[tuple[int, int]]:
+    """The groups and slots of blocks' sessions."""
+    return {(id(each.group), slot) for each in map(_sessions, blocks) for slot in each.slots.tolist()}
 
 
 def _sessions(block: Block) -> Sessions:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from operator import attrgetter
@@ -18,8 +19,9 @@ from operator import attrgetter
 import numpy as np
 import structlog
 
-from rnnserve_models.engine.base import Array, Arrays
+from rnnserve_models.engine.base import Array
 from rnnserve_models.load import LoadedModel
+from rnnserve_server.answering import Shown
 from rnnserve_server.blocks import Block
 from rnnserve_server.config import Durability
 from rnnserve_server.digests import digests
@@ -69,9 +71,6 @@ _REASONS: dict[type[SessionError], End] = {kind: end for end, kind in _ERRORS.it
 _SHOWN = 4  # sessions that a line of the log names
 _AT_ONCE = 256  # sessions of one call to the store
 _TRIES = 3  # to have all sessions of a request in memory at once: there may not be room for them
-
-Wire = tuple[Block, Arrays, Arrays]
-"""A block, and its outputs and states as `Answers` has them."""
 
 
 class Keeper:
@@ -358,20 +357,23 @@ class Keeper:
 
     # Writing
 
-    def tick(self, chain: Sequence[Block], rounds: Sequence[Wire]) -> Tick:
-        """What finished blocks change, each going on where the one before it ends, of each of their N sessions."""
-        last = chain[-1]
+    def tick(self, chain: Sequence[tuple[Block, Sequence[Shown]]]) -> Tick:
+        """What finished blocks and their answers change, each going on where the one before it ends, of each of their N
+        sessions.
+        """
+        last, _ = chain[-1]
         sessions = last.sessions
         assert sessions is not None
         assert sessions.first_steps is not None
         group, slots, at, count = sessions.group, sessions.slots, sessions.at, len(sessions.slots)
-        window, answered = group.window, list[Answered]()
-        limits = window.limits
-        if limits.replies:
-            asked = _asked(chain, count)
-            for (each, outputs, shown), what in zip(rounds[-limits.replies :], asked[-limits.replies :], strict=True):
-                answered.append(Answered(each.call.timesteps, what, *pack_answers(outputs, shown, count)))
-        by_count = window.by_count and all(each.rest.shape[1] * limits.replies <= limits.bytes for each in answered)
+        window, limits = group.window, group.window.limits
+        answered, more = deque[Answered](), limits.replies
+        for block, parts in reversed(chain):
+            for shown in reversed(parts):
+                if more > 0:
+                    answered.appendleft(_answered(block, shown, count, more))
+                    more -= len(shown.blocks)
+        by_count = window.by_count and all(each.rest.shape[2] * limits.replies <= limits.bytes for each in answered)
         numbers = np.empty((count, 3), np.int64)  # [N, 3]
         numbers[:, EPOCH] = group.epoch[at]
         numbers[:, REVISION] = group.revision[at] + 1
@@ -379,7 +381,7 @@ class Keeper:
         return Tick(
             tuple(group.ids[at]) if isinstance(at, slice) else tuple([group.ids[slot] for slot in slots.tolist()]),
             numbers,
-            sum([block.call.timesteps for block in chain]),
+            sum([block.call.timesteps for block, _ in chain]),
             self._wall_clock(),
             pack_states(group, last.states, count),
             tuple(answered),
@@ -429,10 +431,10 @@ class Keeper:
         replies: dict[int, list[Reply]] = {slot: [] for slot in slots.tolist()}
         for round_, index in group.window.of_many(group, slots):
             head, rest = pack_answers(*round_.shown_to(index), len(index))
-            answered = Answered(round_.timesteps, round_.digests(index), head, rest)
+            answered = Answered(round_.timesteps, round_.digests(index)[None], head, rest[None])
             first_steps = round_.first_steps[index].tolist()
             for position, (slot, first_step) in enumerate(zip(round_.slots[index].tolist(), first_steps, strict=True)):
-                replies[slot].append(answered.reply(position, first_step))
+                replies[slot] += answered.replies(position, first_step)
         used = (self._wall_clock() - (self._clock() - group.last_used[slots])).tolist()
         columns = zip(
             slots.tolist(),
@@ -562,16 +564,15 @@ def _restore(group: Group, slots: Array, replies: Sequence[Sequence[Reply]]) -> 
             )
 
 
-def _asked(chain: Sequence[Block], count: int) -> list[Array]:
-    """The digests of the chunks that N sessions sent in blocks and in their rounds: uint8 [N, 24] of each."""
-    asked: list[Array] = []
-    for block in chain:
-        steps = {each.call.timesteps for each in block.rounds}
-        if len(steps) == 1:
-            asked.extend(digests(block.call, count, len(block.rounds)))
-        else:
-            asked.extend(digests(each.call, count)[0] for each in block.rounds or (block,))
-    return asked
+def _answered(block: Block, shown: Shown, count: int, most: int) -> Answered:
+    """What a block, or one part of it, answered N sessions: the last of no more chunks of each than that."""
+    blocks = shown.blocks
+    if len(blocks) == len(block.rounds or (block,)):  # one part is all of it
+        asked = digests(block.call, count, len(blocks))
+    else:
+        asked = digests(blocks[0].call, count)
+    head, rest = pack_answers(shown.outputs, shown.states, len(blocks), count)
+    return Answered(blocks[0].call.timesteps, asked[-most:], head, rest[-most:])
 
 
 def _pieces(slots: Array) -> list[Array]:

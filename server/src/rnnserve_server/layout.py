@@ -169,30 +169,31 @@ def out_of_bounds(specs: Sequence[TensorSpec], call: Compacted, batch_size: int)
 def to_wire(
     outputs: Mapping[str, Array], states: Mapping[str, Array], options: LayerOptions, chunks: int
 ) -> tuple[Arrays, Arrays]:
-    """Outputs and states as the wire has them.
+    """Outputs and states of R times N chunks as the wire has them.
 
     Args:
-        outputs: each [T, N * batch, ...] with return_sequences, else [N * batch, ...].
-        states: each [N * batch, ...].
+        outputs: each [R, T, N * batch, ...] with return_sequences, else [R, N * batch, ...].
+        states: each [R, N * batch, ...].
         options: the options of the layer.
         chunks: N.
 
     Returns:
-        Each output [N, batch, T, ...], [N, T, batch, ...] or [N, batch, ...], and each state [N, batch, ...]; no
-        states without return_state.
+        Each output [R, N, batch, T, ...], [R, N, T, batch, ...] or [R, N, batch, ...], and each state
+        [R, N, batch, ...]; no states without return_state.
     """
     shown = {}
     for name, y in outputs.items():
         if not options.return_sequences:
-            shown[name] = y.reshape(chunks, len(y) // chunks, *y.shape[1:])
+            shown[name] = y.reshape(len(y), chunks, y.shape[1] // chunks, *y.shape[2:])
             continue
-        y = y.reshape(y.shape[0], chunks, y.shape[1] // chunks, *y.shape[2:])  # [T, N, batch, ...]
-        order = (1, 0, 2) if options.time_major else (1, 2, 0)
-        shown[name] = y.transpose(*order, *range(3, y.ndim))
+        y = y.reshape(*y.shape[:2], chunks, y.shape[2] // chunks, *y.shape[3:])  # [R, T, N, batch, ...]
+        order = (0, 2, 1, 3) if options.time_major else (0, 2, 3, 1)
+        shown[name] = y.transpose(*order, *range(4, y.ndim))
     if not options.return_state:
         return shown, {}
     return shown, {
-        name: state.reshape(chunks, len(state) // chunks, *state.shape[1:]) for name, state in states.items()
+        name: state.reshape(len(state), chunks, state.shape[1] // chunks, *state.shape[2:])
+        for name, state in states.items()
     }
 
 

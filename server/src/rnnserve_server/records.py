@@ -80,13 +80,22 @@ def unpack_states(specs: Sequence[StateSpec], batch_size: int, blob: bytes) -> A
     return states
 
 
-def pack_answers(outputs: Mapping[str, Array], states: Mapping[str, Array], count: int) -> tuple[bytes, Rows]:
-    """What N sessions are answered, as `Answers` has it, as bytes of each session: what they begin with, which says
-    what they hold, and what follows.
+def pack_answers(outputs: Mapping[str, Array], states: Mapping[str, Array], *count: int) -> tuple[bytes, Rows]:
+    """What N sessions are answered, or R times N, each as `Answers` has it, as bytes: what they begin with, which says
+    what they hold, and what follows in each.
+
+    Args:
+        outputs: every output, [*count, ...].
+        states: every state, [*count, ...].
+        count: N, or R and N.
+
+    Returns:
+        What they begin with, and uint8 [*count, bytes].
     """
     arrays = [(kind, name, array) for kind, of in enumerate((outputs, states)) for name, array in of.items()]
-    head = _head(tuple([(kind, name, array.dtype.str, array.shape[1:]) for kind, name, array in arrays]))
-    return head, _rows([array for _, _, array in arrays], count)
+    axes = len(count)
+    head = _head(tuple([(kind, name, array.dtype.str, array.shape[axes:]) for kind, name, array in arrays]))
+    return head, _rows([array for _, _, array in arrays], *count)
 
 
 def unpack_answers(payloads: Sequence[bytes]) -> tuple[Arrays, Arrays]:
@@ -122,9 +131,9 @@ def _head(arrays: tuple[tuple[int, str, str, tuple[int, ...]], ...]) -> bytes:
     return len(what).to_bytes(_LENGTH_BYTES, "little") + what
 
 
-def _rows(arrays: Sequence[Array], count: int) -> Rows:
-    """Arrays of N equal parts as bytes."""
-    parts = [np.ascontiguousarray(array).reshape(count, -1).view(np.uint8) for array in arrays]
+def _rows(arrays: Sequence[Array], *count: int) -> Rows:
+    """Arrays of equal parts as bytes: uint8 [*count, bytes of a part]."""
+    parts = [np.ascontiguousarray(array).reshape(*count, -1).view(np.uint8) for array in arrays]
     if len(parts) == 1:
         return parts[0]
-    return np.concatenate([*parts, np.zeros((count, 0), np.uint8)], axis=1)
+    return np.concatenate([*parts, np.zeros((*count, 0), np.uint8)], axis=-1)

@@ -31,7 +31,7 @@ log = structlog.get_logger(__name__)
 _HELD_SECONDS = 0.01  # for which a commit is held back at most, whatever the disk did the last time
 _NEAR_SECONDS = 0.005  # which a commit elsewhere may take to be waited for: less than two commits cost more than one
 
-Chained = list[tuple[Block, Shown]]
+Chained = list[tuple[Block, list[Shown]]]
 """The blocks of a chain, and what they answer."""
 
 
@@ -127,7 +127,7 @@ class Storing:
             ran, chains = self._behind.take()
             try:
                 living = self._living(chains)
-                ticks = [self._keeper.tick([x for x, _ in each], [y for _, ys in each for y in ys]) for each in living]
+                ticks = [self._keeper.tick(each) for each in living]
             except Exception:
                 self._failed(ran)
                 living, ticks = [], []

@@ -13,7 +13,7 @@ from rnnserve_server.store import scripts
 from rnnserve_server.store.line import Command
 from rnnserve_server.store.outcome import wanted
 from rnnserve_server.store.standing import Standing, strangers
-from rnnserve_server.store.tick import Rows, Tick
+from rnnserve_server.store.tick import Tick, bytes_of
 
 # To fold a journal keeps other clients waiting: for 10 ms, if there are 16 answers of half a KiB of 64 sessions in it,
 # because Lua reads every byte of every string several times.
@@ -93,19 +93,19 @@ class Journal:
         """The command that pushes a tick. Its answer is `length` as it is then, or the tick may not be there."""
         before = tick.before
         fresh = strangers(self._known.of(tick.ids), before)
-        rounds = [f"|{each.timesteps} {each.digests.shape[1]} {each.rest.shape[1]}" for each in tick.rounds]
-        common = f"{tick.last_used!r} {tick.keep} {tick.timesteps} {tick.states.shape[1]} {''.join(rounds)}"
+        common = f"{tick.last_used!r},{tick.keep},{tick.timesteps},{tick.states.shape[1]}"
         elements: list[bytes | memoryview] = []
-        for each in tick.rounds:
-            elements += [_bytes(each.digests), each.head, _bytes(each.rest)]
-        elements += [_bytes(tick.states), before.tobytes(), common.encode(), self._keys(tick.ids)]
+        for each in tick.answered:
+            common += f"|{each.timesteps},{each.digests.shape[2]},{each.rest.shape[2]},{len(each)}"
+            elements += [bytes_of(each.digests), each.head, bytes_of(each.rest)]
+        elements += [bytes_of(tick.states), before.tobytes(), common.encode(), self._keys(tick.ids)]
         command: Command = ("RPUSHX", self.name)
         if fresh or not self.length:
             keys = [f"{self._prefix}{{{tick.ids[position]}}}" for position in fresh]
             numbers, last = before[list(fresh)].tobytes(), "" if self.length else self._before
             command = ("EVALSHA", scripts.TICK.sha, len(keys) + 1, *keys, self.name, numbers, self.length, last)
         self.length += len(elements)
-        pushed = _Pushed(tick.ids, len(tick.rounds), tick.keep, len(elements), sum(map(len, elements)))
+        pushed = _Pushed(tick.ids, tick.replies_each, tick.keep, len(elements), sum(map(len, elements)))
         self._pushed.append(pushed)
         self._nbytes += pushed.nbytes
         self._known.set(tick.ids, tick.numbers)
@@ -119,8 +119,3 @@ class Journal:
         if ids != self._keyed[0]:
             self._keyed = ids, "\n".join([f"{self._prefix}{{{session_id}}}" for session_id in ids]).encode()
         return self._keyed[1]
-
-
-def _bytes(rows: Rows) -> memoryview:
-    """Its bytes, not copied if they lie one after the other."""
-    return rows.reshape(-1).data

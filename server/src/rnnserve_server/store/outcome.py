@@ -55,7 +55,7 @@ class Outcome:
                 self._parts[session_id], self._lacking[session_id] = [], tick.keep
             if self._lacking[session_id] > 0:
                 self._parts[session_id].append((tick, position))
-                self._lacking[session_id] -= len(tick.rounds)
+                self._lacking[session_id] -= tick.replies_each
                 lacking = lacking or self._lacking[session_id] > 0
         if not lacking:
             self._full = tick.ids

@@ -58,7 +58,8 @@ from rnnserve_server.store.journal import Journal
 from rnnserve_server.store.line import Answers, Command, Line
 from rnnserve_server.store.tick import Tick
 
-_FORMAT = 2
+_FORMAT = 3
+_READ = (2, _FORMAT)
 _FOREVER = 1e300  # what ends at infinity ends here: not every Lua reads "inf"
 _EXACT = 2**53  # of Lua's numbers
 _PER_CALL = 64  # sessions of one call of a script: no other client waits for longer than that takes
@@ -370,16 +371,18 @@ class RedisStore(Store):
         await self._client.aclose()
 
     async def _check_format(self) -> None:
-        """Says in which format sessions are kept here, or finds that it is this one."""
+        """Says in which format sessions are kept here from now on, if it is one that this release reads."""
         key = f"{self._prefix}format"
         (found,) = await self._pipeline([("GET", key)])
         if found is None:  # also where releases wrote that kept none: they knew of no other format
             _, found = await self._pipeline([("SET", key, _FORMAT, "NX"), ("GET", key)])
-        if found != b"%d" % _FORMAT:
+        if found not in [b"%d" % each for each in _READ]:
             raise StoreMisconfigured(
                 f"{self._place}: expected sessions in format {_FORMAT} under {self._prefix!r}, got format "
                 f"{found.decode(errors='replace')}; serve them with the release that wrote them"
             )
+        if found != b"%d" % _FORMAT:
+            await self._pipeline([("SET", key, _FORMAT)])
 
     # Keys and indexes
 

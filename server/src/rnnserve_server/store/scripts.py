@@ -38,16 +38,19 @@ class Script:
 
 
 # The elements of a journal are, for each tick, its parts as `TICK` has them. It is read from its end, until all that is
-# wanted is found. A session that has ended since, or was made anew, has another epoch or no journal.
+# wanted is found. A session that has ended since, or was made anew, has another epoch or no journal. Until format 3
+# there were blanks where there are commas, and one reply of each session in each part; scripts that know only of that
+# find no numbers, and fail before they have written anything.
 _JOURNAL = """
 local function tick_at(journal, last)  -- the tick whose last element is there
-  local found, rounds = redis.call('LRANGE', journal, last - 2, last), {}
-  local used, keep, timesteps, width = string.match(found[2], '^(%S+) (%d+) (%d+) (%d+)')
-  for steps, digest, rest in string.gmatch(found[2], '|(%d+) (%d+) (%d+)') do
-    rounds[#rounds + 1] = {tonumber(steps), tonumber(digest), tonumber(rest), string.format('%04d', tonumber(digest))}
+  local found, answered = redis.call('LRANGE', journal, last - 2, last), {}
+  local used, keep, timesteps, width = string.match(found[2], '^([^ ,]+)[ ,](%d+)[ ,](%d+)[ ,](%d+)')
+  for steps, digest, rest, replies in string.gmatch(found[2], '|(%d+)[ ,](%d+)[ ,](%d+),?(%d*)') do
+    answered[#answered + 1] = {steps = tonumber(steps), digest = tonumber(digest), rest = tonumber(rest),
+      replies = tonumber(replies) or 1, digits = string.format('%04d', tonumber(digest))}
   end
   return {columns = found[1], keys = found[3], used = used, keep = tonumber(keep), timesteps = tonumber(timesteps),
-    width = tonumber(width), rounds = rounds, states = last - 3, before = last - 4 - 3 * #rounds}
+    width = tonumber(width), answered = answered, states = last - 3, before = last - 4 - 3 * #answered}
 end
 """
 
@@ -76,7 +79,7 @@ local function fold(journal)
   local found, last, first, digits = {}, -1, -redis.call('LLEN', journal), texts()
   while left > 0 and last >= first do
     local tick = tick_at(journal, last)
-    local rounds, states, answers = tick.rounds, nil, nil
+    local count, states, answers = #tick.columns / 24, nil, nil
     local at = 0
     for key in string.gmatch(tick.keys, '[^\\n]+') do
       local session, epoch, before, step = found[key], struct.unpack('<i8i8i8', tick.columns, at * 24 + 1)
@@ -93,15 +96,17 @@ local function fold(journal)
       end
       if session and session.epoch == epoch then
         local start = step + tick.timesteps
-        for r = #rounds, 1, -1 do
-          local round = rounds[r]
-          if #session >= session.keep then break end
-          answers = answers or redis.call('LRANGE', journal, tick.before + 1, tick.states - 1)
-          local digests, head, rest = answers[3 * r - 2], answers[3 * r - 1], answers[3 * r]
-          start = start - round[1]
-          session[#session + 1] = table.concat({digits(start), digits(start + round[1]), round[4],
-            string.sub(digests, at * round[2] + 1, (at + 1) * round[2]), head,
-            string.sub(rest, at * round[3] + 1, (at + 1) * round[3])})
+        for p = #tick.answered, 1, -1 do
+          local part = tick.answered[p]
+          for r = part.replies - 1, 0, -1 do
+            if #session >= session.keep then break end
+            answers = answers or redis.call('LRANGE', journal, tick.before + 1, tick.states - 1)
+            local row, digest, rest = r * count + at, part.digest, part.rest
+            start = start - part.steps
+            session[#session + 1] = table.concat({digits(start), digits(start + part.steps), part.digits,
+              string.sub(answers[3 * p - 2], row * digest + 1, (row + 1) * digest), answers[3 * p - 1],
+              string.sub(answers[3 * p], row * rest + 1, (row + 1) * rest)})
+          end
         end
         if #session >= session.keep and not session.whole then
           session.whole = true
@@ -253,9 +258,10 @@ return table.concat(results)
 
 # A tick of sessions some of which are not in the journal yet. Keys: the hashes of those, and the journal. Arguments: 24
 # bytes of each of those (epoch, revision before, step before); how many elements the journal has, none if it is still
-# to be made; a journal to be folded first, or nothing; and the tick, as the elements that are pushed: for each of its
-# rounds the digests, the beginning of all answers and what follows in each; the states; 24 bytes of each session; what
-# all sessions have in common; and the keys of the sessions, one a line. Only for numbers that Lua holds exactly.
+# to be made; a journal to be folded first, or nothing; and the tick, as the elements that are pushed: for each part of
+# its answers, which has one or more of each session, the digests, the beginning of all answers and what follows in
+# each; the states; 24 bytes of each session; what all sessions have in common; and the keys of the sessions, one a
+# line. Only for numbers that Lua holds exactly.
 # Answers with the elements that the journal has then, or 0 if anything is not as the writer thinks, and nothing of the
 # tick was applied.
 TICK = Script(

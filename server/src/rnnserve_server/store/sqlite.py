@@ -47,9 +47,9 @@ from rnnserve_server.store.standing import Standing, strangers
 from rnnserve_server.store.tick import EPOCH, Tick
 
 _APPLICATION = 0x726E6E73  # "rnns"
-_VERSION = 3
+_VERSION = 4
 _TICKS_SINCE = 2  # that version there is a journal of ticks
-_READ = (1, 2, _VERSION)
+_READ = (1, 2, 3, _VERSION)
 
 # Replies lie in the order in which they were given, not by session: those that come together are neighbours, and so are
 # those that are forgotten together. For the same reason pages are large and the log is long: a page written many
@@ -98,6 +98,7 @@ _PAGE_BYTES = 16384
 _LOG_PAGES = 4000
 _CACHE_KIB = 65536
 _RETRY_SECONDS = 0.01
+_JOINED_BYTES = 65536  # of a tick, which to write in one piece takes less than not to copy it saves
 
 _HEAD = "id, meta, epoch, revision, step, last_used"
 # One row for a whole batch: the interpreter's lock is given up and taken again at every row.
@@ -453,15 +454,17 @@ class SqliteStore(Store):
 
     def _put(self, tick: Tick) -> bool:
         """Puts a tick that follows what is in mind into the journal, if that is good: whether it is."""
-        packed = tick.pack()
-        added = self._db.execute(_APPEND, (len(packed), self._version))
+        pieces = tick.pieces()
+        nbytes = sum(map(len, pieces))
+        added = self._db.execute(_APPEND, (nbytes, self._version))
         if not added.rowcount or (number := added.lastrowid) is None:
             return False
         # As a parameter it would be copied three times on its way to the file's pages.
         with self._db.blobopen("journal", "tick", number) as blob:
-            blob.write(packed)
-        self._journal.append(_Entry(number, len(packed), tick))
-        self._journal_bytes += len(packed)
+            for piece in pieces if nbytes > _JOINED_BYTES else [b"".join(pieces)]:
+                blob.write(piece)
+        self._journal.append(_Entry(number, nbytes, tick))
+        self._journal_bytes += nbytes
         self._known.set(tick.ids, tick.numbers)
         return True
 
@@ -503,7 +506,7 @@ class SqliteStore(Store):
     def _thin(self) -> None:
         """Takes the ticks out of the journal of which nothing is wanted any more."""
         ticks = [entry.tick for entry in reversed(self._journal)]
-        found = wanted([(tick.ids, len(tick.rounds), tick.keep) for tick in ticks])[::-1]
+        found = wanted([(tick.ids, tick.replies_each, tick.keep) for tick in ticks])[::-1]
         entries = list(zip(self._journal, found, strict=True))
         self._db.executemany(
             "DELETE FROM journal WHERE n = ?", [(entry.number,) for entry, kept in entries if not kept]

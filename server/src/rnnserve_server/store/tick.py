@@ -6,8 +6,9 @@ A tick steps many sessions alike. Made into a `Write` for each of them it would 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from rnnserve_server.store.base import Reply, StoreCorrupt, Write
 
 Rows = NDArray[np.uint8]
-"""N equal parts of bytes: uint8 [N, bytes of a part]."""
+"""Equal parts of bytes: uint8 [N, bytes of a part], or [R, N, bytes of a part]."""
 Numbers = NDArray[np.int64]
 """Where N sessions stand: int64 [N, 3], the epoch, revision and step of each."""
 
@@ -28,13 +29,13 @@ _FORMAT_2 = 9  # things that files of format 2 say beside the ids
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Answered:
-    """One chunk of each of N sessions, and what was answered.
+    """Chunks of each of N sessions that are alike, R of each one after the other, and what was answered.
 
     Attributes:
         timesteps: time steps of each chunk.
-        digests: of the chunks' inputs.
+        digests: of the chunks' inputs, [R, N, bytes].
         head: what every payload begins with.
-        rest: what follows in each.
+        rest: what follows in each, [R, N, bytes].
     """
 
     timesteps: int
@@ -42,10 +43,21 @@ class Answered:
     head: bytes
     rest: Rows
 
-    def reply(self, position: int, first_step: int) -> Reply:
-        """What one of the N was answered."""
-        payload = self.head + self.rest[position].tobytes()
-        return Reply(first_step, self.timesteps, self.digests[position].tobytes(), payload)
+    def __len__(self) -> int:
+        """R."""
+        return len(self.rest)
+
+    def replies(self, position: int, first_step: int) -> list[Reply]:
+        """What one of the N was answered, from that step on, oldest first."""
+        steps = range(first_step, first_step + len(self) * self.timesteps, self.timesteps)
+        columns = zip(steps, self.digests[:, position], self.rest[:, position], strict=True)
+        return [
+            Reply(step, self.timesteps, digest.tobytes(), self.head + rest.tobytes()) for step, digest, rest in columns
+        ]
+
+    def part(self, start: int, stop: int) -> Answered:
+        """That of the sessions from ``start`` to ``stop``."""
+        return Answered(self.timesteps, self.digests[:, start:stop], self.head, self.rest[:, start:stop])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -58,7 +70,7 @@ class Tick:
         timesteps: time steps that each session took.
         last_used: when they were used.
         states: their states afterwards.
-        rounds: the last chunks of each, oldest first: no more than ``keep``.
+        answered: the last chunks of each, oldest first: no more than ``keep``.
         keep: replies that a window holds at most.
         forget_before: int64 [N], the first steps of the windows; None if only ``keep`` limits them.
     """
@@ -68,7 +80,7 @@ class Tick:
     timesteps: int
     last_used: float
     states: Rows
-    rounds: tuple[Answered, ...]
+    answered: tuple[Answered, ...]
     keep: int
     forget_before: NDArray[np.int64] | None = None
 
@@ -78,13 +90,18 @@ class Tick:
         before: Numbers = self.numbers - np.array([0, 1, self.timesteps])
         return before
 
+    @property
+    def replies_each(self) -> int:
+        """How many replies it has of each session."""
+        return sum(map(len, self.answered))
+
     def replies(self, position: int) -> list[Reply]:
         """What one of the sessions was answered, oldest first."""
-        step = int(self.numbers[position, STEP]) - sum([each.timesteps for each in self.rounds])
-        replies = []
-        for each in self.rounds:
-            replies.append(each.reply(position, step))
-            step += each.timesteps
+        step = int(self.numbers[position, STEP]) - sum([len(each) * each.timesteps for each in self.answered])
+        replies: list[Reply] = []
+        for each in self.answered:
+            replies += each.replies(position, step)
+            step += len(each) * each.timesteps
         return replies
 
     def part(self, start: int, stop: int) -> Tick:
@@ -96,7 +113,7 @@ class Tick:
             self.timesteps,
             self.last_used,
             self.states[some],
-            tuple(Answered(each.timesteps, each.digests[some], each.head, each.rest[some]) for each in self.rounds),
+            tuple(each.part(start, stop) for each in self.answered),
             self.keep,
             None if self.forget_before is None else self.forget_before[some],
         )
@@ -120,58 +137,66 @@ class Tick:
             for position, (session_id, (epoch, revision, step), states, floor) in enumerate(columns)
         ]
 
-    def pack(self) -> bytes:
-        """All of it in one piece."""
-        rounds = [
-            (each.timesteps, each.digests.shape[1], each.head.decode("latin-1"), each.rest.shape[1])
-            for each in self.rounds
+    def pieces(self) -> list[memoryview]:
+        """All of it as bytes, in pieces that follow one another: few, and large ones are not copied."""
+        answered = [
+            (each.timesteps, len(each), each.digests.shape[2], each.head.decode("latin-1"), each.rest.shape[2])
+            for each in self.answered
         ]
         floors = self.forget_before is not None
-        common = (self.timesteps, self.last_used, self.keep, self.states.shape[1], rounds, floors)
-        what = json.dumps(("\n".join(self.ids), *common), separators=(",", ":")).encode()
-        parts: list[bytes | memoryview] = [len(what).to_bytes(_LENGTH_BYTES, "little"), what, *self._contents()]
-        return b"".join(parts)
-
-    def _contents(self) -> Iterator[memoryview]:
-        yield np.ascontiguousarray(self.numbers).data
+        common = self.timesteps, self.last_used, self.keep, self.states.shape[1], answered, floors
+        what = f"[{_said(self.ids)},{json.dumps(common)[1:]}".encode()
+        small = [len(what).to_bytes(_LENGTH_BYTES, "little"), what, self.numbers.tobytes()]
         if self.forget_before is not None:
-            yield np.ascontiguousarray(self.forget_before).data
-        yield np.ascontiguousarray(self.states).data
-        for each in self.rounds:
-            yield np.ascontiguousarray(each.digests).data
-            yield np.ascontiguousarray(each.rest).data
+            small.append(self.forget_before.tobytes())
+        pieces = [memoryview(b"".join(small)), bytes_of(self.states)]
+        for each in self.answered:
+            pieces += [bytes_of(each.digests), bytes_of(each.rest)]
+        return pieces
 
     @classmethod
     def unpack(cls, packed: bytes) -> Tick:
-        """What `pack` made.
+        """What `pieces` made, put together.
 
         Raises:
             StoreCorrupt: it made something else.
         """
         start = _LENGTH_BYTES + int.from_bytes(packed[:_LENGTH_BYTES], "little")
 
-        def rows(width: int) -> Rows:
+        def rows(width: int, *replies: int) -> Rows:
             nonlocal start
-            start += count * width
-            return np.frombuffer(packed, np.uint8, count * width, start - count * width).reshape(count, width)
+            size = math.prod((*replies, count, width))
+            start += size
+            return np.frombuffer(packed, np.uint8, size, start - size).reshape(*replies, count, width)
 
         try:
             ids, *what = json.loads(packed[_LENGTH_BYTES:start])
             ids = ids if isinstance(ids, list) else ids.split("\n")
             count = len(ids)
             if len(what) == _FORMAT_2:  # numbers and floors are lists
-                epochs, revisions, steps, floors, timesteps, last_used, keep, width, rounds = what
+                epochs, revisions, steps, floors, timesteps, last_used, keep, width, answers = what
                 numbers = np.array([epochs, revisions, steps], np.int64).T
                 forget_before = np.array(floors, np.int64) if floors else None
             else:
-                timesteps, last_used, keep, width, rounds, floors = what
+                timesteps, last_used, keep, width, answers, floors = what
                 numbers = rows(3 * _NUMBER_BYTES).reshape(-1).view(np.int64).reshape(count, 3)
                 forget_before = rows(_NUMBER_BYTES).reshape(-1).view(np.int64) if floors else None
             states = rows(width)
-            answered = tuple(
-                Answered(steps_of, rows(digest), head.encode("latin-1"), rows(rest))
-                for steps_of, digest, head, rest in rounds
-            )
+            answered = []
+            for steps_of, *more, digest, head, rest in answers:
+                (replies,) = more or (1,)  # before format 4 it was not said that it is one
+                answered.append(Answered(steps_of, rows(digest, replies), head.encode("latin-1"), rows(rest, replies)))
         except (ValueError, TypeError) as error:
             raise StoreCorrupt(f"a stored tick of {len(packed)} bytes cannot be read: {error}") from error
-        return cls(tuple(ids), numbers, timesteps, last_used, states, answered, keep, forget_before)
+        return cls(tuple(ids), numbers, timesteps, last_used, states, tuple(answered), keep, forget_before)
+
+
+@lru_cache(maxsize=256)
+def _said(ids: tuple[str, ...]) -> str:
+    """The ids as JSON: sessions that are stepped together are named together tick after tick."""
+    return json.dumps("\n".join(ids))
+
+
+def bytes_of(rows: Rows) -> memoryview:
+    """Its bytes, not copied if they lie one after the other."""
+    return rows.reshape(-1).data
