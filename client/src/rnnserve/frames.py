@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -29,6 +30,7 @@ Buffer: TypeAlias = "bytes | Array"
 
 _FRAMES = b"\x12"  # field 2 of a request or response
 _LANES, _FIRST_STEPS = 0x0A, 0x12
+_STEPS = bytes((_FIRST_STEPS,))
 _MOST_OUTLINES = 256
 _BEGINNING = 7  # bytes of a message: the first lane is among them, which tells small frames of a stream from others
 _MOST_ALIKE = 4  # outlines of messages that begin alike: large frames of a stream do, whatever their lanes are
@@ -116,7 +118,7 @@ class Outline:
             steps.fill(value)
             return steps
         try:
-            found = pb.StepFrame.FromString(bytes((_FIRST_STEPS,)) + varint(len(said)) + said).first_steps
+            found = pb.StepFrame.FromString(_STEPS + varint(len(said)) + said).first_steps
         except DecodeError as error:
             raise ValueError(str(error)) from error
         if len(found) != lanes:
@@ -301,6 +303,9 @@ def varint(value: int) -> bytes:
     return bytes(said)
 
 
+_short = lru_cache(1024)(varint)  # of lengths, which come again and again
+
+
 class FrameWriter:
     """Writes frames of one stream, as messages of their own: what it made of lanes and shapes before is kept."""
 
@@ -329,14 +334,14 @@ class FrameWriter:
         if first_steps is not None:
             said.append(_said_steps(first_steps))
         if timesteps:
-            said.append(b"\x18" + varint(timesteps))
+            said.append(b"\x18" + _short(timesteps))
         parts: list[Buffer] = [b"".join(said)]
         size = len(parts[0])
         for field, name, array in tensors:
             head, elements = self._tensor(field, name, array)
             size += len(head) + elements.nbytes
             parts += (head, elements)
-        parts.insert(0, _FRAMES + varint(size))
+        parts.insert(0, _FRAMES + _short(size))
         return parts
 
     def _said_lanes(self, lanes: Array) -> bytes:
@@ -367,7 +372,7 @@ def _said_steps(first_steps: Array) -> bytes:
     count, content = len(first_steps), first_steps.tobytes()
     if content[:8] * count == content:
         said = varint(int(first_steps[0])) * count
-        return bytes((_FIRST_STEPS,)) + varint(len(said)) + said
+        return _STEPS + _short(len(said)) + said
     return pb.StepFrame(first_steps=first_steps.tolist()).SerializeToString()
 
 

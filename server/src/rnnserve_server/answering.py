@@ -115,8 +115,9 @@ class Answering:
 
     def shown(self, block: Block) -> list[Shown]:
         """What a finished block, or those that it was made of, answers."""
-        ys = _joined(block, self._engine)
-        rounds = block.rounds or [block]
+        ys, rounds = _joined(block, self._engine), block.rounds
+        if not rounds:
+            return [self._shown([block], ys, block)]
         if len({each.call.timesteps for each in rounds}) == 1:
             return [self._shown(rounds, ys, block)]
         shown, start = [], 0
@@ -138,8 +139,10 @@ class Answering:
                 outputs[name] = block.call.expand(
                     y, return_sequences=options.return_sequences, zero_output_for_mask=options.zero_output_for_mask
                 )[None]
-        names = whole.states if whole.resets is None else [spec.name for spec in self._engine.states]
-        states = {name: whole.states[name][None] for name in names}
+        states = {}
+        if options.return_state:
+            names = whole.states if whole.resets is None else [spec.name for spec in self._engine.states]
+            states = {name: whole.states[name][None] for name in names}
         return Shown(blocks, *to_wire(outputs, states, options, len(block.tags)))
 
     def _answer(self, block: Block, outputs: Arrays, states: Arrays) -> None:

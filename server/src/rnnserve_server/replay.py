@@ -64,7 +64,7 @@ class Run:
     _thinned: tuple[bytes, Run] | None = None
 
     def __post_init__(self) -> None:
-        self.nbytes = _bytes(self.call.inputs) + (0 if self.states is None else _bytes(self.states))
+        self.nbytes = _bytes(self.call.inputs, self.states or {})
 
     def forget_states(self) -> None:
         """Lets go of what it started from."""
@@ -126,7 +126,7 @@ class Round:
     alike: int = field(init=False, default=1)
 
     def __post_init__(self) -> None:
-        self.nbytes = _bytes(self.outputs) + _bytes(self.states)
+        self.nbytes = _bytes(self.outputs, self.states)
         if isinstance(self.asked, Run):
             self.nbytes += self.asked.nbytes * self.timesteps // self.asked.call.timesteps
 
@@ -274,7 +274,7 @@ class Window:
         group, slots, at = sessions.group, sessions.slots, sessions.at
         number, before = group.answered[at].copy(), _NONE
         group.answered[at] += 1
-        nbytes = (_bytes(outputs) + _bytes(states)) // len(slots)
+        nbytes = _bytes(outputs, states) // len(slots)
         if not self._bytes_count and nbytes * self.limits.replies > self.limits.bytes:
             self._count_bytes(group)
         if self._bytes_count:
@@ -297,7 +297,7 @@ class Window:
         for round_ in (*self._thinned, *self._recent):  # the oldest first
             here = group.generation[round_.slots] == round_.generations
             round_.before = group.answered_bytes[round_.slots]
-            answers = _bytes(round_.outputs) + _bytes(round_.states)
+            answers = _bytes(round_.outputs, round_.states)
             group.answered_bytes[round_.slots[here]] += answers // len(round_.slots)
 
     @property
@@ -526,8 +526,9 @@ class Window:
         to.append(round_)
 
 
-def _bytes(arrays: Mapping[str, Array]) -> int:
+def _bytes(*kinds: Mapping[str, Array]) -> int:
     nbytes = 0
-    for array in arrays.values():
-        nbytes += array.nbytes
+    for arrays in kinds:
+        for array in arrays.values():
+            nbytes += array.nbytes
     return nbytes

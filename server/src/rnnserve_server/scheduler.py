@@ -108,7 +108,7 @@ class Scheduler:
             blocks.append(line.popleft())
         if line:
             self._ready[key] = line  # at the end: the others have their turns first
-        steps = min(block.steps - block.done for block in blocks)
+        steps = min([block.steps - block.done for block in blocks])
         if self._whole:
             return Tick(blocks, steps)
         if among_others:

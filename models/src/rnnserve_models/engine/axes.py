@@ -45,17 +45,15 @@ class Axes:
         Raises:
             EngineError: it is of another.
         """
-        came = y.shape
-        if came == shape and self.same:
+        if y.shape == shape and self.same:
             return y
-        if y.ndim == len(self._axes) and all(came[index] == 1 for index in self._squeezed):
-            if self._squeezed:
-                y = y[self._remove]
+        if y.ndim == len(self._axes):
+            found = y[self._remove] if self._squeezed else y
             if self._inverse is not None:
-                y = y.transpose(self._inverse)
-            if y.shape == shape:
-                return y
+                found = found.transpose(self._inverse)
+            if found.shape == shape and found.size == y.size:  # what was left out had one element
+                return found
         raise EngineError(
-            f"{self._name}: the graph gave shape {list(came)}, which is not what model.yaml says: axes "
+            f"{self._name}: the graph gave shape {list(y.shape)}, which is not what model.yaml says: axes "
             f"{list(self._axes)} for {list(shape)}"
         )
