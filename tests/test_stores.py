@@ -565,6 +565,29 @@ async def test_a_journal_of_ticks_does_not_grow_for_ever(
     await store.close()
 
 
+async def test_sessions_that_rest_keep_nothing_but_what_is_theirs(
+    redis_server: RedisServer, raw: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What others have pushed since leaves the journal from between the ticks of which something is wanted, and nobody
+    has to wait until all of it was brought to the sessions' own keys.
+    """
+    monkeypatch.setattr(journal, "_LOOK_TICKS", 4)
+    store = await RedisStore.open(redis_server.url)
+    slow = [await created(store, name, states=b"\0" * 8) for name in "ab"]
+    quick = [await created(store, name, states=b"\0" * 8) for name in "cde"]
+    longest = 0
+    for number in range(300):
+        if number % 100 == 50:
+            slow = await ticked(store, slow, 1)
+        quick = await ticked(store, quick, 1)
+        (name,) = [key for key in journals(raw) if not key.endswith(":open")]
+        longest = max(longest, raw.llen(name))
+    assert longest < 300  # elements, of more than 2000
+    assert raw.hget("rnnserve:{a}", "journal") == name  # it was never folded
+    await checked(store, [*slow, *quick])
+    await store.close()
+
+
 @pytest.mark.parametrize("limit", ["_LOOK_TICKS", "_LOOK_BYTES"])
 async def test_what_nobody_wants_any_more_leaves_the_journal(
     redis_server: RedisServer, raw: redis.Redis, monkeypatch: pytest.MonkeyPatch, limit: str

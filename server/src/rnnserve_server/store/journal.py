@@ -5,7 +5,7 @@ See `rnnserve_server.store.scripts` for what a journal is and who may do what wi
 
 from __future__ import annotations
 
-from collections import deque
+import secrets
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -60,7 +60,8 @@ class Journal:
         self._prefix = prefix
         self._before = before
         self._nbytes = 0
-        self._pushed: deque[_Pushed] = deque()
+        self._pushed: list[_Pushed] = []
+        self._mark = secrets.token_bytes(16)  # is no element, nor will be
         self._look_ticks, self._look_bytes = _LOOK_TICKS, _LOOK_BYTES
         self._known = Standing()  # the sessions that have something in it
         self._keyed: tuple[Sequence[str], bytes] = ((), b"")  # the sessions of the last tick, and their keys
@@ -70,20 +71,27 @@ class Journal:
         """Whether it is to be folded, before that takes too long."""
         return len(self._pushed) >= _TICKS or self._nbytes >= _BYTES or len(self._known) >= _SESSIONS
 
-    def trim(self) -> list[Command]:
-        """Takes the oldest ticks out, if it is time to and nothing is wanted of them: with these commands.
-
-        They are for a journal that has all that was pushed. Of one that has less or is not there any more, they take
-        nothing that is wanted either.
+    def trim(self) -> Command | None:
+        """Takes the ticks out of which nothing is wanted, if it is time to and there are any: with this command. Its
+        answer is `length` as it is then, or the journal is not as it should be, and nothing was taken out.
         """
         if len(self._pushed) < self._look_ticks and self._nbytes < self._look_bytes:
-            return []
-        found = wanted([(each.ids, each.replies, each.keep) for each in reversed(self._pushed)])
-        unwanted = [self._pushed.popleft() for _ in range(found[::-1].index(True))]
-        self.length -= sum([each.length for each in unwanted])
-        self._nbytes -= sum([each.nbytes for each in unwanted])
-        self._look_ticks, self._look_bytes = max(_LOOK_TICKS, 2 * len(self._pushed)), max(_LOOK_BYTES, 2 * self._nbytes)
-        return [("LTRIM", self.name, -self.length, -1)] if unwanted else []
+            return None
+        found = wanted([(each.ids, each.replies, each.keep) for each in reversed(self._pushed)])[::-1]
+        before, start, left, elements = self.length, 0, list[_Pushed](), list[int]()
+        for each, kept in zip(self._pushed, found, strict=True):
+            if kept:
+                left.append(each)
+            else:
+                elements += start, start + each.length - 1
+            start += each.length
+        self._pushed = left
+        self.length = sum([each.length for each in left])
+        self._nbytes = sum([each.nbytes for each in left])
+        self._look_ticks, self._look_bytes = max(_LOOK_TICKS, 2 * len(left)), max(_LOOK_BYTES, 2 * self._nbytes)
+        if not elements:
+            return None
+        return ("EVAL", scripts.TRIM.text, 1, self.name, before, self._mark, *elements)
 
     def strangers(self, tick: Tick) -> Sequence[int]:
         """The positions of those of a tick's sessions that do not go on from here."""

@@ -252,8 +252,10 @@ class RedisStore(Store):
         if self._journal.is_full:
             self._begin_journal()
         journal = self._journal
-        commands = journal.trim()
-        answers += [b"OK"] * len(commands)
+        commands: list[Command] = []
+        if trim := journal.trim():
+            commands.append(trim)
+            answers.append(journal.length)
         for tick in ticks:
             parts = [tick]
             if len(tick.ids) > self._per_call and journal.strangers(tick):  # a script takes no more

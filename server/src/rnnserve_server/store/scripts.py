@@ -284,6 +284,23 @@ return redis.call('LLEN', journal)
 """
 )
 
+# Takes ticks out of a journal, wherever they are: those of sessions that rest must not keep all that comes after them.
+# Key: the journal. Arguments: how many elements it has; a text that none of them is; and of each tick where its first
+# and its last element are. Answers with the elements that it has then, or 0 if it is not as the writer thinks, and
+# nothing was taken out.
+TRIM = Script(
+    """
+local journal = KEYS[1]
+if redis.call('LLEN', journal) ~= tonumber(ARGV[1]) then return 0 end
+for a = 3, #ARGV, 2 do
+  for at = tonumber(ARGV[a]), tonumber(ARGV[a + 1]) do redis.call('LSET', journal, at, ARGV[2]) end
+end
+redis.call('LREM', journal, 0, ARGV[2])
+return redis.call('LLEN', journal)
+""",
+    keys=1,
+)
+
 # Of each session: description, epoch, revision, step and time of the last use, the last three out of its journal if it
 # is in one.
 PEEK = Script(
