@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import random
+import shutil
 import sqlite3
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from compliance.store_suite import NOW, created, record, tick
+from compliance.store_suite import NOW, applied, created, record, tick
 from rnnserve_server.store import StoreCorrupt, Write
 from rnnserve_server.store.base import Reply
 from rnnserve_server.store.sqlite import SqliteStore
@@ -19,7 +21,7 @@ from rnnserve_server.store.tick import Tick
 
 def pack(made: Tick) -> bytes:
     """As it lies in a file."""
-    return b"".join(made.pieces())
+    return b"".join([*made.pieces(7), b"something else"])
 
 
 def test_a_packed_tick_is_the_tick() -> None:
@@ -32,7 +34,8 @@ def test_a_packed_tick_is_the_tick() -> None:
     assert Tick.unpack(pack(made.part(1, 2))).writes() == made.writes()[1:2]
     floors = replace(made, forget_before=np.array([0, 1, 2]))
     assert [write.forget_before for write in Tick.unpack(pack(floors)).writes()] == [0, 1, 2]
-    for cut in (0, 3, 20, len(packed) - 1):
+    assert Tick.unpack(packed).number == 7
+    for cut in (0, 3, 20, len(packed) - 15):
         with pytest.raises(StoreCorrupt):
             Tick.unpack(packed[:cut])
 
@@ -111,6 +114,36 @@ async def test_a_journal_loses_what_nobody_wants_any_more(tmp_path: Path, monkey
         assert found is not None
         assert (found.step, found.revision) == (session.step, session.revision)
         assert list(found.replies) == windows[session.id]
+    await store.close()
+
+
+@pytest.mark.parametrize("seed", range(6))
+async def test_rows_of_large_ticks_are_written_over(seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of which nothing is wanted any more, so that the file is written in the same places. Whoever opens it after
+    a crash finds each session as it was left, whatever lies in the rows behind and beside what counts.
+    """
+    rng = random.Random(seed)
+    for name, value in (("_LARGE_BYTES", 300), ("_LOOK_BYTES", 2000), ("_PAGE_BYTES", 64), ("_SPARE_ROWS", 4)):
+        monkeypatch.setattr(f"rnnserve_server.store.sqlite.{name}", value)
+    store, other = await SqliteStore.open(tmp_path / "s.db"), sqlite3.connect(tmp_path / "s.db")
+    sessions = {name: await created(store, name, states=b"\0" * 8) for name in "abcdefgh"}
+    for _ in range(60):
+        names = rng.choice(["abcd", "efgh", rng.sample("abcdefgh", 3)])
+        made = tick([sessions[name] for name in names], rng.choices([1, 2], k=rng.randrange(1, 5)), keep=4)
+        assert await store.commit_ticks([made]) == [[True] * len(names)]
+        sessions |= {write.id: applied(sessions[write.id], write) for write in made.writes()}
+    ((rows, last),) = other.execute("SELECT count(*), max(n) FROM journal")
+    assert rows <= last <= 45  # of 60
+    other.close()
+    for behind in ("", "-wal", "-shm"):
+        shutil.copy(tmp_path / f"s.db{behind}", tmp_path / f"crashed.db{behind}")
+    for path in (tmp_path / "crashed.db", tmp_path / "s.db"):
+        again = await SqliteStore.open(path)
+        found = await again.take(list(sessions), NOW)
+        assert [each and replace(each, epoch=1) for each in found] == [
+            replace(each, epoch=1) for each in sessions.values()
+        ]
+        await again.close()
     await store.close()
 
 

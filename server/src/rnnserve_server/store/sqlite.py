@@ -16,9 +16,10 @@ import json
 import os
 import sqlite3
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, ParamSpec, TypeVar
 
@@ -98,7 +99,8 @@ _PAGE_BYTES = 16384
 _LOG_PAGES = 4000
 _CACHE_KIB = 65536
 _RETRY_SECONDS = 0.01
-_JOINED_BYTES = 65536  # of a tick, which to write in one piece takes less than not to copy it saves
+_LARGE_BYTES = 65536  # of a tick: less is written in one piece, to a row of its own
+_SPARE_ROWS = 8
 
 _HEAD = "id, meta, epoch, revision, step, last_used"
 # One row for a whole batch: the interpreter's lock is given up and taken again at every row.
@@ -106,6 +108,7 @@ _COUNTERS = """
 SELECT json_group_array(json_array(id, n, epoch, revision, step))
 FROM sessions WHERE id IN (SELECT value FROM json_each(?))
 """
+# As a parameter it would be copied three times on its way to the file's pages.
 _APPEND = """
 INSERT INTO journal (tick) SELECT zeroblob(?1) WHERE (SELECT data_version FROM pragma_data_version) = ?2
 """
@@ -116,17 +119,27 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
+class _Row(NamedTuple):
+    """A row of the journal.
+
+    Attributes:
+        n: its number.
+        nbytes: which it has room for.
+    """
+
+    n: int
+    nbytes: int
+
+
 class _Entry(NamedTuple):
     """A tick in the journal.
 
     Attributes:
-        number: of its row.
-        nbytes: of it, packed.
+        row: where it is.
         tick: it.
     """
 
-    number: int | None
-    nbytes: int
+    row: _Row
     tick: Tick
 
 
@@ -153,6 +166,8 @@ class SqliteStore(Store):
         self._version = _NO_VERSION
         self._journal: list[_Entry] = []  # what the file's journal holds, as long as that is good
         self._journal_bytes = 0
+        self._spare: list[_Row] = []  # rows with large ticks of which nothing is wanted, which are written over
+        self._numbered = 0  # ticks so far
         self._look_again = _LOOK_BYTES  # of the journal, when it is looked through
 
     @classmethod
@@ -454,19 +469,37 @@ class SqliteStore(Store):
 
     def _put(self, tick: Tick) -> bool:
         """Puts a tick that follows what is in mind into the journal, if that is good: whether it is."""
-        pieces = tick.pieces()
+        self._numbered += 1
+        pieces = tick.pieces(self._numbered)
         nbytes = sum(map(len, pieces))
-        added = self._db.execute(_APPEND, (nbytes, self._version))
-        if not added.rowcount or (number := added.lastrowid) is None:
+        row = self._row(nbytes)
+        if row is None:
             return False
-        # As a parameter it would be copied three times on its way to the file's pages.
-        with self._db.blobopen("journal", "tick", number) as blob:
-            for piece in pieces if nbytes > _JOINED_BYTES else [b"".join(pieces)]:
+        with self._db.blobopen("journal", "tick", row.n) as blob:
+            for piece in pieces if nbytes > _LARGE_BYTES else [b"".join(pieces)]:
                 blob.write(piece)
-        self._journal.append(_Entry(number, nbytes, tick))
-        self._journal_bytes += nbytes
+        self._journal.append(_Entry(row, tick))
+        self._journal_bytes += row.nbytes
         self._known.set(tick.ids, tick.numbers)
         return True
+
+    def _row(self, nbytes: int) -> _Row | None:
+        """A row for a tick of so many bytes, if what is in mind is good. To make one for a large tick, and to take it
+        away again, takes half as long as to write and store it.
+        """
+        large = nbytes > _LARGE_BYTES
+        fitting = [row for row in self._spare if nbytes <= row.nbytes] if large else []
+        if fitting:
+            if not self._current():
+                return None
+            row = min(fitting, key=attrgetter("nbytes"))
+            self._spare.remove(row)
+            return row
+        room = -(-nbytes // _PAGE_BYTES) * _PAGE_BYTES if large else nbytes
+        added = self._db.execute(_APPEND, (room, self._version))
+        if not added.rowcount or added.lastrowid is None:
+            return None
+        return _Row(added.lastrowid, room)
 
     @property
     def _is_full(self) -> bool:
@@ -508,22 +541,27 @@ class SqliteStore(Store):
         ticks = [entry.tick for entry in reversed(self._journal)]
         found = wanted([(tick.ids, tick.replies_each, tick.keep) for tick in ticks])[::-1]
         entries = list(zip(self._journal, found, strict=True))
-        self._db.executemany(
-            "DELETE FROM journal WHERE n = ?", [(entry.number,) for entry, kept in entries if not kept]
-        )
         self._journal = [entry for entry, kept in entries if kept]
-        self._journal_bytes = sum([entry.nbytes for entry in self._journal])
+        self._journal_bytes = sum([entry.row.nbytes for entry in self._journal])
+        unwanted = [entry.row for entry, kept in entries if not kept]
+        large = [*self._spare, *(row for row in unwanted if row.nbytes > _LARGE_BYTES)]
+        self._spare = large[-_SPARE_ROWS:]
+        gone = [*large[:-_SPARE_ROWS], *(row for row in unwanted if row.nbytes <= _LARGE_BYTES)]
+        self._db.executemany("DELETE FROM journal WHERE n = ?", [(row.n,) for row in gone])
         self._look_again = max(_LOOK_BYTES, 2 * self._journal_bytes)
 
     def _fold(self) -> None:
         """Brings the journal to the sessions' rows, and empties it."""
         if self._current():
-            ticks: Iterable[Tick] = [entry.tick for entry in reversed(self._journal)]
+            ticks = [entry.tick for entry in reversed(self._journal)]
         else:
-            found = self._db.execute("SELECT tick FROM journal ORDER BY n DESC")
-            ticks = (Tick.unpack(packed) for (packed,) in found)
+            found = [(n, Tick.unpack(packed)) for n, packed in self._db.execute("SELECT n, tick FROM journal")]
+            # Before format 4 each had a row of its own. Of what is in spare rows nothing is wanted.
+            found.sort(key=lambda each: each[0] if each[1].number is None else each[1].number, reverse=True)
+            ticks = [tick for _, tick in found]
             (self._version,) = self._db.execute("PRAGMA data_version").fetchone()
         self._known, self._journal, self._journal_bytes, self._look_again = Standing(), [], 0, _LOOK_BYTES
+        self._spare = []
         outcome = Outcome()
         for tick in ticks:
             outcome.add(tick)

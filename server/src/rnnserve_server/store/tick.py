@@ -73,6 +73,7 @@ class Tick:
         answered: the last chunks of each, oldest first: no more than ``keep``.
         keep: replies that a window holds at most.
         forget_before: int64 [N], the first steps of the windows; None if only ``keep`` limits them.
+        number: one that was read says here which are older, if it was written with a number.
     """
 
     ids: tuple[str, ...]
@@ -83,6 +84,7 @@ class Tick:
     answered: tuple[Answered, ...]
     keep: int
     forget_before: NDArray[np.int64] | None = None
+    number: int | None = None
 
     @property
     def before(self) -> Numbers:
@@ -137,14 +139,18 @@ class Tick:
             for position, (session_id, (epoch, revision, step), states, floor) in enumerate(columns)
         ]
 
-    def pieces(self) -> list[memoryview]:
-        """All of it as bytes, in pieces that follow one another: few, and large ones are not copied."""
+    def pieces(self, number: int) -> list[memoryview]:
+        """All of it as bytes, in pieces that follow one another: few, and large ones are not copied.
+
+        Args:
+            number: greater than those of the ticks before it.
+        """
         answered = [
             (each.timesteps, len(each), each.digests.shape[2], each.head.decode("latin-1"), each.rest.shape[2])
             for each in self.answered
         ]
         floors = self.forget_before is not None
-        common = self.timesteps, self.last_used, self.keep, self.states.shape[1], answered, floors
+        common = self.timesteps, self.last_used, self.keep, self.states.shape[1], answered, floors, number
         what = f"[{_said(self.ids)},{json.dumps(common)[1:]}".encode()
         small = [len(what).to_bytes(_LENGTH_BYTES, "little"), what, self.numbers.tobytes()]
         if self.forget_before is not None:
@@ -156,7 +162,7 @@ class Tick:
 
     @classmethod
     def unpack(cls, packed: bytes) -> Tick:
-        """What `pieces` made, put together.
+        """What `pieces` made, put together. There may be anything behind it.
 
         Raises:
             StoreCorrupt: it made something else.
@@ -175,10 +181,11 @@ class Tick:
             count = len(ids)
             if len(what) == _FORMAT_2:  # numbers and floors are lists
                 epochs, revisions, steps, floors, timesteps, last_used, keep, width, answers = what
+                numbered = []
                 numbers = np.array([epochs, revisions, steps], np.int64).T
                 forget_before = np.array(floors, np.int64) if floors else None
             else:
-                timesteps, last_used, keep, width, answers, floors = what
+                timesteps, last_used, keep, width, answers, floors, *numbered = what
                 numbers = rows(3 * _NUMBER_BYTES).reshape(-1).view(np.int64).reshape(count, 3)
                 forget_before = rows(_NUMBER_BYTES).reshape(-1).view(np.int64) if floors else None
             states = rows(width)
@@ -188,7 +195,8 @@ class Tick:
                 answered.append(Answered(steps_of, rows(digest, replies), head.encode("latin-1"), rows(rest, replies)))
         except (ValueError, TypeError) as error:
             raise StoreCorrupt(f"a stored tick of {len(packed)} bytes cannot be read: {error}") from error
-        return cls(tuple(ids), numbers, timesteps, last_used, states, tuple(answered), keep, forget_before)
+        number = numbered[0] if numbered else None
+        return cls(tuple(ids), numbers, timesteps, last_used, states, tuple(answered), keep, forget_before, number)
 
 
 @lru_cache(maxsize=256)
