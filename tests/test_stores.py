@@ -92,7 +92,7 @@ class TestSqliteThinned(StoreSuite):
 
     @pytest.fixture
     def opener(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Opener:
-        monkeypatch.setattr("rnnserve_server.store.sqlite._LOOK_BYTES", 0)
+        monkeypatch.setattr("rnnserve_server.store.sqlite_journal._LOOK_BYTES", 0)
         return lambda place: SqliteStore.open(tmp_path / place, synchronous="normal", remember=REMEMBER, patience=30.0)
 
 

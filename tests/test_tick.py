@@ -70,14 +70,14 @@ def test_a_window_smaller_than_what_is_new() -> None:
 
 async def test_a_journal_that_has_grown_is_brought_to_the_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By its bytes, its ticks or its sessions, whatever limit comes first."""
-    from rnnserve_server.store import sqlite
+    from rnnserve_server.store import sqlite_journal
 
     store = await SqliteStore.open(tmp_path / "s.db")
     other = sqlite3.connect(tmp_path / "s.db")
     sessions = [await created(store, name, states=b"\0" * 8) for name in "ab"]
-    for limit, value in (("_JOURNAL_BYTES", 500), ("_JOURNAL_TICKS", 2), ("_JOURNAL_SESSIONS", 1)):
+    for limit, value in (("_MOST_BYTES", 500), ("_MOST_TICKS", 2), ("_MOST_SESSIONS", 1)):
         with monkeypatch.context() as patched:
-            patched.setattr(sqlite, limit, value)
+            patched.setattr(sqlite_journal, limit, value)
             for _ in range(5):
                 assert await store.commit_ticks([tick(sessions, [1])]) == [[True, True]]
                 sessions = [replace(each, step=each.step + 1, revision=each.revision + 1) for each in sessions]
@@ -93,7 +93,7 @@ async def test_a_journal_loses_what_nobody_wants_any_more(tmp_path: Path, monkey
     """Ticks whose replies are in no window any more: so the journal of sessions that go on is small without being
     brought to the rows, and what is brought there in the end is right all the same.
     """
-    monkeypatch.setattr("rnnserve_server.store.sqlite._LOOK_BYTES", 3000)
+    monkeypatch.setattr("rnnserve_server.store.sqlite_journal._LOOK_BYTES", 3000)
     store, other = await SqliteStore.open(tmp_path / "s.db"), sqlite3.connect(tmp_path / "s.db")
     sessions = [await created(store, name, states=b"\0" * 8) for name in "abc"]
     windows: dict[str, list[Reply]] = {each.id: [] for each in sessions}
@@ -123,8 +123,9 @@ async def test_rows_of_large_ticks_are_written_over(seed: int, tmp_path: Path, m
     a crash finds each session as it was left, whatever lies in the rows behind and beside what counts.
     """
     rng = random.Random(seed)
-    for name, value in (("_LARGE_BYTES", 300), ("_LOOK_BYTES", 2000), ("_PAGE_BYTES", 64), ("_SPARE_ROWS", 4)):
-        monkeypatch.setattr(f"rnnserve_server.store.sqlite.{name}", value)
+    monkeypatch.setattr("rnnserve_server.store.sqlite._PAGE_BYTES", 512)
+    for name, value in (("_LARGE_BYTES", 300), ("_LOOK_BYTES", 2000), ("_SPARE_ROWS", 4)):
+        monkeypatch.setattr(f"rnnserve_server.store.sqlite_journal.{name}", value)
     store, other = await SqliteStore.open(tmp_path / "s.db"), sqlite3.connect(tmp_path / "s.db")
     sessions = {name: await created(store, name, states=b"\0" * 8) for name in "abcdefgh"}
     for _ in range(60):

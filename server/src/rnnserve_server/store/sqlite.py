@@ -3,10 +3,8 @@
 One connection on one thread. A write-ahead log, so that a commit appends and syncs once. Another process may have the
 same file open: epochs and revisions are compared inside the transaction, and a writer waits for the one before it.
 
-A tick is a row of the journal, whole, whatever the number of its sessions. Of what it says of them only the last is
-wanted in the end, so ticks of which nothing is wanted any more are taken out, and the rest is brought to the sessions'
-own rows when the journal has grown all the same, or when anything else is asked of the file. Until then this process
-has in mind where the sessions stand, for as long as nobody else writes.
+A tick is a row of a journal, which is brought to the sessions' own rows when it has grown, or when anything else is
+asked of the file: see `rnnserve_server.store.sqlite_journal`.
 """
 
 from __future__ import annotations
@@ -19,11 +17,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from operator import attrgetter
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, ParamSpec, TypeVar
-
-import numpy as np
+from typing import Any, Literal, ParamSpec, TypeVar
 
 from rnnserve_server.store.base import (
     REMEMBERED,
@@ -43,9 +38,8 @@ from rnnserve_server.store.base import (
     Write,
     check_distinct,
 )
-from rnnserve_server.store.outcome import Outcome, wanted
-from rnnserve_server.store.standing import Standing, strangers
-from rnnserve_server.store.tick import EPOCH, Tick
+from rnnserve_server.store.sqlite_journal import SqliteJournal
+from rnnserve_server.store.tick import Tick
 
 _APPLICATION = 0x726E6E73  # "rnns"
 _VERSION = 4
@@ -91,16 +85,10 @@ CREATE INDEX ended_by_time ON ended (at);
 """
 # What files of format 1 have not.
 _JOURNAL = "CREATE TABLE journal (n INTEGER PRIMARY KEY, tick BLOB NOT NULL) STRICT"
-_LOOK_BYTES = 2 << 20  # a small journal is always written to the same pages, which the log then copies back once
-_JOURNAL_BYTES = 32 << 20
-_JOURNAL_TICKS = 1024
-_JOURNAL_SESSIONS = 4096  # to bring the journal to their rows keeps commits waiting for some tens of milliseconds
 _PAGE_BYTES = 16384
 _LOG_PAGES = 4000
 _CACHE_KIB = 65536
 _RETRY_SECONDS = 0.01
-_LARGE_BYTES = 65536  # of a tick: less is written in one piece, to a row of its own
-_SPARE_ROWS = 8
 
 _HEAD = "id, meta, epoch, revision, step, last_used"
 # One row for a whole batch: the interpreter's lock is given up and taken again at every row.
@@ -108,39 +96,10 @@ _COUNTERS = """
 SELECT json_group_array(json_array(id, n, epoch, revision, step))
 FROM sessions WHERE id IN (SELECT value FROM json_each(?))
 """
-# As a parameter it would be copied three times on its way to the file's pages.
-_APPEND = """
-INSERT INTO journal (tick) SELECT zeroblob(?1) WHERE (SELECT data_version FROM pragma_data_version) = ?2
-"""
-_NO_VERSION = -1  # of the file: nothing is in mind
 _IN_SCOPE = "id >= ? AND id < ?"
 
 P = ParamSpec("P")
 T = TypeVar("T")
-
-
-class _Row(NamedTuple):
-    """A row of the journal.
-
-    Attributes:
-        n: its number.
-        nbytes: which it has room for.
-    """
-
-    n: int
-    nbytes: int
-
-
-class _Entry(NamedTuple):
-    """A tick in the journal.
-
-    Attributes:
-        row: where it is.
-        tick: it.
-    """
-
-    row: _Row
-    tick: Tick
 
 
 class SqliteStore(Store):
@@ -162,13 +121,7 @@ class SqliteStore(Store):
         self._patience = patience
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="store")
         self._db: sqlite3.Connection
-        self._known = Standing()  # all that the journal names are in it; good for this version of the file
-        self._version = _NO_VERSION
-        self._journal: list[_Entry] = []  # what the file's journal holds, as long as that is good
-        self._journal_bytes = 0
-        self._spare: list[_Row] = []  # rows with large ticks of which nothing is wanted, which are written over
-        self._numbered = 0  # ticks so far
-        self._look_again = _LOOK_BYTES  # of the journal, when it is looked through
+        self._journal: SqliteJournal
 
     @classmethod
     async def open(
@@ -322,6 +275,7 @@ class SqliteStore(Store):
             hint = "the folder must be there, and writable for this user"
             raise StoreMisconfigured(f"{self._path}: cannot be opened: {error.strerror}: {hint}") from error
         self._db = sqlite3.connect(self._path, timeout=self._patience, isolation_level=None)
+        self._journal = SqliteJournal(self._db, _PAGE_BYTES)
         try:
             self._db.execute("BEGIN")  # else another process might make the tables between two of the looks
             self._check_owner()
@@ -392,7 +346,7 @@ class SqliteStore(Store):
             yield
             self._db.execute("COMMIT")
         except BaseException:
-            self._version = _NO_VERSION  # what is in mind may not be what is there
+            self._journal.forget()  # what is in mind may not be what is there
             if self._db.in_transaction:
                 self._db.execute("ROLLBACK")
             raise
@@ -450,85 +404,29 @@ class SqliteStore(Store):
 
     def _append(self, ticks: Sequence[Tick]) -> bool:
         """Puts ticks into the journal, if all of them follow what is stored: whether they do."""
-        if len(ticks) == 1 and not self._is_due and not strangers(self._known.of(ticks[0].ids), ticks[0].before):
+        journal = self._journal
+        if len(ticks) == 1 and not journal.is_due and journal.is_followed_by(ticks[0]):
             with self._transaction():
-                if self._put(ticks[0]):
+                if journal.put(ticks[0]):
                     return True
         with self._transaction():
             self._look([session_id for tick in ticks for session_id in tick.ids])
-            if any(strangers(self._known.of(tick.ids), tick.before) for tick in ticks):
+            if not all(map(journal.is_followed_by, ticks)):
                 return False
             for tick in ticks:
-                if not self._put(tick):  # else it would be told as stored
+                if not journal.put(tick):  # else it would be told as stored
                     raise RuntimeError("somebody else has written to the file within a transaction of this connection")
-            if self._journal_bytes > self._look_again:
-                self._thin()
-            if self._is_full:
+            journal.thin()
+            if journal.is_full:
                 self._fold()
         return True
 
-    def _put(self, tick: Tick) -> bool:
-        """Puts a tick that follows what is in mind into the journal, if that is good: whether it is."""
-        self._numbered += 1
-        pieces = tick.pieces(self._numbered)
-        nbytes = sum(map(len, pieces))
-        row = self._row(nbytes)
-        if row is None:
-            return False
-        with self._db.blobopen("journal", "tick", row.n) as blob:
-            for piece in pieces if nbytes > _LARGE_BYTES else [b"".join(pieces)]:
-                blob.write(piece)
-        self._journal.append(_Entry(row, tick))
-        self._journal_bytes += row.nbytes
-        self._known.set(tick.ids, tick.numbers)
-        return True
-
-    def _row(self, nbytes: int) -> _Row | None:
-        """A row for a tick of so many bytes, if what is in mind is good. To make one for a large tick, and to take it
-        away again, takes half as long as to write and store it.
-        """
-        large = nbytes > _LARGE_BYTES
-        fitting = [row for row in self._spare if nbytes <= row.nbytes] if large else []
-        if fitting:
-            if not self._current():
-                return None
-            row = min(fitting, key=attrgetter("nbytes"))
-            self._spare.remove(row)
-            return row
-        room = -(-nbytes // _PAGE_BYTES) * _PAGE_BYTES if large else nbytes
-        added = self._db.execute(_APPEND, (room, self._version))
-        if not added.rowcount or added.lastrowid is None:
-            return None
-        return _Row(added.lastrowid, room)
-
-    @property
-    def _is_full(self) -> bool:
-        """Whether the journal is to be brought to the sessions' rows, before that takes too long."""
-        return (
-            self._journal_bytes > _JOURNAL_BYTES
-            or len(self._journal) > _JOURNAL_TICKS
-            or len(self._known) > _JOURNAL_SESSIONS
-        )
-
-    @property
-    def _is_due(self) -> bool:
-        """Whether there is more to do than to append."""
-        return self._journal_bytes > self._look_again or self._is_full
-
     def _look(self, ids: Sequence[str]) -> None:
         """Has in mind where sessions stand, of those that there are."""
-        if not self._current():
+        if not self._journal.is_current():
             self._fold()
-        unknown = np.flatnonzero(self._known.of(tuple(ids))[:, EPOCH] < 0)
-        if len(unknown):
-            found = self._counters([ids[position] for position in unknown.tolist()])
-            numbers = np.array([row[1:] for row in found.values()], np.int64).reshape(-1, 3)
-            self._known.set(tuple(found), numbers)
-
-    def _current(self) -> bool:
-        """Whether what is in mind is good: nobody else has written since."""
-        (version,) = self._db.execute("PRAGMA data_version").fetchone()
-        return bool(version == self._version)
+        if unknown := self._journal.unknown(ids):
+            self._journal.know({each: numbers[1:] for each, numbers in self._counters(unknown).items()})
 
     def _settle(self) -> None:
         """Brings the journal to the sessions' rows, if there is anything in it."""
@@ -536,35 +434,9 @@ class SqliteStore(Store):
             with self._transaction():
                 self._fold()
 
-    def _thin(self) -> None:
-        """Takes the ticks out of the journal of which nothing is wanted any more."""
-        ticks = [entry.tick for entry in reversed(self._journal)]
-        found = wanted([(tick.ids, tick.replies_each, tick.keep) for tick in ticks])[::-1]
-        entries = list(zip(self._journal, found, strict=True))
-        self._journal = [entry for entry, kept in entries if kept]
-        self._journal_bytes = sum([entry.row.nbytes for entry in self._journal])
-        unwanted = [entry.row for entry, kept in entries if not kept]
-        large = [*self._spare, *(row for row in unwanted if row.nbytes > _LARGE_BYTES)]
-        self._spare = large[-_SPARE_ROWS:]
-        gone = [*large[:-_SPARE_ROWS], *(row for row in unwanted if row.nbytes <= _LARGE_BYTES)]
-        self._db.executemany("DELETE FROM journal WHERE n = ?", [(row.n,) for row in gone])
-        self._look_again = max(_LOOK_BYTES, 2 * self._journal_bytes)
-
     def _fold(self) -> None:
         """Brings the journal to the sessions' rows, and empties it."""
-        if self._current():
-            ticks = [entry.tick for entry in reversed(self._journal)]
-        else:
-            found = [(n, Tick.unpack(packed)) for n, packed in self._db.execute("SELECT n, tick FROM journal")]
-            # Before format 4 each had a row of its own. Of what is in spare rows nothing is wanted.
-            found.sort(key=lambda each: each[0] if each[1].number is None else each[1].number, reverse=True)
-            ticks = [tick for _, tick in found]
-            (self._version,) = self._db.execute("PRAGMA data_version").fetchone()
-        self._known, self._journal, self._journal_bytes, self._look_again = Standing(), [], 0, _LOOK_BYTES
-        self._spare = []
-        outcome = Outcome()
-        for tick in ticks:
-            outcome.add(tick)
+        outcome = self._journal.begin_anew()
         if not outcome.last:
             return
         numbers = self._counters(list(outcome.last))
