@@ -86,13 +86,24 @@ def measured(rows: list[Row], rounds: int, seconds: float) -> dict[Row, Line]:
             process.measure(seconds)
         for number in range(rounds):
             print(f"\rround {number + 1} of {rounds}", end="", file=sys.stderr, flush=True)
-            for row in sorted(rows, key=lambda row: (row.steps, row.sessions)):
+            for row in _in_turn(rows):
                 os.sync()  # no row pays for what the one before has written
                 sample, cpu = processes[row].measure(seconds)
                 lines[row].samples.append(sample)
                 lines[row].cpu.append(cpu)
         print(file=sys.stderr)
     return lines
+
+
+def _in_turn(rows: list[Row]) -> list[Row]:
+    """Rows of as many sessions and steps together, and each one with a store right behind the one without."""
+    places = {row: place for place, row in enumerate(rows)}
+
+    def turn(row: Row) -> tuple[int, int, int]:
+        beside = row.in_memory if isinstance(row, stores.StoreRow) else row
+        return row.steps, row.sessions, places.get(beside, places[row])
+
+    return sorted(rows, key=turn)
 
 
 if __name__ == "__main__":

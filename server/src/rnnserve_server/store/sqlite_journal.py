@@ -19,7 +19,7 @@ from rnnserve_server.store.outcome import Outcome, wanted
 from rnnserve_server.store.standing import Standing, strangers
 from rnnserve_server.store.tick import EPOCH, Tick
 
-_LOOK_BYTES = 2 << 20  # a small journal is always written to the same pages, which the log then copies back once
+_LOOK_BYTES = 1 << 19  # a small journal is written to the same pages, which are cached, and copied back once
 _MOST_BYTES = 32 << 20
 _MOST_TICKS = 1024
 _MOST_SESSIONS = 4096  # to bring the journal to their rows keeps commits waiting for some tens of milliseconds
