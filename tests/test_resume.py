@@ -15,6 +15,7 @@ import pytest
 import rnnserve
 from fake_server import failure, running
 from rnnserve import aio
+from rnnserve._lanes.numbers import ProtocolViolation
 from rnnserve._link import Link
 from rnnserve._retry import Retry
 from rnnserve.v1 import error_pb2
@@ -352,6 +353,28 @@ async def test_a_deadline_in_the_pause(server, client):
     server.break_streams()
     np.testing.assert_array_equal(await session.step(row(1)), row(12))
     once(server)
+
+
+async def test_an_answer_that_comes_while_the_client_is_closed(server, client, monkeypatch):
+    """It is told although the message with it breaks the contract further on: nobody waits for their deadline."""
+    session = await client.session("sum")
+    server.hold()
+    step = asyncio.create_task(session.step(row(1), timeout=20))
+    await arrived(server, 1)
+    lanes = (await link_of(client)).lanes
+    receive = lanes._receive_frame
+
+    def broken(frame):
+        receive(frame)
+        raise ProtocolViolation("something else is wrong")
+
+    monkeypatch.setattr(lanes, "_receive_frame", broken)
+    closing = asyncio.create_task(client.close())
+    await asyncio.sleep(0)
+    server.release()
+    async with asyncio.timeout(10):
+        np.testing.assert_array_equal(await step, row(1))
+        await closing
 
 
 async def test_a_cancelled_step_keeps_its_place(server, client):

@@ -193,9 +193,9 @@ class Link:
             if self.closed:
                 return
             failure = await self._converse(trial)
+            self._answer(self.lanes.lost())
             if self.closed:
                 return
-            self._answer(self.lanes.lost())
             self.lanes.account.collect()  # nothing is under way that would let them in
             if self._retry.limit != 0 and await self._move(failure):
                 trial, gave_up = None, False
