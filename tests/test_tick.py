@@ -38,6 +38,12 @@ def test_a_packed_tick_is_the_tick() -> None:
     for cut in (0, 3, 20, len(packed) - 15):
         with pytest.raises(StoreCorrupt):
             Tick.unpack(packed[:cut])
+    stop = 4 + int.from_bytes(packed[:4], "little")
+    for replies in (b"-1", b"1.5", b"9" * 30, b"1, 1"):
+        said = packed[4:stop].replace(b"[2, 1, ", b"[2, %s, " % replies)
+        assert said != packed[4:stop]
+        with pytest.raises(StoreCorrupt):
+            Tick.unpack(len(said).to_bytes(4, "little") + said + packed[stop:])
 
 
 @pytest.mark.parametrize("version", [2, 3])

@@ -193,7 +193,7 @@ class Tick:
             for steps_of, *more, digest, head, rest in answers:
                 (replies,) = more or (1,)  # before format 4 it was not said that it is one
                 answered.append(Answered(steps_of, rows(digest, replies), head.encode("latin-1"), rows(rest, replies)))
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, OverflowError) as error:
             raise StoreCorrupt(f"a stored tick of {len(packed)} bytes cannot be read: {error}") from error
         number = numbered[0] if numbered else None
         return cls(tuple(ids), numbers, timesteps, last_used, states, tuple(answered), keep, forget_before, number)
