@@ -71,12 +71,15 @@ class Journal:
         """Whether it is to be folded, before that takes too long."""
         return len(self._pushed) >= _TICKS or self._nbytes >= _BYTES or len(self._known) >= _SESSIONS
 
+    @property
+    def is_due(self) -> bool:
+        """Whether it is to be looked through for ticks of which nothing is wanted."""
+        return len(self._pushed) >= self._look_ticks or self._nbytes >= self._look_bytes
+
     def trim(self) -> Command | None:
-        """Takes the ticks out of which nothing is wanted, if it is time to and there are any: with this command. Its
-        answer is `length` as it is then, or the journal is not as it should be, and nothing was taken out.
+        """Takes the ticks out of which nothing is wanted, if there are any: with this command. Its answer is `length`
+        as it is then, or the journal is not as it should be, and nothing was taken out.
         """
-        if len(self._pushed) < self._look_ticks and self._nbytes < self._look_bytes:
-            return None
         found = wanted([(each.ids, each.replies, each.keep) for each in reversed(self._pushed)])[::-1]
         before, start, left, elements = self.length, 0, list[_Pushed](), list[int]()
         for each, kept in zip(self._pushed, found, strict=True):

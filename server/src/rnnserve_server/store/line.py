@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import socket
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -21,6 +22,8 @@ Answers = list[Any]
 
 Answered = Callable[[Answers | Exception], None]
 """Called with the answers, or with why it is not known what has arrived, or will yet."""
+
+_SENT_AT_ONCE = 1 << 20  # or as much as the system allows
 
 _ERRORS = {
     b"NOSCRIPT": NoScriptError,
@@ -58,10 +61,10 @@ class Line:
         self._idle.set()
 
     def exchange(self, commands: Callable[[], Sequence[Command]], told: Answered) -> None:
-        """Sends commands, at least one, in one go, when those before were answered.
+        """Sends commands in one go, when those before were answered.
 
         Args:
-            commands: called when it is their turn.
+            commands: called when it is their turn. Nothing is sent, or told, if there are none.
             told: called with their answers, in nobody's context.
         """
         self._waiting.append((commands, told))
@@ -99,7 +102,10 @@ class Line:
                 return
             commands, self._told = self._waiting.popleft()
             try:
-                self._send(self._ear.transport, commands())
+                if said := commands():
+                    self._send(self._ear.transport, said)
+                else:
+                    self._told = None
             except Exception as error:  # a bug
                 self._break_off(error)
         if self._told is None:
@@ -111,7 +117,8 @@ class Line:
         self._until = loop.time() + self._patience
         if self._timer is None:  # one for many exchanges
             self._timer = loop.call_at(self._until, self._look_at_time, context=contextvars.Context())
-        transport.writelines(self._connection.pack_commands(commands))
+        content = b"".join(self._connection.pack_commands(commands))
+        transport.write(memoryview(content))  # of which a part that has to wait is no copy
 
     def _end(self, answers: Answers | Exception) -> None:
         """Ends the exchange that is under way."""
@@ -149,6 +156,9 @@ class Line:
                 await connection.connect()  # type: ignore[no-untyped-call]
             assert connection._writer is not None
             transport = connection._writer.transport
+            sock = transport.get_extra_info("socket")
+            if sock.family == getattr(socket, "AF_UNIX", None):  # that of TCP grows by itself
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SENT_AT_ONCE)
             self._ear = _Ear(transport, lambda ear: ear is self._ear, self._hear, self._break_off)
         except TimeoutError:
             error = RedisTimeoutError(f"no connection within {self._patience:g} s")

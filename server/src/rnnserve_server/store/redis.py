@@ -241,6 +241,8 @@ class RedisStore(Store):
         def pushed(answers: Answers | Exception) -> None:
             if answers == expected:
                 told([[True] * len(tick.ids) for tick in ticks])
+                if self._journal.is_due:
+                    self._trim()
             else:
                 self._begin_journal()  # it was folded, or it is not known what is in it, and what will be
                 in_task(self._commit_otherwise(ticks, answers), told)
@@ -253,9 +255,6 @@ class RedisStore(Store):
             self._begin_journal()
         journal = self._journal
         commands: list[Command] = []
-        if trim := journal.trim():
-            commands.append(trim)
-            answers.append(journal.length)
         for tick in ticks:
             parts = [tick]
             if len(tick.ids) > self._per_call and journal.strangers(tick):  # a script takes no more
@@ -265,6 +264,21 @@ class RedisStore(Store):
                 commands.append(journal.push(part))
                 answers.append(journal.length)
         return commands
+
+    def _trim(self) -> None:
+        """Has ticks of which nothing is wanted taken out of the journal, while nobody waits for it."""
+        journal, expected = self._journal, list[int]()
+
+        def commands() -> list[Command]:
+            command = journal.trim() if self._journal is journal and journal.is_due else None
+            expected.append(journal.length)
+            return [] if command is None else [command]
+
+        def trimmed(answers: Answers | Exception) -> None:
+            if answers != expected and self._journal is journal:
+                self._begin_journal()
+
+        self._line.exchange(commands, trimmed)
 
     async def _commit_otherwise(self, ticks: Sequence[Tick], answers: Answers | Exception) -> Applied:
         """Commits ticks of which some, or all, may have been pushed to a journal that is not pushed to any more."""
