@@ -67,10 +67,9 @@ def targets() -> list[tuple[Callable[..., Finding], str, float, Seen]]:
         (at_most, "one session: p50 over the echo's", 1.30, _trips(ONE, 0.50, EchoRow())),
         (at_most, "one session: p99 over the echo's", 2.0, _trips(ONE, 0.99, EchoRow())),
         (at_least, "256 tasks over 256 streams", 4.0, _rates(TasksRow(streams=256), streams[256])),
-        # Throughput, and so with as many frames under way: with four the client's waiting for each commit is measured.
         *(
             (at_least, f"{row.name}: of memory's, by {by}", 0.60 if "step" in row.kept else 0.90, seen(row))
-            for row in stores.rows(DEEP_64)
+            for row in STORES
             for by, seen in (("rate", _kept), ("CPU", _kept_cpu))
         ),
         *((at_least, f"{n} streams over Triton", 2.0, _triton(streams[n], n)) for n in (16, 64, 256)),
