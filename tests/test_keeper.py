@@ -522,16 +522,18 @@ async def test_two_servers_race_for_a_session(models: Path, store: str, seed: in
     """
     rng = random.Random(seed)
     line: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # by first step: the chunk, and what was answered
-    steps = 150
+    takes = [0, 0]  # how often each client was told that its session is the other's
     with two_servers(models, store) as (a, b):
         async with Talk(a.address) as talk:
             await talk.create(0, config(MODEL, "s", return_sequences=True))
 
-        async def race(number: int, address: str) -> int:
-            numbers, takes, lane = np.random.default_rng([seed, number]), 0, 0
+        async def race(number: int, address: str) -> None:
+            numbers, lane = np.random.default_rng([seed, number]), 0
             async with Talk(address) as talk:
                 step = (await talk.open(lane, "s")).session.step
-                while step < steps:
+                # How often they meet is the machine's affair, so the line is as long as four meetings of each make it.
+                while step < 150 or min(takes) < 4:
+                    assert step < 50_000, f"one of them is hardly ever taken from: {takes}"
                     x = numbers.normal(size=(1, rng.randrange(1, 4), FEATURES)).astype(np.float32)
                     answer = await talk.step(lane, step, x)
                     if isinstance(answer, np.ndarray):
@@ -541,15 +543,13 @@ async def test_two_servers_race_for_a_session(models: Path, store: str, seed: in
                         continue
                     said = info(answer.status)
                     if said.reason == "SESSION_TAKEN_OVER":
-                        lane, takes = lane + 1, takes + 1
+                        lane, takes[number] = lane + 1, takes[number] + 1
                         step = (await talk.open(lane, "s")).session.step
                     else:
                         assert said.reason in ("STEP_BEHIND", "STEP_CONFLICT"), said
                         step = int(said.metadata["expected_step"])
-            return takes
 
-        takes = await asyncio.gather(*(race(number, each.address) for number, each in enumerate((a, b))))
-    assert min(takes) > 3
+        await asyncio.gather(*(race(number, each.address) for number, each in enumerate((a, b))))
     xs = [x for _, (x, _) in sorted(line.items())]
     assert sorted(line) == first_steps(xs)[:-1]  # no gap and no overlap
     assert same([line[step][1] for step in sorted(line)], oracle(xs))
