@@ -88,6 +88,7 @@ def measured(rows: list[Row], rounds: int, seconds: float) -> dict[Row, Line]:
             print(f"\rround {number + 1} of {rounds}", end="", file=sys.stderr, flush=True)
             for row in _in_turn(rows):
                 os.sync()  # no row pays for what the one before has written
+                stores.let_go(folder)
                 sample, cpu = processes[row].measure(seconds)
                 lines[row].samples.append(sample)
                 lines[row].cpu.append(cpu)

@@ -115,6 +115,7 @@ class Notes:
         self.errors: dict[int, Exception] = {}
         self.first_steps: list[list[int]] = []
         self.told: list[int] = []
+        self.readied: list[int] = []
         self.flushes = 0
         self._names = names or {}
 
@@ -133,6 +134,14 @@ class Notes:
         self.results.append((answers.tags.tolist(), y))
         if answers.first_steps is not None:
             self.first_steps.append(answers.first_steps.tolist())
+
+    def ready(self, answers):
+        def tell():
+            for each in answers:
+                self.result(each)
+
+        self.readied += [tag for each in answers for tag in each.tags.tolist()]
+        return tell
 
     def failed(self, failures):
         for failure in failures:

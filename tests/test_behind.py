@@ -171,6 +171,50 @@ async def test_the_next_ticks_run_while_one_is_stored(house):
     await house.check_store("a")
 
 
+async def test_answers_are_made_ready_while_they_are_stored(house):
+    """What is told when a commit is known is made before, and once; it is told as it would be otherwise."""
+    await house.open("a", "b")
+    house.store.gate.clear()
+    first = house.send("ab", 0)
+    await house.turns()
+    assert first.readied == [0, 1]
+    assert not first.told
+    house.store.gate.set()
+    await house.worker.settle()
+    assert first.readied == [0, 1]
+    assert first.results[0][1].tolist() == [[1, 1], [1, 1]]
+
+
+@pytest.mark.parametrize("fails", ["when it is made", "when it is told"])
+async def test_an_answer_that_cannot_be_made_ready(house, fails):
+    """A bug where an answer is made is met where it is told, by that sink alone: its chunks are stored, and told as
+    failed; what is behind them goes on.
+    """
+    await house.open("a", "b")
+
+    class Broken(Witness):
+        def result(self, answers):
+            raise RuntimeError("cannot be encoded")
+
+        def ready(self, answers):
+            if fails == "when it is made":
+                raise RuntimeError("cannot be encoded")
+            return super().ready(answers)
+
+    house.store.gate.clear()
+    house.sinks.append(broken := Broken(house.store, ["a"]))
+    a = house.sessions.get("a")
+    house.worker.submit(chunks(a.group, [a.slot], 1, sink=broken, first_steps=[0], x=np.ones((1, 1, FEATURES))))
+    await house.turns()
+    other, behind = house.send("b", 0), house.send("a", 1)
+    house.store.gate.set()
+    await house.worker.settle()
+    assert broken.errors[0].reason == "INTERNAL"
+    assert other.results[0][1].tolist() == [[1, 1]]
+    assert behind.results[0][1].tolist() == [[2, 2]]
+    await house.check_store("a")
+
+
 async def test_other_sessions_do_not_wait_for_a_commit(house):
     """What is of other sessions is run meanwhile, and stored with the next commit."""
     await house.open("a", "b", "c")

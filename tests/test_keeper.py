@@ -92,6 +92,34 @@ def in_memory(server: RunningServer) -> int:
     return server.call(lambda: len(server.server.core.sessions))
 
 
+async def test_answers_that_are_large_together(models: Path, store: str) -> None:
+    """What one commit stores is answered in responses of about a MiB, however much it is, each chunk once and in its
+    order.
+    """
+    lanes, batch, steps, count = list(range(16)), 16, 40, 20  # 164 kB of outputs in each of the frames
+    rng = np.random.default_rng(5)
+    xs = [rng.normal(size=(16, batch, steps, FEATURES)).astype(np.float32) for _ in range(count)]
+    expected = oracle([np.concatenate(list(x)) for x in xs])
+    with running_server(
+        models=models, store=store, durability="step", slice_steps=1000, max_batch_rows=1 << 16
+    ) as server:
+        async with Talk(server.address) as talk:
+            for lane in lanes:
+                await talk.create(lane, config(MODEL, f"s{lane}", batch=batch, return_sequences=True))
+            frames = [frame(lanes, [number * steps] * 16, x) for number, x in enumerate(xs)]
+            await talk.write(frames=frames)
+            found: list[np.ndarray] = []
+            while len(found) < count:
+                response = await talk.read()
+                assert response.ByteSize() < (1 << 20) + 200_000
+                assert not response.errors
+                assert [each.first_steps[0] for each in response.frames] == [
+                    (len(found) + position) * steps for position in range(len(response.frames))
+                ]
+                found += [np.concatenate(list(outputs(each)["output"])) for each in response.frames]
+    assert same(found, expected)
+
+
 # A server ends
 
 
@@ -648,10 +676,9 @@ def _ensure_running(server: RedisServer) -> None:
 
 def _impatient(server: RunningServer) -> None:
     """A store of SQLite that waits for others for a tenth of a second."""
-    database = getattr(server.server.core.keeper.store, "_db", None)
-    if database is not None:
-        keeper = server.server.core.keeper
-        server.call(lambda: keeper.store._run(lambda: database.execute("PRAGMA busy_timeout = 100")))
+    file = getattr(server.server.core.keeper.store, "_file", None)
+    if file is not None:
+        file._patience = 0.1
 
 
 async def test_the_store_goes_away_and_comes_back(models: Path, weak: Away) -> None:

@@ -87,6 +87,16 @@ class TestSqlite(StoreSuite):
         return lambda place: SqliteStore.open(tmp_path / place, synchronous="normal", remember=REMEMBER, patience=30.0)
 
 
+class TestSqliteHandedOver(StoreSuite):
+    """Whose ticks are all appended by its thread."""
+
+    @pytest.fixture
+    def opener(self, tmp_path: Path) -> Opener:
+        return lambda place: SqliteStore.open(
+            tmp_path / place, synchronous="normal", remember=REMEMBER, patience=30.0, inline_seconds=0.0
+        )
+
+
 class TestSqliteThinned(StoreSuite):
     """Whose journal is looked through at every commit for what nobody wants any more."""
 
@@ -243,13 +253,13 @@ async def test_a_commit_that_fails_leaves_nothing(tmp_path: Path) -> None:
     """When the disk is full, nothing of a tick is stored, and it may be sent again when there is room."""
     store = await SqliteStore.open(tmp_path / "s.db")
     sessions = [await created(store, name) for name in "ab"]
-    (pages,) = await store._run(lambda: store._db.execute("PRAGMA page_count").fetchone())
-    await store._run(lambda: store._db.execute(f"PRAGMA max_page_count = {pages + 4}"))
+    (pages,) = await store._file.run(lambda: store._db.execute("PRAGMA page_count").fetchone())
+    await store._file.run(lambda: store._db.execute(f"PRAGMA max_page_count = {pages + 4}"))
     writes = [after(each, states=bytes(100_000)) for each in sessions]
     with pytest.raises(StoreUnavailable, match="full"):
         await store.commit(writes)
     assert [head and head.step for head in await store.peek(["a", "b"])] == [0, 0]
-    await store._run(lambda: store._db.execute("PRAGMA max_page_count = 1000000"))
+    await store._file.run(lambda: store._db.execute("PRAGMA max_page_count = 1000000"))
     assert await store.commit(writes) == [True, True]
     await store.close()
 

@@ -129,7 +129,8 @@ async def test_rows_of_large_ticks_are_written_over(seed: int, tmp_path: Path, m
     a crash finds each session as it was left, whatever lies in the rows behind and beside what counts.
     """
     rng = random.Random(seed)
-    monkeypatch.setattr("rnnserve_server.store.sqlite._PAGE_BYTES", 512)
+    monkeypatch.setattr("rnnserve_server.store.sqlite_file.PAGE_BYTES", 512)
+    monkeypatch.setattr("rnnserve_server.store.sqlite.PAGE_BYTES", 512)
     for name, value in (("_LARGE_BYTES", 300), ("_LOOK_BYTES", 2000), ("_SPARE_ROWS", 4)):
         monkeypatch.setattr(f"rnnserve_server.store.sqlite_journal.{name}", value)
     store, other = await SqliteStore.open(tmp_path / "s.db"), sqlite3.connect(tmp_path / "s.db")
@@ -159,7 +160,7 @@ async def test_a_journal_that_a_dead_process_left_behind(tmp_path: Path) -> None
     store = await SqliteStore.open(tmp_path / "s.db")
     sessions = [await created(store, name, states=b"\0" * 8) for name in "ab"]
     assert await store.commit_ticks([tick(sessions, [1, 2])]) == [[True, True]]
-    await store._run(store._db.close)  # without another word
+    await store._file.run(store._db.close)  # without another word
     again = await SqliteStore.open(tmp_path / "s.db")
     heads = await again.peek(["a", "b"])
     assert [head and head.step for head in heads] == [3, 3]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -10,7 +11,7 @@ import structlog
 
 from rnnserve_models.engine.base import Arrays, Engine
 from rnnserve_models.load import LoadedModel
-from rnnserve_server.blocks import Block, Failure
+from rnnserve_server.blocks import Answers, Block, Failure, Sink, Tell
 from rnnserve_server.errors import (
     Cancelled,
     DeadlinePassed,
@@ -46,6 +47,20 @@ class Shown(NamedTuple):
         for position, block in enumerate(self.blocks):
             outputs = {name: y[position] for name, y in self.outputs.items()}
             yield block, outputs, {name: state[position] for name, state in self.states.items()}
+
+
+class Ready(NamedTuple):
+    """What a sink is told of a block, made before it is known that the block is stored.
+
+    Attributes:
+        sink: it.
+        answers: the answers.
+        tell: tells them.
+    """
+
+    sink: Sink
+    answers: Sequence[Answers]
+    tell: Tell
 
 
 class Answering:
@@ -92,13 +107,29 @@ class Answering:
             start += count
         return gone
 
-    def commit(self, block: Block, shown: Sequence[Shown], *, stored: bool) -> None:
-        """Moves the sessions of a block on, and answers."""
+    def ready(self, block: Block, shown: Sequence[Shown]) -> list[Ready]:
+        """Readies what a finished block answers, for `commit`."""
+        shares: dict[Sink, list[Answers]] = {}
+        for some in shown:
+            for each, outputs, states in some.each():
+                for sink, answers in each.shares(outputs, states):
+                    shares.setdefault(sink, []).append(answers)
+        return [Ready(sink, answers, sink.ready(answers)) for sink, answers in shares.items()]
+
+    def commit(
+        self, block: Block, shown: Sequence[Shown], *, stored: bool, ready: Sequence[Ready] | None = None
+    ) -> None:
+        """Moves the sessions of a block on, and answers: with what `ready` has made of it, if it has."""
         answers = [each for some in shown for each in some.each()]
         if block.sessions is not None:
             self._sessions.commit(block.sessions, block.states, block.call.timesteps, stored=stored)
-        for each, outputs, states in answers:
-            self._answer(each, outputs, states)
+        if ready is None:
+            for each, outputs, states in answers:
+                for sink, share in each.shares(outputs, states):
+                    self._tell(sink, (share,), partial(sink.result, share))
+        else:
+            for sink, shares, tell in ready:
+                self._tell(sink, shares, tell)
         for sink, _ in block.sinks:  # an answer is on its way while the rest is done
             sink.flush()
         if block.sessions is not None:
@@ -145,14 +176,14 @@ class Answering:
             states = {name: whole.states[name][None] for name in names}
         return Shown(blocks, *to_wire(outputs, states, options, len(block.tags)))
 
-    def _answer(self, block: Block, outputs: Arrays, states: Arrays) -> None:
-        """Gives the answers of a block."""
-        for sink, answers in block.shares(outputs, states):
-            try:
-                sink.result(answers)
-            except Exception:  # a bug, or an answer that cannot be encoded; the other sinks have nothing to do with it
-                log.exception("an answer could not be given", **self.facts([block]))
-                sink.failed([Failure(int(tag), None, internal_error()) for tag in answers.tags])
+    def _tell(self, sink: Sink, answers: Sequence[Answers], tell: Tell) -> None:
+        """Has a sink told its answers."""
+        try:
+            tell()
+        except Exception:  # a bug, or an answer that cannot be encoded; the other sinks have nothing to do with it
+            log.exception("an answer could not be given", model=self._model.name, version=self._model.version)
+            tags = [tag for each in answers for tag in each.tags.tolist()]
+            sink.failed([Failure(tag, None, internal_error()) for tag in tags])
 
     def checked(self, block: Block) -> Block | None:
         """The part of a block whose chunks fit their sessions; the others are told."""

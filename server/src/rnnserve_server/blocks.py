@@ -62,6 +62,9 @@ class Failure(NamedTuple):
     error: ServiceError
 
 
+Tell = Callable[[], None]
+
+
 class Sink(Protocol):
     """Where results go: the call or stream that the chunks came from."""
 
@@ -73,6 +76,13 @@ class Sink(Protocol):
 
     def result(self, answers: Answers) -> None:
         """Chunks are done and committed."""
+
+    def ready(self, answers: Sequence[Answers]) -> Tell:
+        """Readies what is told of chunks that are done, before it is known that they are committed.
+
+        Returns:
+            Tells it, as `result` of each would; it is never called if they are not.
+        """
 
     def failed(self, failures: Sequence[Failure]) -> None:
         """Chunks failed."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from functools import partial
 
-from rnnserve_server.blocks import Answers, Failure
+from rnnserve_server.blocks import Answers, Failure, Tell
 
 
 class Call:
@@ -41,6 +42,11 @@ class Call:
         """See `Sink`."""
         if not self._done.done():
             self._done.set_result(answers)
+
+    def ready(self, answers: Sequence[Answers]) -> Tell:
+        """See `Sink`."""
+        (answer,) = answers
+        return partial(self.result, answer)
 
     def failed(self, failures: Sequence[Failure]) -> None:
         """See `Sink`."""

@@ -116,8 +116,8 @@ class Settings(BaseSettings):
     slice_steps: Positive = Field(32, description="time steps that the engine computes at once, at most")
     inline_seconds: Annotated[float, Field(ge=0)] | None = Field(
         None,
-        description="runs expected to take less are not handed to the engine's thread, 0 hands over all; unset: 0.02 "
-        "where the process has a single core, or else 0.0005",
+        description="runs expected to take less are not handed to the engine's thread, nor commits to SQLite's; 0 "
+        "hands over all; unset: 0.02 where the process has a single core, or else 0.0005",
     )
     max_rollout_steps: Positive = Field(10_000, description="time steps of one rollout at most")
     max_message_bytes: Positive = Field(64 << 20, description="the largest message, in bytes")

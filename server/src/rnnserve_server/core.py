@@ -249,7 +249,11 @@ class Core:
             StoreError: it cannot be opened.
         """
         if self.settings.store:
-            store = await open_store(self.settings.store, synchronous=self.settings.store_sync)
+            store = await open_store(
+                self.settings.store,
+                synchronous=self.settings.store_sync,
+                inline_seconds=inline_seconds(self.settings.inline_seconds),
+            )
             if self.observer is not None:
                 span = nullcontext if self.tracing is None else self.tracing.store_span
                 store = self.observed_store = ObservedStore(store, self.clock, span)

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import numpy as np
 import structlog
 
 from rnnserve_models.engine.base import Array
-from rnnserve_server.answering import Answering, Shown, internal_error
+from rnnserve_server.answering import Answering, Ready, Shown, internal_error
 from rnnserve_server.behind import Behind, Chain, Ran
 from rnnserve_server.blocks import Block
 from rnnserve_server.errors import SessionAway, StoreDown
@@ -139,11 +139,23 @@ class Storing:
             if not self._keeper.store.embedded:
                 loop = asyncio.get_running_loop()
                 self._patience = loop.call_later(_HELD_SECONDS, self._lose_patience, context=contextvars.Context())
-            told = partial(self._kept, ran, living)
+            ready: dict[Block, list[Ready]] = {}
+            told = partial(self._kept, ran, living, ready)
             try:
                 self._keeper.store.begin_commit(ticks, told)
             except Exception as error:  # a bug
                 told(error)
+            else:
+                self._make_ready(living, ready)
+
+    def _make_ready(self, living: Sequence[Chained], ready: dict[Block, list[Ready]]) -> None:
+        """Readies what blocks are answered while they are stored: there is nothing else to do."""
+        try:
+            for chain in living:
+                for block, shown in chain:
+                    ready[block] = self._answering.ready(block, shown)
+        except Exception:  # a bug, or an answer that cannot be encoded: whoever waits for it is told when it is stored
+            log.debug("an answer could not be made ready", exc_info=True)
 
     def _living(self, chains: Sequence[Chain]) -> list[Chained]:
         """Of chains what can be stored, and what it answers: sessions may have ended while others were stored."""
@@ -159,7 +171,13 @@ class Storing:
         self._takes_long = True
         self._go_on()
 
-    def _kept(self, ran: Sequence[Ran], living: Sequence[Chained], applied: Applied | Exception) -> None:
+    def _kept(
+        self,
+        ran: Sequence[Ran],
+        living: Sequence[Chained],
+        ready: Mapping[Block, Sequence[Ready]],
+        applied: Applied | Exception,
+    ) -> None:
         """The store says what it has kept of chains: they are answered."""
         self._commit_seconds = min(self._clock() - self._began_at, _HELD_SECONDS)
         if self._patience is not None:
@@ -176,7 +194,7 @@ class Storing:
                 self._losing = asyncio.get_running_loop().create_task(losing, context=contextvars.Context())
                 return
             else:
-                answered = self._answer(living)
+                answered = self._answer(living, ready)
         except Exception:
             self._failed(ran)
         self._end(ran, stored_at, answered)
@@ -209,19 +227,19 @@ class Storing:
         try:
             for group, slots in lost:
                 await self._keeper.lose(group, slots)
-            answered = self._answer(living)
+            answered = self._answer(living, {})
         except Exception:
             self._failed(ran)
         self._end(ran, stored_at, answered)
 
-    def _answer(self, living: Sequence[Chained]) -> list[Block]:
+    def _answer(self, living: Sequence[Chained], ready: Mapping[Block, Sequence[Ready]]) -> list[Block]:
         """Commits and answers the blocks of chains that are stored: those whose sessions live."""
         answered: list[Block] = []
         for chain in living:
             for block, shown in chain:
                 if alive := self._answering.alive(block):
                     shown = shown if alive is block else self._answering.shown(alive)
-                    self._answering.commit(alive, shown, stored=True)
+                    self._answering.commit(alive, shown, stored=True, ready=ready.get(alive))
                     answered.append(alive)
         return answered
 

@@ -10,7 +10,7 @@ from rnnserve.frames import Buffer
 from rnnserve.v1 import inference_pb2 as pb
 from rnnserve_server.wire.send import Send
 
-_RESPONSE_BYTES = 1 << 20  # a response is sent once it is so large, although more is ready
+RESPONSE_BYTES = 1 << 20  # a response is sent once it is so large, although more is ready
 
 
 class Outbox:
@@ -55,7 +55,7 @@ class Outbox:
 
     def add(self, parts: Sequence[Buffer], answers: int, nbytes: int) -> None:
         """Puts a response in pieces, with so many answers and about so many bytes in it, to what `flush` sends next."""
-        if not self._responses or self._response_bytes > _RESPONSE_BYTES:
+        if not self._responses or self._response_bytes > RESPONSE_BYTES:
             self._responses.append([])
             self._response_bytes = 0
         self._responses[-1] += parts

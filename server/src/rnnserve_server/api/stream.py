@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import grpc
 import numpy as np
 
 from rnnserve.codec import TensorError, decode, decode_named
-from rnnserve.frames import FrameReader, FrameWriter, Outline
+from rnnserve.frames import Buffer, FrameReader, FrameWriter, Outline
 from rnnserve.v1 import inference_pb2 as pb
 from rnnserve.v1 import session_pb2
 from rnnserve_models.engine.base import Array
@@ -19,9 +19,9 @@ from rnnserve_server.access.caller import caller
 from rnnserve_server.api.errors import rejections, service_error, status
 from rnnserve_server.api.lanes import Lanes, Part
 from rnnserve_server.api.messages import create_sessions, duration, rows_of, session_message
-from rnnserve_server.api.outbox import Outbox
+from rnnserve_server.api.outbox import RESPONSE_BYTES, Outbox
 from rnnserve_server.api.watch import LaneWatch, Reason
-from rnnserve_server.blocks import Answers, Failure
+from rnnserve_server.blocks import Answers, Failure, Tell
 from rnnserve_server.core import Core
 from rnnserve_server.ending import end
 from rnnserve_server.errors import (
@@ -495,17 +495,46 @@ class LaneStream:
 
     def result(self, answers: Answers) -> None:
         """See `Sink.result`."""
-        chunks = len(answers.tags)
-        self._unanswered -= chunks
         if self.cancelled:
+            self._unanswered -= len(answers.tags)
             return
+        parts, nbytes = self._written(answers)
+        self._answer(parts, len(answers.tags), nbytes)
+
+    def ready(self, answers: Sequence[Answers]) -> Tell:
+        """See `Sink.ready`."""
+        responses: list[tuple[bytes, int, int]] = []
+        parts: list[Buffer] = []
+        chunks = nbytes = 0
+        for each in () if self.cancelled else answers:
+            more, size = self._written(each)
+            parts += more
+            chunks, nbytes = chunks + len(each.tags), nbytes + size
+            if nbytes > RESPONSE_BYTES or each is answers[-1]:
+                responses.append((b"".join(cast("list[bytes]", parts)), chunks, nbytes))
+                parts, chunks, nbytes = [], 0, 0
+
+        def tell() -> None:
+            if self.cancelled:
+                self._unanswered -= sum([len(each.tags) for each in answers])
+                return
+            for response, chunks, nbytes in responses:
+                self._answer([response], chunks, nbytes)
+
+        return tell
+
+    def _written(self, answers: Answers) -> tuple[list[Buffer], int]:
+        """A response in pieces, and about how many bytes it has."""
         tensors = [(4, name, y) for name, y in answers.outputs.items()]
         tensors += [(5, name, state) for name, state in answers.states.items()]
         nbytes = sum([array.nbytes for _, _, array in tensors])
+        return self._results.write(answers.tags, answers.first_steps, answers.timesteps, tensors), nbytes
+
+    def _answer(self, parts: Sequence[Buffer], chunks: int, nbytes: int) -> None:
+        """Has a response in pieces sent with the next flush, with answers of so many chunks."""
+        self._unanswered -= chunks
         self._owed_bytes -= nbytes
-        self._outbox.add(
-            self._results.write(answers.tags, answers.first_steps, answers.timesteps, tensors), chunks, nbytes
-        )
+        self._outbox.add(parts, chunks, nbytes)
 
     def failed(self, failures: Sequence[Failure]) -> None:
         """See `Sink.failed`."""

@@ -48,6 +48,7 @@ async def open_store(
     prefix: str = "rnnserve:",
     remember: float = REMEMBERED,
     patience: float = 5.0,
+    inline_seconds: float = 0.0005,
 ) -> Store:
     """Opens a store.
 
@@ -58,6 +59,7 @@ async def open_store(
         prefix: of Redis: what all keys begin with.
         remember: seconds for which it is remembered why a session ended.
         patience: seconds to wait for Redis, or for another process that writes to the file.
+        inline_seconds: of SQLite: for which the event loop may be kept to append ticks to the file.
 
     Raises:
         StoreMisconfigured: there is no such store; the message says what is.
@@ -85,4 +87,6 @@ async def open_store(
         )
     from rnnserve_server.store.sqlite import SqliteStore
 
-    return await SqliteStore.open(Path(path), synchronous=synchronous, remember=remember, patience=patience)
+    return await SqliteStore.open(
+        Path(path), synchronous=synchronous, remember=remember, patience=patience, inline_seconds=inline_seconds
+    )

@@ -1,7 +1,8 @@
 """Sessions in one SQLite file.
 
-One connection on one thread. A write-ahead log, so that a commit appends and syncs once. Another process may have the
-same file open: epochs and revisions are compared inside the transaction, and a writer waits for the one before it.
+A commit appends to a write-ahead log, and waits for the disk once. Another process may have the same file open: epochs
+and revisions are compared inside the transaction, and a writer waits for the one before it. Who waits for what, and on
+which thread, is `rnnserve_server.store.sqlite_file`'s.
 
 A tick is a row of a journal, which is brought to the sessions' own rows when it has grown, or when anything else is
 asked of the file: see `rnnserve_server.store.sqlite_journal`.
@@ -9,14 +10,10 @@ asked of the file: see `rnnserve_server.store.sqlite_journal`.
 
 from __future__ import annotations
 
-import asyncio
 import json
-import os
 import sqlite3
-import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, ParamSpec, TypeVar
 
@@ -30,14 +27,12 @@ from rnnserve_server.store.base import (
     Record,
     Reply,
     Store,
-    StoreCorrupt,
-    StoreError,
     StoreMisconfigured,
-    StoreUnavailable,
     Told,
     Write,
     check_distinct,
 )
+from rnnserve_server.store.sqlite_file import PAGE_BYTES, SqliteFile
 from rnnserve_server.store.sqlite_journal import SqliteJournal
 from rnnserve_server.store.tick import Tick
 
@@ -47,9 +42,8 @@ _TICKS_SINCE = 2  # that version there is a journal of ticks
 _READ = (1, 2, 3, _VERSION)
 
 # Replies lie in the order in which they were given, not by session: those that come together are neighbours, and so are
-# those that are forgotten together. For the same reason pages are large and the log is long: a page written many
-# times is copied back once. `look_at` is when the sweep looks at a session next, never later than it is due; uses do
-# not move it, so a commit changes no index.
+# those that are forgotten together. For the same reason pages are large. `look_at` is when the sweep looks at a session
+# next, never later than it is due; uses do not move it, so a commit changes no index.
 _SCHEMA = """
 CREATE TABLE sessions (
     n INTEGER PRIMARY KEY,
@@ -85,10 +79,8 @@ CREATE INDEX ended_by_time ON ended (at);
 """
 # What files of format 1 have not.
 _JOURNAL = "CREATE TABLE journal (n INTEGER PRIMARY KEY, tick BLOB NOT NULL) STRICT"
-_PAGE_BYTES = 16384
-_LOG_PAGES = 4000
-_CACHE_KIB = 65536
-_RETRY_SECONDS = 0.01
+_PAGES_BESIDE = 3  # that are written with a tick's own
+_BYTES_PER_SECOND = 4e8  # of ticks that are appended
 
 _HEAD = "id, meta, epoch, revision, step, last_used"
 # One row for a whole batch: the interpreter's lock is given up and taken again at every row.
@@ -114,12 +106,19 @@ class SqliteStore(Store):
     shared = True
     embedded = True
 
-    def __init__(self, path: Path, *, synchronous: Literal["full", "normal"], remember: float, patience: float) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        synchronous: Literal["full", "normal"],
+        remember: float,
+        patience: float,
+        inline_seconds: float,
+    ) -> None:
         self._path = path
-        self._synchronous = synchronous
         self._remember = remember
-        self._patience = patience
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="store")
+        self._most_bytes_here = inline_seconds * _BYTES_PER_SECOND
+        self._file = SqliteFile(path, synchronous, patience, forget=lambda: self._journal.forget())
         self._db: sqlite3.Connection
         self._journal: SqliteJournal
 
@@ -131,6 +130,7 @@ class SqliteStore(Store):
         synchronous: Literal["full", "normal"] = "full",
         remember: float = REMEMBERED,
         patience: float = 5.0,
+        inline_seconds: float = 0.0005,
     ) -> SqliteStore:
         """Opens a file, or makes it, for its owner only.
 
@@ -139,157 +139,121 @@ class SqliteStore(Store):
             synchronous: what a commit waits for: "full" for the disk, "normal" for the operating system.
             remember: seconds for which it is remembered why a session ended.
             patience: seconds to wait for another process's transaction.
+            inline_seconds: for which the event loop may be kept to append ticks; 0: the store's thread does that.
 
         Raises:
             StoreMisconfigured: there can be no such file, or it belongs to another program or a later release.
             StoreCorrupt: the file is damaged.
             StoreUnavailable: another process keeps it locked.
         """
-        store = cls(Path(path), synchronous=synchronous, remember=remember, patience=patience)
+        store = cls(
+            Path(path), synchronous=synchronous, remember=remember, patience=patience, inline_seconds=inline_seconds
+        )
         try:
-            await store._run(store._open)
+            await store._file.run(store._open)
         except BaseException:
-            store._thread.shutdown()
+            store._file.shutdown()
             raise
         return store
 
     async def create(self, records: Sequence[Record]) -> list[bool]:
         """See `Store`."""
         check_distinct([record.id for record in records])
-        return await self._run(self._create, records)
+        return await self._file.run(self._create, records)
 
     async def take(self, ids: Sequence[str], now: float) -> list[Record | None]:
         """See `Store`."""
         check_distinct(ids)
-        return await self._run(self._take, ids, now)
+        return await self._file.run(self._take, ids, now)
 
     async def peek(self, ids: Sequence[str]) -> list[Head | None]:
         """See `Store`."""
-        return await self._run(self._peek, ids)
+        return await self._file.run(self._peek, ids)
 
     async def commit(self, writes: Sequence[Write]) -> list[bool]:
         """See `Store`."""
         check_distinct([write.id for write in writes])
-        return await self._run(self._commit, writes)
+        return await self._file.run(self._commit, writes)
 
     async def commit_ticks(self, ticks: Sequence[Tick]) -> Applied:
         """See `Store`."""
         check_distinct([session_id for tick in ticks for session_id in tick.ids])
-        if await self._run(self._append, ticks):
-            return [[True] * len(tick.ids) for tick in ticks]
-        return await super().commit_ticks(ticks)  # some are another's, or were sent before: each is looked at
+        if self._append_here(ticks):
+            await self._file.run(lambda: None)
+        elif not await self._file.run(self._append, ticks):
+            return await super().commit_ticks(ticks)  # some are another's, or were sent before: each is looked at
+        return _all_of(ticks)
 
     def begin_commit(self, ticks: Sequence[Tick], told: Told) -> None:
         """See `Store`."""
         check_distinct([session_id for tick in ticks for session_id in tick.ids])
-        loop = asyncio.get_running_loop()
 
-        def append() -> None:
-            try:
-                appended: bool | Exception = self._append(ticks)
-            except sqlite3.Error as error:
-                appended = self._explained(error)
-            except Exception as error:
-                appended = error
-            loop.call_soon_threadsafe(done, appended)
+        def synced(error: Exception | None) -> None:
+            told(_all_of(ticks) if error is None else error)
 
-        def done(appended: bool | Exception) -> None:
-            if appended is False:
+        def appended(result: bool | Exception) -> None:
+            if result is False:
                 super(SqliteStore, self).begin_commit(ticks, told)
             else:
-                told([[True] * len(tick.ids) for tick in ticks] if appended is True else appended)
+                told(_all_of(ticks) if result is True else result)
 
-        self._thread.submit(append)
+        if self._append_here(ticks):
+            self._file.synced(synced)
+        else:
+            self._file.begin(partial(self._append, ticks), appended)
+
+    def _append_here(self, ticks: Sequence[Tick]) -> bool:
+        """Puts ticks into the journal without waiting, if that is short work: whether it did."""
+        if not self._file.is_idle:
+            return False
+        journal, nbytes = self._journal, sum([tick.nbytes for tick in ticks])
+        if nbytes > self._most_bytes_here or journal.is_long or not all(map(journal.is_followed_by, ticks)):
+            return False
+        return self._file.here(partial(journal.append, ticks), nbytes // PAGE_BYTES + _PAGES_BESIDE)
 
     async def delete(self, owned: Sequence[tuple[str, int]], why: End, now: float) -> list[bool]:
         """See `Store`."""
         check_distinct([session_id for session_id, _ in owned])
-        return await self._run(self._delete, owned, why, now)
+        return await self._file.run(self._delete, owned, why, now)
 
     async def ended(self, ids: Sequence[str], now: float) -> list[Ended | None]:
         """See `Store`."""
-        return await self._run(self._find_ended, ids, now)
+        return await self._file.run(self._find_ended, ids, now)
 
     async def expire(self, now: float, limit: int) -> list[str]:
         """See `Store`."""
-        return await self._run(self._expire, now, limit)
+        return await self._file.run(self._expire, now, limit)
 
     async def page(self, after: str, limit: int, model: str = "", scope: str = "") -> list[Head]:
         """See `Store`."""
-        return await self._run(self._page, after, limit, model, scope)
+        return await self._file.run(self._page, after, limit, model, scope)
 
     async def count_of(self, scope: str) -> int:
         """See `Store`."""
-        return await self._run(self._count_of, scope)
+        return await self._file.run(self._count_of, scope)
 
     async def count(self, models: Sequence[str]) -> list[int]:
         """See `Store`."""
-        return await self._run(self._count, models)
+        return await self._file.run(self._count, models)
 
     async def close(self) -> None:
         """See `Store`."""
-        await self._run(self._db.close)
-        self._thread.shutdown()
+        await self._file.close()
 
     # On the store's thread
-
-    async def _run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        def call() -> T:
-            try:
-                return function(*args, **kwargs)
-            except sqlite3.Error as error:
-                raise self._explained(error) from error
-
-        return await asyncio.get_running_loop().run_in_executor(self._thread, call)
-
-    def _explained(self, error: sqlite3.Error) -> StoreError:
-        code, name = getattr(error, "sqlite_errorcode", 0) & 0xFF, getattr(error, "sqlite_errorname", "")
-        what = f"{self._path}: {error}" + (f" ({name})" if name else "")
-        if code == sqlite3.SQLITE_NOTADB:
-            return StoreMisconfigured(f"{what}: name a file of rnnserve's own, or one that is not there yet")
-        if code == sqlite3.SQLITE_CANTOPEN:
-            return StoreMisconfigured(f"{what}: the folder must be there, and writable for this user")
-        if code in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM, sqlite3.SQLITE_AUTH):
-            return StoreMisconfigured(f"{what}: the file and its folder must be writable for this user")
-        if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
-            return StoreUnavailable(f"{what}: another process kept the file locked for {self._patience:g} s")
-        if code == sqlite3.SQLITE_FULL:
-            return StoreUnavailable(f"{what}: the disk is full; make room")
-        if code in (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_NOMEM):
-            return StoreUnavailable(
-                f"{what}: the machine failed to read or write the file; look at its disk and memory"
-            )
-        if code == sqlite3.SQLITE_CORRUPT:
-            return StoreCorrupt(
-                f"{what}: the file is damaged; stop the server and restore a copy, save what is left with "
-                f"`sqlite3 {self._path} .recover | sqlite3 mended.db`, or move it away and lose its sessions"
-            )
-        return StoreCorrupt(f"{what}: the file does not hold what rnnserve keeps in it; move it away, or name another")
 
     def _open(self) -> None:
         if sqlite3.sqlite_version_info < (3, 38):
             raise StoreMisconfigured(f"SQLite 3.38 or later is needed, Python has {sqlite3.sqlite_version}")
-        try:
-            os.close(os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
-        except OSError as error:
-            hint = "the folder must be there, and writable for this user"
-            raise StoreMisconfigured(f"{self._path}: cannot be opened: {error.strerror}: {hint}") from error
-        self._db = sqlite3.connect(self._path, timeout=self._patience, isolation_level=None)
-        self._journal = SqliteJournal(self._db, _PAGE_BYTES)
+        self._file.connect()
+        self._db = self._file.db
+        self._journal = SqliteJournal(self._db, PAGE_BYTES)
         try:
             self._db.execute("BEGIN")  # else another process might make the tables between two of the looks
             self._check_owner()
             self._db.execute("COMMIT")
-            self._db.execute(f"PRAGMA page_size = {_PAGE_BYTES}")  # of a file that is still empty
-            self._begin_log()
-            self._db.execute(f"PRAGMA synchronous = {self._synchronous}")
-            self._db.execute(f"PRAGMA wal_autocheckpoint = {_LOG_PAGES}")
-            # More than the log mostly has, or it would be cut and grow again with each checkpoint.
-            self._db.execute(f"PRAGMA journal_size_limit = {2 * _LOG_PAGES * _PAGE_BYTES}")
-            # Some builds of SQLite overwrite what is deleted, and so write every tick twice.
-            self._db.execute("PRAGMA secure_delete = off")
-            self._db.execute(f"PRAGMA cache_size = -{_CACHE_KIB}")
-            with self._transaction():
+            self._file.begin_log()
+            with self._file.transaction():
                 if self._check_owner():
                     for statement in _SCHEMA.split(";\n"):
                         self._db.execute(statement)
@@ -300,7 +264,7 @@ class SqliteStore(Store):
                 if version < _VERSION:
                     self._db.execute(f"PRAGMA user_version = {_VERSION}")
         except BaseException:
-            self._db.close()
+            self._file.abandon()
             raise
 
     def _check_owner(self) -> bool:
@@ -322,37 +286,8 @@ class SqliteStore(Store):
             )
         return False
 
-    def _begin_log(self) -> None:
-        """Turns the write-ahead log on, and waits for others that do the same, for SQLite does not."""
-        deadline = time.monotonic() + self._patience
-        while True:
-            try:
-                (mode,) = self._db.execute("PRAGMA journal_mode = WAL").fetchone()
-            except sqlite3.OperationalError as error:
-                if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
-                    raise
-                time.sleep(_RETRY_SECONDS)
-                continue
-            if mode != "wal":
-                raise StoreMisconfigured(
-                    f"{self._path}: a write-ahead log is not possible on this file system; choose a local disk"
-                )
-            return
-
-    @contextmanager
-    def _transaction(self) -> Iterator[None]:
-        self._db.execute("BEGIN IMMEDIATE")
-        try:
-            yield
-            self._db.execute("COMMIT")
-        except BaseException:
-            self._journal.forget()  # what is in mind may not be what is there
-            if self._db.in_transaction:
-                self._db.execute("ROLLBACK")
-            raise
-
     def _create(self, records: Sequence[Record]) -> list[bool]:
-        with self._transaction():
+        with self._file.transaction():
             self._fold()
             return [self._create_one(record) for record in records]
 
@@ -382,7 +317,7 @@ class SqliteStore(Store):
         return True
 
     def _take(self, ids: Sequence[str], now: float) -> list[Record | None]:
-        with self._transaction():
+        with self._file.transaction():
             self._fold()
             return [self._take_one(session_id, now) for session_id in ids]
 
@@ -405,18 +340,12 @@ class SqliteStore(Store):
     def _append(self, ticks: Sequence[Tick]) -> bool:
         """Puts ticks into the journal, if all of them follow what is stored: whether they do."""
         journal = self._journal
-        if len(ticks) == 1 and not journal.is_due and journal.is_followed_by(ticks[0]):
-            with self._transaction():
-                if journal.put(ticks[0]):
-                    return True
-        with self._transaction():
+        with self._file.transaction():
             self._look([session_id for tick in ticks for session_id in tick.ids])
             if not all(map(journal.is_followed_by, ticks)):
                 return False
-            for tick in ticks:
-                if not journal.put(tick):  # else it would be told as stored
-                    raise RuntimeError("somebody else has written to the file within a transaction of this connection")
-            journal.thin()
+            if not journal.append(ticks):  # else it would be told as stored
+                raise RuntimeError("somebody else has written to the file within a transaction of this connection")
             if journal.is_full:
                 self._fold()
         return True
@@ -431,7 +360,7 @@ class SqliteStore(Store):
     def _settle(self) -> None:
         """Brings the journal to the sessions' rows, if there is anything in it."""
         if self._db.execute("SELECT 1 FROM journal LIMIT 1").fetchone():
-            with self._transaction():
+            with self._file.transaction():
                 self._fold()
 
     def _fold(self) -> None:
@@ -450,7 +379,7 @@ class SqliteStore(Store):
         return {row[0]: row[1:] for row in json.loads(found)}
 
     def _commit(self, writes: Sequence[Write]) -> list[bool]:
-        with self._transaction():
+        with self._file.transaction():
             self._fold()
             stored = self._counters([write.id for write in writes])
             applied, follow, back = [], [], []
@@ -498,7 +427,7 @@ class SqliteStore(Store):
 
     def _delete(self, owned: Sequence[tuple[str, int]], why: End, now: float) -> list[bool]:
         done = []
-        with self._transaction():
+        with self._file.transaction():
             self._fold()
             for session_id, epoch in owned:
                 row = self._db.execute("SELECT n, epoch FROM sessions WHERE id = ?", (session_id,)).fetchone()
@@ -516,7 +445,7 @@ class SqliteStore(Store):
 
     def _expire(self, now: float, limit: int) -> list[str]:
         expired: list[str] = []
-        with self._transaction():
+        with self._file.transaction():
             self._db.execute("DELETE FROM ended WHERE at <= ?", (now - self._remember,))
             due = "SELECT n, id, epoch, last_used, meta FROM sessions WHERE look_at <= ? ORDER BY look_at LIMIT ?"
             if self._db.execute(due, (now, 1)).fetchone():
@@ -599,3 +528,8 @@ def _scope(scope: str) -> tuple[str, str]:
 def _head(row: tuple[Any, ...]) -> Head:
     session_id, document, epoch, revision, step, last_used = row
     return Head(session_id, Meta.from_json(document), epoch, revision, step, last_used)
+
+
+def _all_of(ticks: Sequence[Tick]) -> Applied:
+    """That all of them are applied."""
+    return [[True] * len(tick.ids) for tick in ticks]

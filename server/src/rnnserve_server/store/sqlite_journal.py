@@ -25,6 +25,7 @@ _MOST_TICKS = 1024
 _MOST_SESSIONS = 4096  # to bring the journal to their rows keeps commits waiting for some tens of milliseconds
 _LARGE_BYTES = 65536  # of a tick: less is written in one piece, to a row of its own
 _SPARE_ROWS = 8
+_FEW_TICKS = 64  # are looked through in a tenth of a millisecond
 
 # As a parameter a tick would be copied three times on its way to the file's pages.
 _APPEND = """
@@ -92,9 +93,9 @@ class SqliteJournal:
         return self._nbytes > _MOST_BYTES or len(self._entries) > _MOST_TICKS or len(self._known) > _MOST_SESSIONS
 
     @property
-    def is_due(self) -> bool:
-        """Whether there is more to do than to append."""
-        return self._nbytes > self._look_again or self.is_full
+    def is_long(self) -> bool:
+        """Whether there is so much in it that it may take long to append something."""
+        return self.is_full or (self._nbytes > self._look_again and len(self._entries) > _FEW_TICKS)
 
     def unknown(self, ids: Sequence[str]) -> list[str]:
         """Those of sessions of which it is not in mind where they stand."""
@@ -109,8 +110,16 @@ class SqliteJournal:
         """Whether all sessions of a tick go on from where they are known to stand."""
         return not strangers(self._known.of(tick.ids), tick.before)
 
-    def put(self, tick: Tick) -> bool:
-        """Puts a tick that follows what is in mind into the file, if that is good: whether it is."""
+    def append(self, ticks: Sequence[Tick]) -> bool:
+        """Puts ticks that follow what is in mind into the file, if that is good: whether it is. Takes those out of
+        which nothing is wanted any more, if it is time to.
+        """
+        if not all(map(self._put, ticks)):  # if what is in mind is not good, it is not for the first one
+            return False
+        self._thin()
+        return True
+
+    def _put(self, tick: Tick) -> bool:
         self._numbered += 1
         pieces = tick.pieces(self._numbered)
         nbytes = sum(map(len, pieces))
@@ -125,8 +134,7 @@ class SqliteJournal:
         self._known.set(tick.ids, tick.numbers)
         return True
 
-    def thin(self) -> None:
-        """Takes the ticks out of which nothing is wanted any more, if it is time to."""
+    def _thin(self) -> None:
         if self._nbytes <= self._look_again:
             return
         ticks = [entry.tick for entry in reversed(self._entries)]

@@ -97,6 +97,11 @@ class Tick:
         """How many replies it has of each session."""
         return sum(map(len, self.answered))
 
+    @property
+    def nbytes(self) -> int:
+        """About as many bytes as it has."""
+        return self.states.nbytes + sum([each.digests.nbytes + each.rest.nbytes for each in self.answered])
+
     def replies(self, position: int) -> list[Reply]:
         """What one of the sessions was answered, oldest first."""
         step = int(self.numbers[position, STEP]) - sum([len(each) * each.timesteps for each in self.answered])
