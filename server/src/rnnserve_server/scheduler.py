@@ -135,7 +135,7 @@ class Scheduler:
         most = min(self.slice_steps, int(run * self.max_batch_rows) // block.rows)
         if 2 * block.steps > most:
             return
-        own = replace(block, states={}, initial={}, outputs=[], followers=[])
+        own = replace(block, states={}, initial={}, outputs=[], followers=[], onto=None)
         rounds, followers, steps = [own], block.followers, block.steps
         while len(followers) == 1:
             (following,) = followers

@@ -47,15 +47,19 @@ class _Row(NamedTuple):
 
 
 class _Entry(NamedTuple):
-    """A tick in the journal.
+    """A tick in the journal: what tells whether anything is wanted of it. Its bytes are in the file.
 
     Attributes:
         row: where it is.
-        tick: it.
+        ids: its sessions.
+        replies_each: how many replies it has of each.
+        keep: how many are kept of each.
     """
 
     row: _Row
-    tick: Tick
+    ids: tuple[str, ...]
+    replies_each: int
+    keep: int
 
 
 class SqliteJournal:
@@ -129,7 +133,7 @@ class SqliteJournal:
         with self._db.blobopen("journal", "tick", row.n) as blob:
             for piece in pieces if nbytes > _LARGE_BYTES else [b"".join(pieces)]:
                 blob.write(piece)
-        self._entries.append(_Entry(row, tick))
+        self._entries.append(_Entry(row, tick.ids, tick.replies_each, tick.keep))
         self._nbytes += row.nbytes
         self._known.set(tick.ids, tick.numbers)
         return True
@@ -137,8 +141,7 @@ class SqliteJournal:
     def _thin(self) -> None:
         if self._nbytes <= self._look_again:
             return
-        ticks = [entry.tick for entry in reversed(self._entries)]
-        found = wanted([(tick.ids, tick.replies_each, tick.keep) for tick in ticks])[::-1]
+        found = wanted([(each.ids, each.replies_each, each.keep) for each in reversed(self._entries)])[::-1]
         entries = list(zip(self._entries, found, strict=True))
         self._entries = [entry for entry, kept in entries if kept]
         self._nbytes = sum([entry.row.nbytes for entry in self._entries])
@@ -153,18 +156,14 @@ class SqliteJournal:
         """What all that is in the file comes to, which the caller brings to the sessions' rows, and empties the table.
         Nothing is in mind then.
         """
-        if self.is_current():
-            ticks = [entry.tick for entry in reversed(self._entries)]
-        else:
-            found = [(n, Tick.unpack(packed)) for n, packed in self._db.execute("SELECT n, tick FROM journal")]
-            # Before format 4 each had a row of its own. Of what is in spare rows nothing is wanted.
-            found.sort(key=lambda each: each[0] if each[1].number is None else each[1].number, reverse=True)
-            ticks = [tick for _, tick in found]
-            (self._version,) = self._db.execute("PRAGMA data_version").fetchone()
+        found = [(n, Tick.unpack(packed)) for n, packed in self._db.execute("SELECT n, tick FROM journal")]
+        # Before format 4 each had a row of its own. Of what is in spare rows nothing is wanted.
+        found.sort(key=lambda each: each[0] if each[1].number is None else each[1].number, reverse=True)
+        (self._version,) = self._db.execute("PRAGMA data_version").fetchone()
         self._known, self._entries, self._nbytes, self._spare = Standing(), [], 0, []
         self._look_again = _LOOK_BYTES
         outcome = Outcome()
-        for tick in ticks:
+        for _, tick in found:
             outcome.add(tick)
         return outcome
 
