@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
+from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import NamedTuple
 
 import numpy as np
@@ -29,7 +30,8 @@ from rnnserve_server.sessions import SessionTable
 log = structlog.get_logger(__name__)
 
 
-class Shown(NamedTuple):
+@dataclass(eq=False)
+class Shown:
     """What chunks that are alike, R of each of N sessions one after the other, are answered.
 
     Attributes:
@@ -42,11 +44,17 @@ class Shown(NamedTuple):
     outputs: Arrays
     states: Arrays
 
-    def each(self) -> Iterator[tuple[Block, Arrays, Arrays]]:
+    @cached_property
+    def each(self) -> list[tuple[Block, Arrays, Arrays]]:
         """The blocks, and the outputs and states of each."""
-        for position, block in enumerate(self.blocks):
-            outputs = {name: y[position] for name, y in self.outputs.items()}
-            yield block, outputs, {name: state[position] for name, state in self.states.items()}
+        return [
+            (
+                block,
+                {name: y[position] for name, y in self.outputs.items()},
+                {name: state[position] for name, state in self.states.items()},
+            )
+            for position, block in enumerate(self.blocks)
+        ]
 
 
 class Ready(NamedTuple):
@@ -111,7 +119,7 @@ class Answering:
         """Readies what a finished block answers, for `commit`."""
         shares: dict[Sink, list[Answers]] = {}
         for some in shown:
-            for each, outputs, states in some.each():
+            for each, outputs, states in some.each:
                 for sink, answers in each.shares(outputs, states):
                     shares.setdefault(sink, []).append(answers)
         return [Ready(sink, answers, sink.ready(answers)) for sink, answers in shares.items()]
@@ -120,7 +128,7 @@ class Answering:
         self, block: Block, shown: Sequence[Shown], *, stored: bool, ready: Sequence[Ready] | None = None
     ) -> None:
         """Moves the sessions of a block on, and answers: with what `ready` has made of it, if it has."""
-        answers = [each for some in shown for each in some.each()]
+        answers = [each for some in shown for each in some.each]
         if block.sessions is not None:
             self._sessions.commit(block.sessions, block.states, block.call.timesteps, stored=stored)
         if ready is None:
