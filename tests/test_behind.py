@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import random
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from house import FEATURES, AddingEngine, Clock, Notes, chunks, loaded, table
 from rnnserve_models.options import LayerOptions
 from rnnserve_server.behind import Behind, Ran
+from rnnserve_server.blocks import Block
 from rnnserve_server.errors import InternalError, SessionAway, SessionClosed, SessionTakenOver, StoreDown
 from rnnserve_server.keeper import Keeper
 from rnnserve_server.replay import Limits
@@ -213,6 +215,30 @@ async def test_an_answer_that_cannot_be_made_ready(house, fails):
     assert other.results[0][1].tolist() == [[1, 1]]
     assert behind.results[0][1].tolist() == [[2, 2]]
     await house.check_store("a")
+
+
+async def test_what_was_answered_is_let_go_of_at_once(house):
+    """Blocks that ran on from one another, or were put together, hold on to nobody: their arrays are free for the next
+    ones, and do not wait for the garbage collector.
+    """
+    gc.collect()
+    gc.disable()
+    try:
+        await house.open("a", "b")
+        house.store.gate.clear()
+        for step in (0, 1):  # one is stored, and one runs on from it
+            house.send("ab", step)
+            await house.turns()
+        for step in range(2, 6):  # put together, they run on from that
+            house.send("ab", step)
+        await house.turns()
+        house.store.gate.set()
+        await house.worker.settle()
+        assert len(house.engine.calls) == 3
+        assert [each for each in gc.get_objects() if isinstance(each, Block)] == []
+    finally:
+        gc.enable()
+    assert all(len(sink.results) == 1 for sink in house.sinks)
 
 
 async def test_other_sessions_do_not_wait_for_a_commit(house):

@@ -150,13 +150,17 @@ class Tick:
         Args:
             number: greater than those of the ticks before it.
         """
-        answered = [
-            (each.timesteps, len(each), each.digests.shape[2], each.head.decode("latin-1"), each.rest.shape[2])
-            for each in self.answered
-        ]
-        floors = self.forget_before is not None
-        common = self.timesteps, self.last_used, self.keep, self.states.shape[1], answered, floors, number
-        what = f"[{_said(self.ids)},{json.dumps(common)[1:]}".encode()
+        answered = tuple(
+            [
+                (each.timesteps, len(each), each.digests.shape[2], each.head.decode("latin-1"), each.rest.shape[2])
+                for each in self.answered
+            ]
+        )
+        floors = "false" if self.forget_before is None else "true"
+        what = (
+            f"[{_joined(self.ids)},{self.timesteps},{float(self.last_used)!r},{self.keep},{self.states.shape[1]},"
+            f"{_as_json(answered)},{floors},{number}]"
+        ).encode()
         small = [len(what).to_bytes(_LENGTH_BYTES, "little"), what, self.numbers.tobytes()]
         if self.forget_before is not None:
             small.append(self.forget_before.tobytes())
@@ -205,9 +209,12 @@ class Tick:
 
 
 @lru_cache(maxsize=256)
-def _said(ids: tuple[str, ...]) -> str:
+def _joined(ids: tuple[str, ...]) -> str:
     """The ids as JSON: sessions that are stepped together are named together tick after tick."""
     return json.dumps("\n".join(ids))
+
+
+_as_json = lru_cache(maxsize=256)(json.dumps)  # what answers are like, which is the same tick after tick
 
 
 def bytes_of(rows: Rows) -> memoryview:
