@@ -80,7 +80,7 @@ CREATE INDEX ended_by_time ON ended (at);
 # What files of format 1 have not.
 _JOURNAL = "CREATE TABLE journal (n INTEGER PRIMARY KEY, tick BLOB NOT NULL) STRICT"
 _PAGES_BESIDE = 3  # that are written with a tick's own
-_BYTES_PER_SECOND = 4e8  # of ticks that are appended
+_BYTES_PER_SECOND = 1e9  # of ticks that are appended, about
 
 _HEAD = "id, meta, epoch, revision, step, last_used"
 # One row for a whole batch: the interpreter's lock is given up and taken again at every row.
