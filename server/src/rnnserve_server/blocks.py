@@ -63,6 +63,7 @@ class Failure(NamedTuple):
 
 
 Tell = Callable[[], None]
+"""Tells what was made ready."""
 
 
 class Sink(Protocol):

@@ -243,7 +243,7 @@ class SqliteFile:
         if committed == self._synced:
             return
         try:
-            os.fdatasync(self._log)
+            getattr(os, "fdatasync", os.fsync)(self._log)  # macOS has no fdatasync
         except OSError as error:
             # If it were tried again, the system might say that all is well.
             self._failed = (
