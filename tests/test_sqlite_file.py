@@ -104,6 +104,18 @@ async def test_a_disk_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     await again.close()
 
 
+async def test_a_link_to_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The log lies beside the file that a link leads to, and is synced there; the path may be relative."""
+    (tmp_path / "there").mkdir()
+    (tmp_path / "s.db").symlink_to(Path("there") / "s.db")
+    monkeypatch.chdir(tmp_path)
+    store, sessions = await opened(Path("s.db"), HERE)
+    assert await begun(store, columns(sessions)) == [[True] * len(SESSIONS)]
+    assert (tmp_path / "there" / "s.db-wal").exists()
+    assert not (tmp_path / "s.db-wal").exists()
+    await store.close()
+
+
 async def test_the_event_loop_waits_for_no_other_process(tmp_path: Path) -> None:
     """While another process has the file locked, the loop goes on; what waits is committed when the lock is gone."""
     store, sessions = await opened(tmp_path / "s.db", HERE, patience=60.0)

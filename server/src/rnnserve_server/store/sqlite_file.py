@@ -181,7 +181,8 @@ class SqliteFile:
         self.db.execute("PRAGMA secure_delete = off")
         self.db.execute(f"PRAGMA cache_size = -{_CACHE_KIB}")
         self.db.execute("SELECT 1 FROM sqlite_schema").fetchone()  # there is a log from the first look on
-        self._log = os.open(f"{self._path}-wal", os.O_RDONLY | os.O_CLOEXEC)
+        _, _, file = self.db.execute("PRAGMA database_list").fetchone()  # of a link, what it leads to
+        self._log = os.open(f"{file}-wal", os.O_RDONLY | os.O_CLOEXEC)
 
     def abandon(self) -> None:
         """Closes the connection."""
