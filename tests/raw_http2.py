@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import socket
+import sys
+import termios
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from types import TracebackType
@@ -75,6 +79,13 @@ class Wire:
         """Sends frames, or bytes. What the server does not take any more is for `read` to tell."""
         with suppress(ConnectionError):
             self.socket.sendall(b"".join(part if isinstance(part, bytes) else part.serialize() for part in parts))
+
+    def wait_until_taken(self) -> None:
+        """Until all that was sent is in the other end's socket: on a busy machine that may be after `send`."""
+        deadline = time.monotonic() + 10
+        while int.from_bytes(fcntl.ioctl(self.socket, termios.TIOCOUTQ, bytes(4)), sys.byteorder):
+            assert time.monotonic() < deadline
+            time.sleep(0)
 
     def call(self, stream: int, headers: Headers, content: bytes | None = b"", *, end: bool = True) -> None:
         """Begins a call, and says one message unless it is None."""

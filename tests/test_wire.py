@@ -307,7 +307,8 @@ def _answer_and_go_on(times: int) -> list[str]:
         async def serve(requests: Any, context: Any) -> None:
             def answer() -> None:
                 sender(context)(b"answer", lambda _: None)
-                wire.send(DataFrame(1, framed(b"2")))  # in the server's socket when it returns
+                wire.send(DataFrame(1, framed(b"2")))
+                wire.wait_until_taken()
                 loop.call_soon(go_on)
 
             def go_on() -> None:
