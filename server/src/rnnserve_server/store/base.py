@@ -32,7 +32,7 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from enum import StrEnum
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from rnnserve_server.store.tick import Tick
@@ -45,6 +45,8 @@ Applied = list[list[bool]]
 
 Told = Callable[[Applied | Exception], None]
 """Called with what came of a commit: `Applied`, or why it is not known."""
+
+T = TypeVar("T")
 
 _MOST = 2**63 - 1
 _COMMITS: set[asyncio.Task[None]] = set()  # that are under way: the loop alone would let them be collected
@@ -419,6 +421,20 @@ def in_task(commit: Coroutine[Any, Any, Applied], told: Told) -> None:
     task = asyncio.get_running_loop().create_task(run(), context=contextvars.Context())
     _COMMITS.add(task)
     task.add_done_callback(_COMMITS.discard)
+
+
+def settles(future: asyncio.Future[T]) -> Callable[[T | Exception], None]:
+    """What gives a future what it is told was returned or raised, if somebody waits for that still."""
+
+    def told(result: T | Exception) -> None:
+        if future.done():
+            return
+        if isinstance(result, Exception):
+            future.set_exception(result)
+        else:
+            future.set_result(result)
+
+    return told
 
 
 def check_distinct(ids: Sequence[str]) -> None:

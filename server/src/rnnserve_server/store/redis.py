@@ -53,6 +53,7 @@ from rnnserve_server.store.base import (
     Write,
     check_distinct,
     in_task,
+    settles,
 )
 from rnnserve_server.store.journal import Journal
 from rnnserve_server.store.line import Answers, Command, Line
@@ -216,16 +217,7 @@ class RedisStore(Store):
     async def commit_ticks(self, ticks: Sequence[Tick]) -> Applied:
         """See `Store`."""
         kept: asyncio.Future[Applied] = asyncio.get_running_loop().create_future()
-
-        def told(applied: Applied | Exception) -> None:
-            if kept.done():  # nobody waits any more
-                return
-            if isinstance(applied, Exception):
-                kept.set_exception(applied)
-            else:
-                kept.set_result(applied)
-
-        self.begin_commit(ticks, told)
+        self.begin_commit(ticks, settles(kept))
         return await kept
 
     def begin_commit(self, ticks: Sequence[Tick], told: Told) -> None:

@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal, ParamSpec, TypeVar
 
-from rnnserve_server.store.base import StoreCorrupt, StoreError, StoreMisconfigured, StoreUnavailable
+from rnnserve_server.store.base import StoreCorrupt, StoreError, StoreMisconfigured, StoreUnavailable, settles
 
 PAGE_BYTES = 16384
 _LOG_PAGES = 4000  # a page written many times is moved back into the file once
@@ -74,16 +74,7 @@ class SqliteFile:
             StoreError: SQLite failed.
         """
         result: asyncio.Future[T] = asyncio.get_running_loop().create_future()
-
-        def told(returned: T | Exception) -> None:
-            if result.done():  # nobody waits any more
-                return
-            if isinstance(returned, Exception):
-                result.set_exception(returned)
-            else:
-                result.set_result(returned)
-
-        self.begin(partial(function, *args, **kwargs), told)
+        self.begin(partial(function, *args, **kwargs), settles(result))
         return await result
 
     def begin(self, function: Callable[[], T], told: Callable[[T | Exception], None]) -> None:
