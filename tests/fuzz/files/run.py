@@ -76,11 +76,11 @@ def fuzz_files(name: str, seconds: float, seed: int, attempts: int | None = None
     ):
         last = -1 if attempts is None else attempts - 1
         command = [sys.executable, "-m", "fuzz.files.worker", name, str(seed), str(number), str(last), str(left)]
-        with subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-        ) as child:
+        with (
+            tempfile.TemporaryFile("w+") as errors,  # it may say more than a pipe holds
+            subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment) as child,
+        ):
             assert child.stdout is not None
-            assert child.stderr is not None
             open_ = False  # whether an attempt has begun and not ended
             for line in child.stdout:
                 if line[0] != "{":
@@ -91,7 +91,9 @@ def fuzz_files(name: str, seconds: float, seed: int, attempts: int | None = None
                 if outcome.fault and outcome.costly and TARGETS[name].apart:
                     outcome = again(name, seed, number)
                 report.take(outcome, number)
-            said = child.stderr.read()[-3000:]
+            child.wait()
+            errors.seek(0)
+            said = errors.read()[-3000:]
         if child.returncode:
             ended = f"the process ended with status {child.returncode}: {said[-300:]}"
             if not open_:

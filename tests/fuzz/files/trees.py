@@ -37,6 +37,8 @@ OTHERS: tuple[Any, ...] = (None, True, False, [], {}, [[]], {"": None}, [None], 
 
 Path = tuple[Any, ...]
 
+_DEEP = 100
+
 
 def changed(document: Any, chance: Random, words: tuple[str, ...] = ()) -> Any:
     """A copy of a document with one to four of its parts replaced, left out, doubled, moved, wrapped or renamed.
@@ -48,6 +50,8 @@ def changed(document: Any, chance: Random, words: tuple[str, ...] = ()) -> Any:
     """
     whole = [copy.deepcopy(document)]  # so that the root may be replaced, too
     for _ in range(chance.choice((1, 1, 1, 2, 2, 4))):
+        if max(map(len, places(whole))) > _DEEP:  # of what is deeper by as much again Python could not make a copy
+            break
         _change(whole, chance, words)
     return whole[0]
 
