@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from soak.run import soak
+from soak.run import FILES, soak
 from soak.visits import VISITS
 
 
@@ -20,5 +20,5 @@ async def test_a_server_holds_no_more_for_those_who_came_and_went(tmp_path: Path
     assert report.after is not None
     assert set(report.visits) == {visit.__name__ for visit in VISITS}
     assert report.sessions == 0
-    assert report.after.files - report.before.files <= 16  # of the store's and the engine's threads
+    assert report.after.files - report.before.files <= FILES
     assert report.memory_growth() <= 0.05 * report.before.memory

@@ -24,7 +24,8 @@ from soak.visits import VISITS
 from soak.watch import Holdings, growth
 from torture.servers import ServerProcess, server_process
 
-_EXPIRED = 60.0  # seconds after which the last session is gone
+_GONE = 60.0  # seconds after which the last session is, and gRPC has let go of the last connection that was broken off
+FILES = 16  # descriptors more than before that may be open then: of the store's and the engine's threads
 
 
 @dataclass
@@ -36,7 +37,7 @@ class Report:
         chunks: that were sent.
         before: the server, before anybody came, with a day behind it.
         during: every second.
-        after: when all had gone and the last session had expired.
+        after: when all had gone, the last session had expired and the last connection was let go of.
         sessions: that were still there then.
     """
 
@@ -112,8 +113,8 @@ async def soak(
         finally:
             watcher.cancel()
         with suppress(TimeoutError):
-            async with asyncio.timeout(_EXPIRED):
-                while report.sessions:
+            async with asyncio.timeout(_GONE):
+                while report.sessions or Holdings.of(server.pid).files > report.before.files + FILES:
                     await asyncio.sleep(0.5)
                     report.sessions = await _sessions(server)
         report.after = Holdings.of(server.pid)
