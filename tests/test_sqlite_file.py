@@ -12,13 +12,18 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
+import grpc
+import numpy as np
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+import rnnserve
 from compliance.store_suite import NOW, applied, record
 from rnnserve_server.store import Record, StoreUnavailable
 from rnnserve_server.store.base import Applied
 from rnnserve_server.store.sqlite import SqliteStore
 from rnnserve_server.store.tick import Tick
+from serving import running_server
 from test_store_crashes import SESSIONS, columns, tick
 
 HANDED_OVER = 0.0
@@ -102,6 +107,34 @@ async def test_a_disk_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert all(await again.create([record("d")]))
     assert [head and head.step for head in await again.peek(SESSIONS)] == [sessions[0].step + 2] * len(SESSIONS)
     await again.close()
+
+
+def test_who_watches_over_a_server_learns_that_its_disk_has_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server that can store nothing any more says that it does not serve, so that it is started again; its client is
+    told at once.
+    """
+    monkeypatch.setattr("rnnserve_server.server._SWEEP_SECONDS", 0.05)
+
+    def fails(log: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with (
+        running_server(store=str(tmp_path / "s.db"), drain_seconds=0.1) as server,
+        rnnserve.Client(server.address, retry_for=0) as client,
+        grpc.insecure_channel(server.address) as channel,
+    ):
+        session = client.session("lstm-4")
+        session.step(np.zeros(5, np.float32))
+        told = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+        assert next(told).status == health_pb2.HealthCheckResponse.SERVING
+        with monkeypatch.context() as broken:
+            broken.setattr(os, "fdatasync", fails)
+            with pytest.raises(rnnserve.RnnserveError, match="Input/output error"):
+                session.step(np.zeros(5, np.float32))
+        assert next(told).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        told.cancel()
 
 
 async def test_a_link_to_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

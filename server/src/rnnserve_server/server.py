@@ -182,10 +182,14 @@ class Server:
         return True
 
     async def _sweep(self) -> None:
+        failed = ""
         while True:
             await asyncio.sleep(_SWEEP_SECONDS)
             if self._guard is not None:
                 self._guard.recheck()
+            if not failed and self.core.keeper is not None and (failed := self.core.keeper.store.failed):
+                log.error("the store has failed for good", error=failed)
+                self._health.failed()  # whoever watches over the server is to start it again
             try:
                 if expired := await self.core.sweep():
                     log.info("sessions expired", count=expired)

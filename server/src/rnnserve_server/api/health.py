@@ -32,11 +32,15 @@ class Health:
         self._statuses |= dict.fromkeys(services, SERVING)
         self._tell()
 
-    def ending(self) -> None:
-        """Says of all services that they do not serve any more, and has watches end once they have told it."""
+    def failed(self) -> None:
+        """Says of all services that they do not serve any more."""
         self._statuses = dict.fromkeys(self._statuses, NOT_SERVING)
-        self._ending = True
         self._tell()
+
+    def ending(self) -> None:
+        """As `failed`, and has watches end once they have told it."""
+        self._ending = True
+        self.failed()
 
     def _tell(self) -> None:
         self._changed.set()

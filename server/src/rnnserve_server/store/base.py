@@ -308,6 +308,11 @@ class Store(ABC):
     however long one takes.
     """
 
+    @property
+    def failed(self) -> str:
+        """Why nothing is stored any more until the process is started again; empty: nothing is wrong for good."""
+        return ""
+
     @abstractmethod
     async def create(self, records: Sequence[Record]) -> list[bool]:
         """Stores new sessions, of epochs by `first_epoch`.

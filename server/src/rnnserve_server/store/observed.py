@@ -42,6 +42,11 @@ class ObservedStore(Store):
         self._clock = clock
         self._span = span
 
+    @property
+    def failed(self) -> str:
+        """See `Store`."""
+        return self._store.failed
+
     async def create(self, records: Sequence[Record]) -> list[bool]:
         """See `Store`."""
         return await self._timed("create", self._store.create(records))

@@ -156,6 +156,11 @@ class SqliteStore(Store):
             raise
         return store
 
+    @property
+    def failed(self) -> str:
+        """See `Store`."""
+        return self._file.failed
+
     async def create(self, records: Sequence[Record]) -> list[bool]:
         """See `Store`."""
         check_distinct([record.id for record in records])

@@ -44,6 +44,7 @@ class SqliteFile:
 
     Attributes:
         db: the connection, once there is one.
+        failed: why nothing is stored any more; empty: nothing is wrong for good.
     """
 
     def __init__(
@@ -59,7 +60,7 @@ class SqliteFile:
         self._given = self._done = 0
         self._log = -1  # a descriptor of the log
         self._committed = self._synced = 0  # transactions
-        self._failed = ""  # why nothing is stored any more
+        self.failed = ""
         self._moves_log = True  # a commit moves the log back into the file when it is long
         self._pages_here = 0  # written by the event loop since the thread had its turns
         self._turns = 0  # that it has had since
@@ -92,7 +93,7 @@ class SqliteFile:
     @property
     def is_idle(self) -> bool:
         """Whether the thread has nothing to do with the connection, nor with what describes the file."""
-        return self._given == self._done and not self._failed
+        return self._given == self._done and not self.failed
 
     def here(self, function: Callable[[], bool], pages: int) -> bool:
         """Calls a function that appends about so many pages to the log, in a transaction, now, unless the thread is to
@@ -207,8 +208,8 @@ class SqliteFile:
     # On the thread
 
     def _call(self, function: Callable[[], T]) -> T:
-        if self._failed:
-            raise StoreUnavailable(self._failed)
+        if self.failed:
+            raise StoreUnavailable(self.failed)
         deadline = time.monotonic() + self._patience
         while True:
             try:
@@ -229,8 +230,8 @@ class SqliteFile:
 
     def _sync(self) -> None:
         """Waits until all that was committed is on the disk."""
-        if self._failed:
-            raise StoreUnavailable(self._failed)
+        if self.failed:
+            raise StoreUnavailable(self.failed)
         committed = self._committed  # what is committed meanwhile may come too late for this one
         if committed == self._synced:
             return
@@ -238,11 +239,11 @@ class SqliteFile:
             getattr(os, "fdatasync", os.fsync)(self._log)  # macOS has no fdatasync
         except OSError as error:
             # If it were tried again, the system might say that all is well.
-            self._failed = (
+            self.failed = (
                 f"{self._path}: the machine failed to write the file ({error.strerror}), and nothing is stored any "
                 "more; look at its disk, and start the server again"
             )
-            raise StoreUnavailable(self._failed) from error
+            raise StoreUnavailable(self.failed) from error
         self._synced = committed
 
     def _close(self) -> None:
