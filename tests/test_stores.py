@@ -106,6 +106,17 @@ class TestSqliteThinned(StoreSuite):
         return lambda place: SqliteStore.open(tmp_path / place, synchronous="normal", remember=REMEMBER, patience=30.0)
 
 
+class TestSqliteFull(StoreSuite):
+    """Whose journal is as long as it may be: the oldest of it is brought to the sessions' rows at every commit."""
+
+    @pytest.fixture
+    def opener(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Opener:
+        monkeypatch.setattr("rnnserve_server.store.sqlite_journal._MOST_TICKS", 2)
+        monkeypatch.setattr("rnnserve_server.store.sqlite_journal._MORE_TICKS", 3)
+        monkeypatch.setattr("rnnserve_server.store.sqlite_journal._MOST_SESSIONS", 1)
+        return lambda place: SqliteStore.open(tmp_path / place, synchronous="normal", remember=REMEMBER, patience=30.0)
+
+
 class TestRedis(StoreSuite):
     @pytest.fixture
     def opener(self, redis_server: RedisServer) -> Opener:
@@ -203,13 +214,13 @@ async def test_files_that_are_none_of_ours(tmp_path: Path) -> None:
     db.close()
     await (await SqliteStore.open(later)).close()
     with sqlite3.connect(later) as db:
-        db.execute("PRAGMA user_version = 5")
+        db.execute("PRAGMA user_version = 6")
     db.close()
     before = {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)}
     for path, message in (
         (text, "not a database.*name a file of rnnserve's own"),
         (other, "another program's database"),
-        (later, "got format 5"),
+        (later, "got format 6"),
         (tmp_path, "Is a directory"),
         (tmp_path / "none" / "s.db", "No such file or directory"),
     ):

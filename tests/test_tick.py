@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from compliance.store_suite import NOW, applied, created, record, tick
-from rnnserve_server.store import StoreCorrupt, Write
+from compliance.store_suite import NOW, after, applied, created, record, tick
+from rnnserve_server.store import End, StoreCorrupt, Write
 from rnnserve_server.store.base import Reply
 from rnnserve_server.store.sqlite import SqliteStore
 from rnnserve_server.store.tick import Tick
@@ -75,13 +75,13 @@ def test_a_window_smaller_than_what_is_new() -> None:
 
 
 async def test_a_journal_that_has_grown_is_brought_to_the_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By its bytes, its ticks or its sessions, whatever limit comes first."""
+    """The oldest of it, by its bytes or its ticks, whatever limit comes first; the sessions go on in it."""
     from rnnserve_server.store import sqlite_journal
 
     store = await SqliteStore.open(tmp_path / "s.db")
     other = sqlite3.connect(tmp_path / "s.db")
     sessions = [await created(store, name, states=b"\0" * 8) for name in "ab"]
-    for limit, value in (("_MOST_BYTES", 500), ("_MOST_TICKS", 2), ("_MOST_SESSIONS", 1)):
+    for limit, value in (("_MOST_BYTES", 500), ("_MOST_TICKS", 2)):
         with monkeypatch.context() as patched:
             patched.setattr(sqlite_journal, limit, value)
             for _ in range(5):
@@ -89,7 +89,7 @@ async def test_a_journal_that_has_grown_is_brought_to_the_rows(tmp_path: Path, m
                 sessions = [replace(each, step=each.step + 1, revision=each.revision + 1) for each in sessions]
         ((ticks,),) = other.execute("SELECT count(*) FROM journal")
         ((step,),) = other.execute("SELECT step FROM sessions WHERE id = 'a'")
-        assert ticks < 5
+        assert 0 < ticks < 5
         assert step + ticks == sessions[0].step
     other.close()
     await store.close()
@@ -120,6 +120,54 @@ async def test_a_journal_loses_what_nobody_wants_any_more(tmp_path: Path, monkey
         assert found is not None
         assert (found.step, found.revision) == (session.step, session.revision)
         assert list(found.replies) == windows[session.id]
+    await store.close()
+
+
+async def test_sessions_that_come_and_go_leave_the_others_in_the_journal(tmp_path: Path) -> None:
+    """Who opens, takes, looks at, writes to or ends a session keeps nobody waiting for what is stored of others."""
+    store, other = await SqliteStore.open(tmp_path / "s.db"), sqlite3.connect(tmp_path / "s.db")
+    sessions = [await created(store, name, states=b"\0" * 8) for name in "abcde"]
+    assert await store.commit_ticks([tick(sessions, [1])]) == [[True] * 5]
+    await created(store, "f")
+    (taken,) = await store.take(["b"], NOW)
+    assert taken is not None
+    assert await store.commit([after(applied(sessions[2], tick(sessions, [1]).writes()[2]))]) == [True]
+    assert await store.delete([("d", sessions[3].epoch)], End.CLOSED, NOW) == [True]
+    heads = await store.peek(["e", "none"])
+    assert [head and head.step for head in heads] == [1, None]
+    assert await store.expire(NOW, 10) == []
+    steps = dict(other.execute("SELECT id, step FROM sessions"))
+    assert steps == {"a": 0, "b": 1, "c": 2, "e": 1, "f": 0}
+    assert other.execute("SELECT count(*) FROM journal").fetchone() == (1,)
+    assert [(head.id, head.step) for head in await store.page("", 10)] == [
+        ("a", 1), ("b", 1), ("c", 2), ("e", 1), ("f", 0)
+    ]  # fmt: skip
+    other.close()
+    await store.close()
+
+
+async def test_sessions_that_have_ended_leave_nothing_in_the_journal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor do those that were taken, which are as their rows say. What is in mind of sessions goes too."""
+    monkeypatch.setattr("rnnserve_server.store.sqlite_journal._MORE_TICKS", 4)
+    monkeypatch.setattr("rnnserve_server.store.sqlite_journal._MOST_SESSIONS", 8)
+    store, other = await SqliteStore.open(tmp_path / "s.db"), sqlite3.connect(tmp_path / "s.db")
+    stays = await created(store, "stays", states=b"\0" * 8)
+    assert await store.commit_ticks([tick([stays], [1])]) == [[True]]
+    for number in range(40):
+        session = await created(store, f"s{number}", states=b"\0" * 8)
+        assert await store.commit_ticks([tick([session], [1])]) == [[True]]
+        if number % 2:
+            assert await store.delete([(session.id, session.epoch)], End.CLOSED, NOW) == [True]
+        else:
+            await store.take([session.id], NOW)
+    assert other.execute("SELECT count(*) FROM journal").fetchone()[0] < 10
+    assert len(store._journal._known) <= 16
+    (head,) = await store.peek(["stays"])
+    assert head is not None
+    assert head.step == 1
+    other.close()
     await store.close()
 
 
@@ -170,7 +218,7 @@ async def test_a_journal_that_a_dead_process_left_behind(tmp_path: Path) -> None
     await again.close()
 
 
-@pytest.mark.parametrize("version", [1, 2, 3])
+@pytest.mark.parametrize("version", [1, 2, 3, 4])
 async def test_a_file_of_an_earlier_format_goes_on(version: int, tmp_path: Path) -> None:
     """The first lacks the journal, and is given one; the others have it. Releases that know of no later format refuse
     the file from then on.
@@ -190,5 +238,5 @@ async def test_a_file_of_an_earlier_format_goes_on(version: int, tmp_path: Path)
     assert head.step == 2
     await store.close()
     with sqlite3.connect(tmp_path / "s.db") as db:
-        assert db.execute("PRAGMA user_version").fetchone() == (4,)
+        assert db.execute("PRAGMA user_version").fetchone() == (5,)
     db.close()

@@ -371,6 +371,47 @@ class StoreSuite(ABC):
         assert (await stored(new, "b")).step == 3
         assert await new.peek(["d"]) == [None]
 
+    @pytest.mark.parametrize("what", ["taken", "written", "ended", "made anew"])
+    async def test_a_tick_of_before(self, store: Store, what: str) -> None:
+        """A tick that goes on from where a session was before it was taken, written to, ended or made anew is refused,
+        also by who has stored all ticks before.
+        """
+        sessions = [await created(store, name, states=b"\0" * 8) for name in "ab"]
+        for _ in range(2):
+            made = tick(sessions, [1])
+            assert await store.commit_ticks([made]) == [[True, True]]
+            sessions = [applied(each, write) for each, write in zip(sessions, made.writes(), strict=True)]
+        if what == "taken":
+            await stored(store, "a")
+        elif what == "written":
+            assert await store.commit([after(sessions[0], 2)]) == [True]
+        else:
+            assert await store.delete([("a", sessions[0].epoch)], End.CLOSED, NOW) == [True]
+        if what == "made anew":
+            await created(store, "a", states=b"\0" * 8)
+        assert await store.commit_ticks([tick(sessions, [1])]) == [[False, True]]
+        assert (await stored(store, "b")).step == 3
+
+    async def test_a_session_made_anew_after_ticks(self, handles: Callable[[], Awaitable[Store]]) -> None:
+        """It has nothing of the one before, whose ticks may still be there."""
+        store, other = await handles(), await handles()
+        sessions = [await created(store, name, states=b"\0" * 8) for name in "ab"]
+        made = tick(sessions, [1, 1])
+        assert await store.commit_ticks([made]) == [[True, True]]
+        assert await store.delete([("a", sessions[0].epoch)], End.CLOSED, NOW) == [True]
+        anew = await created(store, "a", states=b"\1" * 8)
+        assert replace(await stored(other, "a"), epoch=anew.epoch) == anew
+        assert (await stored(other, "b")).replies == made.writes()[1].replies
+
+    async def test_ticks_are_use(self, handles: Callable[[], Awaitable[Store]]) -> None:
+        """A session whose ticks are stored does not expire before it was left alone for as long as it may be."""
+        store, other = await handles(), await handles()
+        sessions = [await created(store, name, states=b"\0" * 8) for name in "ab"]
+        assert await store.commit_ticks([replace(tick(sessions[:1], [1]), last_used=NOW + IDLE / 2)]) == [[True]]
+        assert await store.expire(NOW + IDLE, 10) == ["b"]
+        assert await other.expire(NOW + IDLE, 10) == []
+        assert await store.expire(NOW + 1.5 * IDLE, 10) == ["a"]
+
     async def test_moving_back_forgets_what_was_not_done(self, store: Store) -> None:
         """After a rewind the window holds no reply that reaches beyond the step, not even half of one."""
         session = await created(store)
@@ -635,7 +676,7 @@ class StoreSuite(ABC):
 
 def _machine(opener: Opener, durable: bool) -> type[RuleBasedStateMachine]:
     names = st.lists(st.sampled_from(["a", "b", "c.c", "d:d"]), unique=True, min_size=1)
-    servers = st.integers(0, 1)
+    servers = st.sampled_from([0, 0, 0, 1])  # one is alone mostly, and has in mind what is stored
 
     class StoreMachine(RuleBasedStateMachine):
         def __init__(self) -> None:
@@ -737,6 +778,28 @@ def _machine(opener: Opener, durable: bool) -> type[RuleBasedStateMachine]:
                 expected.append(fits or same)
             found = self.runner.run(self.stores[server].commit(writes))
             assert found == expected
+
+        @rule(
+            server=servers,
+            ids=names,
+            chunks=st.lists(st.integers(1, 3), min_size=1, max_size=3),
+            stale=st.sampled_from([0, 0, 0, 1]),
+            times=st.integers(1, 3),
+        )
+        def tick(self, server: int, ids: list[str], chunks: list[int], stale: int, times: int) -> None:
+            for _ in range(times):
+                before = [self.live.get(each) or record(each) for each in ids]
+                before = [replace(each, epoch=max(1, each.epoch - stale), states=b"\0" * 8) for each in before]
+                made = replace(tick(before, chunks, keep=4), last_used=self.now)
+                expected = []
+                for write in made.writes():
+                    live = self.live.get(write.id)
+                    fits = live is not None and live.epoch == write.epoch
+                    if live is not None and fits:
+                        self.live[write.id] = applied(live, write)
+                    expected.append(fits)
+                for _ in range(2):  # what is sent again is recognised
+                    assert self.runner.run(self.stores[server].commit_ticks([made])) == [expected]
 
         @rule(server=servers, ids=names, why=st.sampled_from(End), stale=st.booleans())
         def delete(self, server: int, ids: list[str], why: End, stale: bool) -> None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from rnnserve_server.store.base import Reply, Write
-from rnnserve_server.store.tick import Tick
+from rnnserve_server.store.tick import EPOCH, REVISION, Tick
 
 
 def wanted(ticks: Iterable[tuple[Sequence[str], int, int]]) -> list[bool]:
@@ -32,32 +32,53 @@ def wanted(ticks: Iterable[tuple[Sequence[str], int, int]]) -> list[bool]:
 
 
 class Outcome:
-    """What a journal of ticks leaves of each session: its last states, and its last replies.
+    """What ticks of a journal leave of sessions: their last states, and their last replies.
+
+    Args:
+        stored: where the sessions stand in the store without the journal: epoch and revision. Of others nothing is
+            wanted, nor of what was before or of another epoch: they ended since, or were brought to the store.
 
     Attributes:
         last: by session, the last tick that has it, and its position there.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, stored: Mapping[str, tuple[int, int]]) -> None:
         self.last: dict[str, tuple[Tick, int]] = {}
+        self._stored = stored
         self._parts: dict[str, list[tuple[Tick, int]]] = {}  # with replies that are kept, youngest first
-        self._lacking: dict[str, int] = {}  # replies that are kept and not found yet
+        # Replies of each session that are kept and not found yet; -1: nothing of it is. Gone: nothing more is wanted.
+        self._lacking = dict.fromkeys(stored, -1)
         self._full: Sequence[str] = ()  # sessions of which nothing more is wanted
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether nothing more is wanted."""
+        return not self._lacking
 
     def add(self, tick: Tick) -> None:
         """Takes a tick into account, the youngest first."""
         if tick.ids == self._full:
             return
-        lacking = False
-        for position, session_id in enumerate(tick.ids):
-            if session_id not in self.last:
+        lacking, full = self._lacking, True
+        for position, (session_id, numbers) in enumerate(zip(tick.ids, tick.numbers.tolist(), strict=True)):
+            left = lacking.get(session_id)
+            if left is None:
+                continue
+            epoch, revision = self._stored[session_id]
+            if numbers[EPOCH] != epoch or numbers[REVISION] <= revision:
+                del lacking[session_id]
+                continue
+            if left < 0:
                 self.last[session_id] = tick, position
-                self._parts[session_id], self._lacking[session_id] = [], tick.keep
-            if self._lacking[session_id] > 0:
+                self._parts[session_id], left = [], tick.keep
+            if left > 0:
                 self._parts[session_id].append((tick, position))
-                self._lacking[session_id] -= tick.replies_each
-                lacking = lacking or self._lacking[session_id] > 0
-        if not lacking:
+                left -= tick.replies_each
+            if left > 0:
+                lacking[session_id], full = left, False
+            else:
+                del lacking[session_id]
+        if full:
             self._full = tick.ids
 
     def writes(self) -> Iterator[Write]:

@@ -4,15 +4,15 @@ A commit appends to a write-ahead log, and waits for the disk once. Another proc
 and revisions are compared inside the transaction, and a writer waits for the one before it. Who waits for what, and on
 which thread, is `rnnserve_server.store.sqlite_file`'s.
 
-A tick is a row of a journal, which is brought to the sessions' own rows when it has grown, or when anything else is
-asked of the file: see `rnnserve_server.store.sqlite_journal`.
+A tick is a row of a journal, of which the oldest is brought to the sessions' own rows when it has grown, and a session
+that anything else is asked of: see `rnnserve_server.store.sqlite_journal`.
 """
 
 from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, ParamSpec, TypeVar
@@ -32,14 +32,15 @@ from rnnserve_server.store.base import (
     Write,
     check_distinct,
 )
+from rnnserve_server.store.outcome import Outcome
 from rnnserve_server.store.sqlite_file import PAGE_BYTES, SqliteFile
 from rnnserve_server.store.sqlite_journal import SqliteJournal
 from rnnserve_server.store.tick import Tick
 
 _APPLICATION = 0x726E6E73  # "rnns"
-_VERSION = 4
+_VERSION = 5
 _TICKS_SINCE = 2  # that version there is a journal of ticks
-_READ = (1, 2, 3, _VERSION)
+_READ = (1, 2, 3, 4, _VERSION)
 
 # Replies lie in the order in which they were given, not by session: those that come together are neighbours, and so are
 # those that are forgotten together. For the same reason pages are large. `look_at` is when the sweep looks at a session
@@ -292,9 +293,12 @@ class SqliteStore(Store):
         return False
 
     def _create(self, records: Sequence[Record]) -> list[bool]:
+        ids = [record.id for record in records]
         with self._file.transaction():
-            self._fold()
-            return [self._create_one(record) for record in records]
+            self._bring(ids)
+            made = [self._create_one(record) for record in records]
+            self._journal.part_with(ids)
+        return made
 
     def _create_one(self, record: Record) -> bool:
         other = self._living(record.id, record.meta.create_time)
@@ -323,8 +327,10 @@ class SqliteStore(Store):
 
     def _take(self, ids: Sequence[str], now: float) -> list[Record | None]:
         with self._file.transaction():
-            self._fold()
-            return [self._take_one(session_id, now) for session_id in ids]
+            self._bring(ids)
+            taken = [self._take_one(session_id, now) for session_id in ids]
+            self._journal.part_with(ids)
+        return taken
 
     def _take_one(self, session_id: str, now: float) -> Record | None:
         found = self._living(session_id, now)
@@ -338,7 +344,7 @@ class SqliteStore(Store):
         )
 
     def _peek(self, ids: Sequence[str]) -> list[Head | None]:
-        self._settle()
+        self._settle(ids)
         rows = (self._db.execute(f"SELECT {_HEAD} FROM sessions WHERE id = ?", (each,)).fetchone() for each in ids)
         return [row and _head(row) for row in rows]
 
@@ -351,8 +357,7 @@ class SqliteStore(Store):
                 return False
             if not journal.append(ticks):  # else it would be told as stored
                 raise RuntimeError("somebody else has written to the file within a transaction of this connection")
-            if journal.is_full:
-                self._fold()
+            self._apply_ticks(journal.take_oldest(len(ticks)))
         return True
 
     def _look(self, ids: Sequence[str]) -> None:
@@ -362,21 +367,47 @@ class SqliteStore(Store):
         if unknown := self._journal.unknown(ids):
             self._journal.know({each: numbers[1:] for each, numbers in self._counters(unknown).items()})
 
-    def _settle(self) -> None:
-        """Brings the journal to the sessions' rows, if there is anything in it."""
-        if self._db.execute("SELECT 1 FROM journal LIMIT 1").fetchone():
+    def _settle(self, ids: Sequence[str]) -> None:
+        """Has the rows of sessions say what the journal does."""
+        if self._journal.is_current():
+            behind = bool(self._behind(ids))
+        else:
+            behind = bool(self._db.execute("SELECT 1 FROM journal LIMIT 1").fetchone())
+        if behind:
             with self._file.transaction():
-                self._fold()
+                self._bring(ids)
+
+    def _behind(self, ids: Sequence[str]) -> list[str]:
+        """Those of sessions whose rows are behind the journal, which is as it is in mind."""
+        known = self._journal.known(ids)
+        if not known:
+            return []
+        stored = self._counters(list(known))
+        return [each for each, numbers in known.items() if each in stored and stored[each][1:] != numbers]
+
+    def _bring(self, ids: Sequence[str]) -> None:
+        """As `_settle`, within a transaction."""
+        if not self._journal.is_current():
+            self._fold()
+        elif behind := self._behind(ids):
+            self._apply_ticks(self._journal.naming(set(behind)), behind)
 
     def _fold(self) -> None:
         """Brings the journal to the sessions' rows, and empties it."""
-        outcome = self._journal.begin_anew()
-        if not outcome.last:
-            return
-        numbers = self._counters(list(outcome.last))
-        writes = [(numbers[write.id][0], write) for write in outcome.writes()]
-        self._apply(writes, [])
-        self._db.execute("DELETE FROM journal")
+        self._apply_ticks(self._journal.take_all())
+
+    def _apply_ticks(self, ticks: Iterable[Tick], ids: Sequence[str] | None = None) -> None:
+        """Brings ticks to the rows of their sessions, or of some of them. The youngest comes first."""
+        if ids is None:
+            ticks = list(ticks)
+            ids = list({session_id for tick in ticks for session_id in tick.ids})
+        stored = self._counters(ids) if ids else {}
+        outcome = Outcome({each: (epoch, revision) for each, (_, epoch, revision, _) in stored.items()})
+        for tick in ticks:
+            outcome.add(tick)
+            if outcome.is_whole:
+                break
+        self._apply([(stored[write.id][0], write) for write in outcome.writes()], [])
 
     def _counters(self, ids: Sequence[str]) -> dict[str, list[int]]:
         """Number, epoch, revision and step of those sessions that have a row."""
@@ -384,9 +415,10 @@ class SqliteStore(Store):
         return {row[0]: row[1:] for row in json.loads(found)}
 
     def _commit(self, writes: Sequence[Write]) -> list[bool]:
+        ids = [write.id for write in writes]
         with self._file.transaction():
-            self._fold()
-            stored = self._counters([write.id for write in writes])
+            self._bring(ids)
+            stored = self._counters(ids)
             applied, follow, back = [], [], []
             for write in writes:
                 number, epoch, revision, step = stored.get(write.id, (0, 0, 0, 0))
@@ -397,6 +429,7 @@ class SqliteStore(Store):
                         back.append((number, write))
                 applied.append(fits or (epoch == write.epoch and revision == write.revision and self._is_in(write)))
             self._apply(follow, back)
+            self._journal.part_with(ids)
         return applied
 
     def _apply(self, writes: list[tuple[int, Write]], back: list[tuple[int, Write]]) -> None:
@@ -433,7 +466,6 @@ class SqliteStore(Store):
     def _delete(self, owned: Sequence[tuple[str, int]], why: End, now: float) -> list[bool]:
         done = []
         with self._file.transaction():
-            self._fold()
             for session_id, epoch in owned:
                 row = self._db.execute("SELECT n, epoch FROM sessions WHERE id = ?", (session_id,)).fetchone()
                 if row is not None and row[1] == epoch:
@@ -453,9 +485,9 @@ class SqliteStore(Store):
         with self._file.transaction():
             self._db.execute("DELETE FROM ended WHERE at <= ?", (now - self._remember,))
             due = "SELECT n, id, epoch, last_used, meta FROM sessions WHERE look_at <= ? ORDER BY look_at LIMIT ?"
-            if self._db.execute(due, (now, 1)).fetchone():
-                self._fold()  # they may have been used since
             while len(expired) < limit and (rows := self._db.execute(due, (now, limit - len(expired))).fetchall()):
+                self._bring([row[1] for row in rows])  # they may have been used since
+                rows = self._db.execute(due, (now, limit - len(expired))).fetchall()
                 for number, session_id, epoch, last_used, document in rows:
                     meta = Meta.from_json(document)
                     if why := meta.due(last_used, now):
@@ -471,7 +503,6 @@ class SqliteStore(Store):
         return [self._db.execute(query, (model,)).fetchone()[0] for model in models]
 
     def _page(self, after: str, limit: int, model: str, scope: str) -> list[Head]:
-        self._settle()
         conditions: list[tuple[str, tuple[Any, ...]]] = [("cursor > ?", (after,))]
         if model:
             conditions.append(("model = ?", (model,)))
@@ -479,13 +510,11 @@ class SqliteStore(Store):
             conditions.append((_IN_SCOPE, _scope(scope)))
         where = " AND ".join(condition for condition, _ in conditions)
         values = [value for _, part in conditions for value in part]
-        rows = self._db.execute(
-            f"SELECT {_HEAD} FROM sessions WHERE {where} ORDER BY cursor LIMIT ?", (*values, limit)
-        ).fetchall()
-        return [_head(row) for row in rows]
+        query = f"SELECT {_HEAD} FROM sessions WHERE {where} ORDER BY cursor LIMIT ?"
+        self._settle([row[0] for row in self._db.execute(query, (*values, limit)).fetchall()])
+        return [_head(row) for row in self._db.execute(query, (*values, limit)).fetchall()]
 
     def _count_of(self, scope: str) -> int:
-        self._settle()
         (count,) = self._db.execute(f"SELECT count(*) FROM sessions WHERE {_IN_SCOPE}", _scope(scope)).fetchone()
         return int(count)
 
@@ -506,6 +535,7 @@ class SqliteStore(Store):
         self._db.execute("DELETE FROM sessions WHERE n = ?", (number,))
         self._db.execute("DELETE FROM replies WHERE session = ?", (number,))
         self._db.execute("INSERT OR REPLACE INTO ended VALUES (?, ?, ?, ?)", (session_id, why, now, epoch))
+        self._journal.part_with([session_id])
 
     def _note(self, session_id: str) -> Ended | None:
         row = self._db.execute("SELECT why, at, epoch FROM ended WHERE id = ?", (session_id,)).fetchone()

@@ -1,28 +1,34 @@
 """The journal of ticks in a SQLite file, as the process knows it that writes there.
 
 A tick is a row, whole, whatever the number of its sessions. Of what it says of them only the last is wanted in the end.
-So ticks of which nothing is wanted any more are taken out, or written over, and the rest is brought to the sessions'
-own rows when the journal has grown all the same. Until then this process has in mind where the sessions stand, as long
-as nobody else writes: a tick that follows what is in mind is appended without a look at the file.
+So ticks of which nothing is wanted any more are taken out, or written over, and when the journal has grown all the same
+the oldest are brought to the sessions' own rows, a few with every commit. Until then this process has in mind where the
+sessions stand, as long as nobody else writes: a tick that follows what is in mind is appended without a look at the
+file, and a session that is not in mind is as its row says.
+
+A session may be brought to its row by itself, and ticks of it stay: what they say of it is over then, as it is when the
+session has ended or was taken over. The row tells, by its epoch and revision (see `Outcome`).
 """
 
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from operator import attrgetter
 from typing import NamedTuple
 
 import numpy as np
 
-from rnnserve_server.store.outcome import Outcome, wanted
+from rnnserve_server.store.outcome import wanted
 from rnnserve_server.store.standing import Standing, strangers
 from rnnserve_server.store.tick import EPOCH, Tick
 
 _LOOK_BYTES = 1 << 19  # a small journal is written to the same pages, which are cached, and copied back once
-_MOST_BYTES = 32 << 20
+_MOST_BYTES = 32 << 20  # to bring that to the rows at once, as who opens the file next does, takes a second
 _MOST_TICKS = 1024
-_MOST_SESSIONS = 4096  # to bring the journal to their rows keeps commits waiting for some tens of milliseconds
+_MORE_TICKS = 256  # than there were when it was looked through
+_MOST_SESSIONS = 4096  # to have in mind before it is looked for those that may be forgotten
 _LARGE_BYTES = 65536  # of a tick: less is written in one piece, to a row of its own
 _SPARE_ROWS = 8
 _FEW_TICKS = 64  # are looked through in a tenth of a millisecond
@@ -80,11 +86,17 @@ class SqliteJournal:
         self._entries: list[_Entry] = []
         self._nbytes = 0
         self._spare: list[_Row] = []  # rows with large ticks of which nothing is wanted, which are written over
-        self._look_again = _LOOK_BYTES
+        self._look_at(0, 0)
+        self._most_sessions = _MOST_SESSIONS
 
     def forget(self) -> None:
         """What is in mind may not be what is there."""
         self._version = _NO_VERSION
+
+    def part_with(self, ids: Iterable[str]) -> None:
+        """Nothing is in mind of sessions any more: they are as their rows say."""
+        for each in ids:
+            self._known.forget(each)
 
     def is_current(self) -> bool:
         """Whether what is in mind is good: nobody else has written since."""
@@ -93,21 +105,25 @@ class SqliteJournal:
 
     @property
     def is_full(self) -> bool:
-        """Whether it is to be brought to the sessions' rows, before that takes too long."""
-        return self._nbytes > _MOST_BYTES or len(self._entries) > _MOST_TICKS or len(self._known) > _MOST_SESSIONS
+        """Whether the oldest of it is to be brought to the sessions' rows."""
+        return self._nbytes > _MOST_BYTES or len(self._entries) > _MOST_TICKS
 
     @property
     def is_long(self) -> bool:
         """Whether there is so much in it that it may take long to append something."""
-        return self.is_full or (self._nbytes > self._look_again and len(self._entries) > _FEW_TICKS)
+        return self.is_full or (self._is_due and len(self._entries) > _FEW_TICKS)
 
     def unknown(self, ids: Sequence[str]) -> list[str]:
         """Those of sessions of which it is not in mind where they stand."""
         known = self._known.of(tuple(ids))
         return [ids[position] for position in np.flatnonzero(known[:, EPOCH] < 0).tolist()]
 
+    def known(self, ids: Iterable[str]) -> dict[str, list[int]]:
+        """Where those of sessions stand that are in mind: epoch, revision and step of each."""
+        return self._known.known(ids)
+
     def know(self, numbers: Mapping[str, Sequence[int]]) -> None:
-        """Has in mind where sessions stand: epoch, revision and step of each."""
+        """Has in mind where sessions stand that are as their rows say: epoch, revision and step of each."""
         self._known.set(tuple(numbers), np.array(list(numbers.values()), np.int64).reshape(-1, 3))
 
     def is_followed_by(self, tick: Tick) -> bool:
@@ -138,34 +154,80 @@ class SqliteJournal:
         self._known.set(tick.ids, tick.numbers)
         return True
 
+    @property
+    def _is_due(self) -> bool:
+        """Whether it is to be looked through for ticks of which nothing is wanted any more."""
+        return self._nbytes > self._look_bytes or len(self._entries) > self._look_ticks
+
+    def _look_at(self, nbytes: int, ticks: int) -> None:
+        """Has it looked through again when it has grown, from so many bytes and ticks."""
+        self._look_bytes = nbytes + max(_LOOK_BYTES, min(nbytes, _MOST_BYTES // 4))
+        self._look_ticks = ticks + _MORE_TICKS
+
     def _thin(self) -> None:
-        if self._nbytes <= self._look_again:
+        if not self._is_due:
             return
+        known = self._known.known({session_id for entry in self._entries for session_id in entry.ids})
         found = wanted([(each.ids, each.replies_each, each.keep) for each in reversed(self._entries)])[::-1]
-        entries = list(zip(self._entries, found, strict=True))
-        self._entries = [entry for entry, kept in entries if kept]
-        self._nbytes = sum([entry.row.nbytes for entry in self._entries])
-        self._look_again = max(_LOOK_BYTES, 2 * self._nbytes)
-        unwanted = [entry.row for entry, kept in entries if not kept]
-        large = [*self._spare, *(row for row in unwanted if row.nbytes > _LARGE_BYTES)]
+        kept, gone = list[_Entry](), list[_Entry]()
+        for entry, is_wanted in zip(self._entries, found, strict=True):
+            (kept if is_wanted and not known.keys().isdisjoint(entry.ids) else gone).append(entry)
+        self._entries = kept
+        self._release(gone)
+        self._look_at(self._nbytes, len(kept))
+        if len(self._known) > self._most_sessions:
+            self._known = Standing()
+            self.know(known)
+            self._most_sessions = max(_MOST_SESSIONS, 2 * len(known))
+
+    def _release(self, entries: Sequence[_Entry]) -> None:
+        """Nothing is wanted of entries any more that were taken out: large ones are written over."""
+        rows = [entry.row for entry in entries]
+        self._nbytes -= sum([row.nbytes for row in rows])
+        large = [*self._spare, *(row for row in rows if row.nbytes > _LARGE_BYTES)]
         self._spare = large[-_SPARE_ROWS:]
-        gone = [*large[:-_SPARE_ROWS], *(row for row in unwanted if row.nbytes <= _LARGE_BYTES)]
+        gone = [*large[:-_SPARE_ROWS], *(row for row in rows if row.nbytes <= _LARGE_BYTES)]
         self._db.executemany("DELETE FROM journal WHERE n = ?", [(row.n,) for row in gone])
 
-    def begin_anew(self) -> Outcome:
-        """What all that is in the file comes to, which the caller brings to the sessions' rows, and empties the table.
-        Nothing is in mind then.
+    def take_oldest(self, appended: int) -> list[Tick]:
+        """Takes the oldest ticks out, somewhat more than so many of the last ones, if it is full: them, the youngest
+        first. The caller brings them to the sessions' rows.
+        """
+        if not self.is_full:
+            return []
+        nbytes = int(1.5 * sum([entry.row.nbytes for entry in self._entries[-appended:]]))
+        most_bytes = max(_MOST_BYTES, self._nbytes - nbytes)
+        most_ticks = max(_MOST_TICKS, len(self._entries) - appended - 1)
+        taken, left = 0, self._nbytes
+        while left > most_bytes or len(self._entries) - taken > most_ticks:
+            left -= self._entries[taken].row.nbytes
+            taken += 1
+        oldest, self._entries = self._entries[:taken], self._entries[taken:]
+        ticks = [self._read(entry) for entry in reversed(oldest)]
+        self._release(oldest)
+        return ticks
+
+    def naming(self, ids: AbstractSet[str]) -> Iterator[Tick]:
+        """The ticks that have any of these sessions, the youngest first."""
+        return (self._read(entry) for entry in reversed(self._entries) if not ids.isdisjoint(entry.ids))
+
+    def take_all(self) -> list[Tick]:
+        """Takes all ticks out of the table: them, the youngest first. The caller brings them to the sessions' rows.
+        Nothing is in mind then but that it is empty.
         """
         found = [(n, Tick.unpack(packed)) for n, packed in self._db.execute("SELECT n, tick FROM journal")]
         # Before format 4 each had a row of its own. Of what is in spare rows nothing is wanted.
         found.sort(key=lambda each: each[0] if each[1].number is None else each[1].number, reverse=True)
+        if found:
+            self._db.execute("DELETE FROM journal")
         (self._version,) = self._db.execute("PRAGMA data_version").fetchone()
         self._known, self._entries, self._nbytes, self._spare = Standing(), [], 0, []
-        self._look_again = _LOOK_BYTES
-        outcome = Outcome()
-        for _, tick in found:
-            outcome.add(tick)
-        return outcome
+        self._look_at(0, 0)
+        return [tick for _, tick in found]
+
+    def _read(self, entry: _Entry) -> Tick:
+        (packed,) = self._db.execute("SELECT tick FROM journal WHERE n = ?", (entry.row.n,)).fetchone()
+        return Tick.unpack(packed)
 
     def _row(self, nbytes: int) -> _Row | None:
         """A row for a tick of so many bytes, if what is in mind is good. To make one for a large tick, and to take it

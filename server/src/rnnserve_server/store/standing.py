@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rnnserve_server.store.tick import Numbers
+from rnnserve_server.store.tick import EPOCH, Numbers
 
 _UNKNOWN = -1
 _COLUMNS = 256  # of sessions, of which the rows are in mind
@@ -43,6 +43,12 @@ class Standing:
         """It is not known any more where a session stands."""
         if (row := self._row.get(session_id)) is not None:
             self._numbers[row] = _UNKNOWN
+
+    def known(self, ids: Iterable[str]) -> dict[str, list[int]]:
+        """Those of sessions that are known."""
+        rows = {each: row for each in ids if (row := self._row.get(each)) is not None}
+        numbers = zip(rows, self._numbers[list(rows.values())].tolist(), strict=True)
+        return {each: where for each, where in numbers if where[EPOCH] != _UNKNOWN}
 
     def _find(self, ids: tuple[str, ...]) -> NDArray[np.int64]:
         rows = self._rows.get(ids)
