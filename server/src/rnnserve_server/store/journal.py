@@ -16,10 +16,11 @@ from rnnserve_server.store.standing import Standing, strangers
 from rnnserve_server.store.tick import Tick, bytes_of
 
 # To fold a journal keeps other clients waiting: for 10 ms, if there are 16 answers of half a KiB of 64 sessions in it,
-# because Lua reads every byte of every string several times.
-_TICKS = 256
-_BYTES = 16 << 20
-_SESSIONS = 1024
+# because Lua reads every byte of every string several times. It takes what is wanted of it, not what is there; so it is
+# to have room for twice what some thousand sessions want, which is then thinned out and never folded.
+_TICKS = 1024
+_BYTES = 32 << 20
+_SESSIONS = 4096
 _LOOK_TICKS = 32  # how many it has when it is looked through for such of which nothing is wanted any more
 _LOOK_BYTES = 2 << 20
 
