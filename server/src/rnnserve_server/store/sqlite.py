@@ -293,12 +293,9 @@ class SqliteStore(Store):
         return False
 
     def _create(self, records: Sequence[Record]) -> list[bool]:
-        ids = [record.id for record in records]
         with self._file.transaction():
-            self._bring(ids)
-            made = [self._create_one(record) for record in records]
-            self._journal.part_with(ids)
-        return made
+            self._bring([record.id for record in records])
+            return [self._create_one(record) for record in records]
 
     def _create_one(self, record: Record) -> bool:
         other = self._living(record.id, record.meta.create_time)
