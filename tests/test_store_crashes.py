@@ -20,7 +20,7 @@ import pytest
 
 from compliance.store_suite import NOW, after, applied, created, record, rows
 from redis_server import RedisServer, Wire, running_redis
-from rnnserve_server.store import End, Record, Store, StoreUnavailable, Write
+from rnnserve_server.store import End, Record, Store, StoreUnavailable, Write, sqlite_journal
 from rnnserve_server.store.redis import RedisStore
 from rnnserve_server.store.sqlite import SqliteStore
 from rnnserve_server.store.tick import Answered, Tick
@@ -31,8 +31,11 @@ WINDOW = 4
 WRITER = """
 import asyncio, random, sys
 from compliance.store_suite import NOW, after, applied
-from rnnserve_server.store import open_store
+from rnnserve_server.store import open_store, sqlite_journal
 from test_store_crashes import SESSIONS, commit
+
+if sys.argv[2] == "full":
+    sqlite_journal._MOST_TICKS = 2
 
 async def main(url):
     store = await open_store(url)
@@ -75,7 +78,7 @@ def columns(sessions: list[Record]) -> Tick:
 async def commit(store: Store, sessions: list[Record], how: str) -> list[Write]:
     """Has a store keep a tick, as writes or in columns: the writes."""
     writes = tick(sessions)
-    if how == "columns":
+    if how != "writes":
         assert await store.commit_ticks([columns(sessions)]) == [[True] * len(writes)]
     else:
         assert await store.commit(writes) == [True] * len(writes)
@@ -126,9 +129,11 @@ def kill_while_writing(url: str, how: str, rng: random.Random, commits: int) -> 
     return acknowledged
 
 
-@pytest.mark.parametrize("how", ["writes", "columns"])
+@pytest.mark.parametrize("how", ["writes", "columns", "full"])
 def test_sqlite_survives_its_process(tmp_path: Path, how: str) -> None:
-    """A process that is killed while it commits leaves whole commits, and all that it acknowledged."""
+    """A process that is killed while it commits leaves whole commits, and all that it acknowledged: also where the
+    oldest ticks are brought to the sessions' rows with each.
+    """
     path = tmp_path / "s.db"
 
     async def begin() -> None:
@@ -148,9 +153,13 @@ def test_sqlite_survives_its_process(tmp_path: Path, how: str) -> None:
         asyncio.run(look(kill_while_writing(str(path), how, rng, rng.randrange(1, 40))))
 
 
-@pytest.mark.parametrize("how", ["writes", "columns"])
-async def test_sqlite_survives_a_log_that_ends_anywhere(tmp_path: Path, how: str) -> None:
+@pytest.mark.parametrize("how", ["writes", "columns", "full"])
+async def test_sqlite_survives_a_log_that_ends_anywhere(
+    tmp_path: Path, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """However much of the log reached the disk before a power cut, what is found is a moment that was."""
+    if how == "full":
+        monkeypatch.setattr(sqlite_journal, "_MOST_TICKS", 2)
     store = await SqliteStore.open(tmp_path / "s.db")
     assert all(await store.create([record(name) for name in SESSIONS]))
     await store.close()  # which empties the log
