@@ -15,13 +15,26 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
-from benchmarks import abandoned, fairness, findings, plot, report, sessions, startup, stores, table, triton, work
+from benchmarks import (
+    abandoned,
+    crowd,
+    fairness,
+    findings,
+    plot,
+    report,
+    sessions,
+    startup,
+    stores,
+    table,
+    triton,
+    work,
+)
 from benchmarks.processes import BARE, ECHO, RowProcess, Server, serve
 from benchmarks.report import Line
 from benchmarks.rows import Row
 
 RESULTS = Path(__file__).parent / "results"
-SCRIPTS = {"sessions": sessions, "abandoned": abandoned, "fairness": fairness, "startup": startup}
+SCRIPTS = {"sessions": sessions, "abandoned": abandoned, "fairness": fairness, "crowd": crowd, "startup": startup}
 
 
 def main() -> None:

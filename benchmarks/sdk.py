@@ -16,6 +16,8 @@ import rnnserve
 from benchmarks import work
 from benchmarks.rows import EchoRow, Measure, Row, Sample, count
 
+_PAUSE_SECONDS = 0.05
+
 
 class SdkRow(Row):
     part = "SDK"
@@ -53,6 +55,23 @@ class GroupRow(SdkRow):
         group = await stack.enter_async_context(opened)
         x = work.numbers(self.lanes, 1, self.steps, work.FEATURES)
         return _side_by_side([lambda: group(x)])
+
+
+class VisitsRow(SdkRow):
+    """One who opens a session, steps it once and closes it, again and again, with pauses in between."""
+
+    name = "aio.Client: a session that comes and goes"
+
+    async def open(self, address: str, stack: AsyncExitStack) -> Measure:
+        client = await stack.enter_async_context(rnnserve.aio.Client(address))
+        x = work.numbers(work.FEATURES)
+
+        async def visit() -> None:
+            async with client.session(work.MODEL) as session:
+                await session.step(x)
+            await asyncio.sleep(_PAUSE_SECONDS)
+
+        return _side_by_side([visit])
 
 
 class ThreadsRow(SdkRow):

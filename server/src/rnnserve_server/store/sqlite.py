@@ -398,7 +398,9 @@ class SqliteStore(Store):
         if ids is None:
             ticks = list(ticks)
             ids = list({session_id for tick in ticks for session_id in tick.ids})
-        stored = self._counters(ids) if ids else {}
+        if not ids:
+            return
+        stored = self._counters(ids)
         outcome = Outcome({each: (epoch, revision) for each, (_, epoch, revision, _) in stored.items()})
         for tick in ticks:
             outcome.add(tick)
