@@ -69,7 +69,8 @@ class _Entry(NamedTuple):
 
 
 class SqliteJournal:
-    """The table `journal` of a file. All that changes it is called within a transaction.
+    """The table `journal` of a file. All that changes it is called within a transaction. What reads ticks raises
+    StoreCorrupt if one is damaged.
 
     Args:
         db: the file.
@@ -82,7 +83,7 @@ class SqliteJournal:
         self._version = _NO_VERSION
         self._numbered = 0  # ticks so far
         # All of these are good for that version of the file:
-        self._known = Standing()  # all that the journal names are in it
+        self._known = Standing()  # all whose rows may be behind the journal are in it
         self._entries: list[_Entry] = []
         self._nbytes = 0
         self._spare: list[_Row] = []  # rows with large ticks of which nothing is wanted, which are written over
@@ -165,6 +166,7 @@ class SqliteJournal:
         self._look_ticks = ticks + _MORE_TICKS
 
     def _thin(self) -> None:
+        """Takes out the ticks of which nothing is wanted, if it is time to: of sessions not in mind nothing is."""
         if not self._is_due:
             return
         known = self._known.known({session_id for entry in self._entries for session_id in entry.ids})
