@@ -93,6 +93,7 @@ def opened(
     idle_lifetime: float = 60.0,
     lifetime: float = math.inf,
     session_id: str = "",
+    **terms: Any,
 ) -> Session:
     return sessions.create(
         model,
@@ -102,6 +103,7 @@ def opened(
         idle_lifetime=idle_lifetime,
         lifetime=lifetime,
         session_id=session_id,
+        **terms,
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -12,6 +14,8 @@ from rnnserve_models.options import LayerOptions
 from rnnserve_server.blocks import Sessions
 from rnnserve_server.intake import Frame, Intake, joined
 from rnnserve_server.layout import signature
+from rnnserve_server.replay import Limits
+from rnnserve_server.resets import ResetRules
 from rnnserve_server.scheduler import Scheduler
 from rnnserve_server.worker import Worker
 
@@ -28,6 +32,38 @@ def frame(sink, sessions, *, steps=1, value=1.0, first_steps=None, mask=None):
     return Frame(sink, np.arange(len(slots)), columns, {"input": x}, mask)
 
 
+class Column:
+    """Sessions on lanes 0 to N - 1 of a sink that says them again and again, as a stream has them."""
+
+    def __init__(self, sink, sessions, first_lane=0):
+        self.sink, self.group = sink, sessions[0].group
+        self.tags = np.arange(first_lane, first_lane + len(sessions))
+        self.slots = np.array([session.slot for session in sessions])
+        self.generations = self.group.generation[self.slots]
+
+    def frame(self, x, first_step):
+        """A chunk for each: x is [N, 1, T, features]; all begin at one step, or where they are."""
+        first_steps = None if first_step is None else np.full(len(self.tags), first_step, np.uint64)
+        sessions = Sessions(self.group, self.slots, self.generations, first_steps)
+        return Frame(self.sink, self.tags, sessions, {"input": x}, None)
+
+
+class Told(Notes):
+    """What each lane was told, in order: where its chunk began and the outputs, or why not."""
+
+    def __init__(self, **names):
+        super().__init__(**names)
+        self.of = {}
+
+    def result(self, answers):
+        for tag, step, y in zip(answers.tags.tolist(), answers.first_steps, answers.outputs["output"], strict=True):
+            self.of.setdefault(tag, []).append((int(step), y.tobytes()))
+
+    def failed(self, failures):
+        for each in failures:
+            self.of.setdefault(each.tag, []).append((each.first_step, each.error.reason))
+
+
 def taken_in(intake, each):
     intake.add(each, signature(each.inputs, each.mask))
 
@@ -40,12 +76,15 @@ class House:
         self.model, self.sessions = loaded(self.engine), table(self.clock)
         self.worker = Worker(self.model, Scheduler(64, 32), self.sessions, clock=self.clock, on_progress=lambda: None)
 
-    def open(self, count):
-        return [opened(self.sessions, self.model, options=SEQUENCES) for _ in range(count)]
+    def open(self, count, options=SEQUENCES, **kwargs):
+        return [opened(self.sessions, self.model, options=options, **kwargs) for _ in range(count)]
 
     def take_in(self, *frames):
         for each in frames:
             self.worker.take_in(each, signature(each.inputs, each.mask))
+
+    def state(self, session):
+        return session.group.arena.gather(np.array([session.slot]))["sum"].tolist()
 
     async def idle(self):
         await self.worker.settle()
@@ -77,10 +116,11 @@ def test_no_frame_overtakes_another_of_its_sink(arrivals):
     assert intake.queued_bytes == sum(x.nbytes for each in frames for x in each.inputs.values())
     piles = intake.empty()
     assert (len(intake), intake.queued_bytes, intake.empty()) == (0, 0, [])
-    for pile in piles:
+    for pile, rounds in piles:
+        assert rounds == 1
         assert len({each.sink for each in pile}) == len(pile)
         assert len({(each.inputs["input"].shape, each.sessions.first_steps is None) for each in pile}) == 1
-    out = [each for pile in piles for each in pile]
+    out = [each for pile, _ in piles for each in pile]
     for sink in sinks:
         assert [each for each in out if each.sink is sink] == [each for each in frames if each.sink is sink]
 
@@ -115,11 +155,12 @@ def test_frames_of_one_sink_are_joined_where_they_are_of_other_sessions(arrivals
     for each in frames:
         taken_in(intake, each)
     piles = intake.empty()
-    out = [each for pile in piles for each in pile]
+    out = [each for pile, _ in piles for each in pile]
     assert sorted(map(id, out)) == sorted(map(id, frames))
     for sink in sinks:
         assert [each for each in out if each.sink is sink] == [each for each in frames if each.sink is sink]
-    for pile in piles:
+    for pile, rounds in piles:
+        assert rounds == 1
         for sink in sinks:
             slots = [slot for each in pile if each.sink is sink for slot in each.sessions.slots.tolist()]
             assert len(slots) == len(set(slots))
@@ -156,6 +197,94 @@ async def test_streams_that_send_ahead_are_run_one_after_the_other(house):
         assert not sink.errors
         assert sink.first_steps == [[step] * 32 for step in range(8)]
         assert [y[0, :, 0].tolist() for _, y in sink.results] == [[(1 + i) * step] * 32 for step in range(1, 9)]
+
+
+_AHEAD = st.lists(
+    st.tuples(
+        st.integers(0, 1),  # which stream
+        st.integers(1, 2),  # time steps
+        st.sampled_from([0] * 8 + [-3, -1, 1, None]),  # how far on it goes beforehand; None: it does not say its step
+        st.sampled_from([1.0] * 8 + [np.nan, 7.0]),  # 7: the engine fails
+        st.integers(0, 31),  # of which lane that number is
+    ),
+    min_size=1,
+    max_size=24,
+)
+
+
+@given(_AHEAD, st.sampled_from([SEQUENCES, LayerOptions(stateful=True)]), st.sampled_from([0, 3]))
+async def test_what_is_sent_ahead_is_told_what_it_is_one_by_one(arrivals, options, every):
+    """Whatever two streams send ahead in large frames (of any lengths, again, out of step, with numbers that the model
+    forbids or fails at, to sessions with rules that reset): each lane is told of each chunk what it is told if every
+    frame waits for the answer to the one before, and its session ends up the same.
+    """
+    told, ends = [], []
+    for ahead in (True, False):
+        house = House(finite=True)
+        house.engine.poison = 7.0
+        sessions = house.open(64, options, replay=Limits(4, 1 << 20), rules=ResetRules(every_steps=every))
+        sinks = [Told(), Told()]
+        columns = [Column(sinks[0], sessions[:32]), Column(sinks[1], sessions[32:])]
+        at = [0, 0]
+        for stream, steps, on, number, lane in arrivals:
+            x = np.ones((32, 1, steps, FEATURES), np.float32)
+            x[slice(None) if number == house.engine.poison else lane] = number
+            at[stream] = max(0, at[stream] + (on or 0))
+            house.take_in(columns[stream].frame(x, None if on is None else at[stream]))
+            at[stream] += steps
+            if not ahead:
+                await house.idle()
+        await house.idle()
+        assert (len(house.worker), house.worker.queued_bytes) == (0, 0)
+        # What is forbidden is told at once, not in its turn.
+        told += [{lane: sorted(of, key=repr) for lane, of in sink.of.items()} for sink in sinks]
+        ends.append([(session.step, house.state(session)) for session in sessions])
+        await house.worker.close()
+    assert told[:2] == told[2:]
+    assert ends[0] == ends[1]
+
+
+async def test_rounds_that_come_again(house):
+    """A stream that lost its answers sends all of its frames again, and the next ones: those that the window holds are
+    answered as before, those behind it refused, and the next ones run.
+    """
+    sink = Told()
+    column = Column(sink, house.open(32, replay=Limits(4, 1 << 20)))
+    frames = [column.frame(np.full((32, 1, 1, FEATURES), step, np.float32), step) for step in range(12)]
+    house.take_in(*frames[:8])
+    await house.idle()
+    before, sink.of = sink.of, {}
+    house.take_in(*frames)
+    await house.idle()
+    assert house.engine.calls == [(8, [8] * 32), (4, [4] * 32)]
+    for lane, of in sink.of.items():
+        assert of[:4] == [(step, "STEP_BEHIND") for step in range(4)]
+        assert of[4:8] == before[lane][4:]
+        assert [step for step, _ in of[8:]] == [8, 9, 10, 11]
+
+
+async def test_rounds_of_a_stream_are_one_run_as_far_as_is_fair(house):
+    """Forty large frames of one stream are taken along in runs that are no longer than others might be kept waiting
+    for. A session that is closed in between is told so of all that was not committed; the others never notice.
+    """
+    sessions = house.open(32, replay=Limits(4, 1 << 20))
+    sink = Told(names={3: sessions[3].id})
+    column = Column(sink, sessions)
+    for step in range(40):
+        house.take_in(column.frame(np.ones((32, 1, 1, FEATURES), np.float32), step))
+    house.engine.gate.clear()
+    assert await asyncio.to_thread(house.engine.running.wait, 10)
+    house.sessions.delete(sessions[3].id)
+    house.engine.gate.set()
+    await house.idle()
+    assert house.engine.calls == [(8, [8] * 32), *[(8, [8] * 31)] * 4]
+    for lane in range(32):
+        steps, answers = zip(*sink.of[lane], strict=True)
+        assert list(steps) == list(range(40))
+        expected = (
+            ["SESSION_CLOSED"] * 40 if lane == 3 else [np.full((1, 1, 2), n + 1, "f4").tobytes() for n in range(40)]
+        )
+        assert list(answers) == expected
 
 
 async def test_every_sink_is_told_its_own(house):

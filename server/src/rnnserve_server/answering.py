@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import NamedTuple
@@ -12,7 +12,7 @@ import structlog
 
 from rnnserve_models.engine.base import Arrays, Engine
 from rnnserve_models.load import LoadedModel
-from rnnserve_server.blocks import Answers, Block, Failure, Sink, Tell
+from rnnserve_server.blocks import Answers, Block, Failure, Sessions, ShownRound, Sink, Tell
 from rnnserve_server.errors import (
     Cancelled,
     DeadlinePassed,
@@ -20,6 +20,7 @@ from rnnserve_server.errors import (
     ServiceError,
     StepBehind,
     StepConflict,
+    StepMismatch,
 )
 from rnnserve_server.layout import to_wire
 from rnnserve_server.observer import some_sessions
@@ -35,25 +36,34 @@ class Shown:
     """What chunks that are alike, R of each of N sessions one after the other, are answered.
 
     Attributes:
-        blocks: R blocks of N chunks.
+        blocks: which have R rounds of N chunks in all.
+        timesteps: of each chunk.
         outputs: every output of theirs, [R, N, ...]: of each as `Answers` has it.
         states: every state, alike.
     """
 
     blocks: Sequence[Block]
+    timesteps: int
     outputs: Arrays
     states: Arrays
 
+    @property
+    def count(self) -> int:
+        """R."""
+        return sum([each.rounds for each in self.blocks])
+
     @cached_property
-    def each(self) -> list[tuple[Block, Arrays, Arrays]]:
-        """The blocks, and the outputs and states of each."""
+    def rounds(self) -> list[ShownRound]:
+        """The rounds, one after the other."""
+        of = [(block, first_steps) for block in self.blocks for first_steps in block.first_steps()]
         return [
-            (
+            ShownRound(
                 block,
+                first_steps,
                 {name: y[position] for name, y in self.outputs.items()},
                 {name: state[position] for name, state in self.states.items()},
             )
-            for position, block in enumerate(self.blocks)
+            for position, (block, first_steps) in enumerate(of)
         ]
 
 
@@ -119,8 +129,8 @@ class Answering:
         """Readies what a finished block answers, for `commit`."""
         shares: dict[Sink, list[Answers]] = {}
         for some in shown:
-            for each, outputs, states in some.each:
-                for sink, answers in each.shares(outputs, states):
+            for each in some.rounds:
+                for sink, answers in each.shares():
                     shares.setdefault(sink, []).append(answers)
         return [Ready(sink, answers, sink.ready(answers)) for sink, answers in shares.items()]
 
@@ -128,51 +138,48 @@ class Answering:
         self, block: Block, shown: Sequence[Shown], *, stored: bool, ready: Sequence[Ready] | None = None
     ) -> None:
         """Moves the sessions of a block on, and answers: with what `ready` has made of it, if it has."""
-        answers = [each for some in shown for each in some.each]
         if block.sessions is not None:
             self._sessions.commit(block.sessions, block.states, block.call.timesteps, stored=stored)
         if ready is None:
-            for each, outputs, states in answers:
-                for sink, share in each.shares(outputs, states):
-                    self._tell(sink, (share,), partial(sink.result, share))
+            for some in shown:
+                for each in some.rounds:
+                    for sink, answers in each.shares():
+                        self._tell(sink, (answers,), partial(sink.result, answers))
         else:
             for sink, shares, tell in ready:
                 self._tell(sink, shares, tell)
         for sink, _ in block.sinks:  # an answer is on its way while the rest is done
             sink.flush()
         if block.sessions is not None:
-            self._remember(block, answers)
+            self._remember(block, block.sessions, shown)
         self._scheduler.finish(block)  # after the answer, so that a lane is never closed before its chunks are answered
 
-    def _remember(self, block: Block, answers: Iterable[tuple[Block, Arrays, Arrays]]) -> None:
+    def _remember(self, block: Block, sessions: Sessions, shown: Sequence[Shown]) -> None:
         """Puts the answers of a block of sessions into their replay window."""
-        run, start = Run(block.call, block.initial), 0
-        for each, outputs, states in answers:
-            assert each.sessions is not None
-            each.sessions.group.window.remember(each.sessions, each.call.timesteps, run, start, outputs, states)
-            start += each.call.timesteps
+        run, start, window = Run(block.call, block.initial), 0, sessions.group.window
+        for some in shown:
+            window.remember(sessions, run, start, some.timesteps, some.rounds)
+            start += some.timesteps * len(some.rounds)
 
     def shown(self, block: Block) -> list[Shown]:
         """What a finished block, or those that it was made of, answers."""
-        ys, rounds = _joined(block, self._engine), block.rounds
-        if not rounds:
-            return [self._shown([block], ys, block)]
-        if len({each.call.timesteps for each in rounds}) == 1:
-            return [self._shown(rounds, ys, block)]
+        ys, pieces = _joined(block, self._engine), block.pieces
+        if len({each.round_steps for each in pieces}) == 1:
+            return [self._shown(pieces, ys, block)]
         shown, start = [], 0
-        for each in rounds:
+        for each in pieces:
             part = {name: y[start : start + each.steps] for name, y in ys.items()}
             shown.append(self._shown([each], part, block))
             start += each.steps
         return shown
 
     def _shown(self, blocks: Sequence[Block], ys: Arrays, whole: Block) -> Shown:
-        """That of R blocks that are alike; the states are those of the whole."""
-        block, options, count = blocks[0], whole.options, len(blocks)
+        """That of blocks whose chunks are alike; the states are those of the whole."""
+        block, options, count = blocks[0], whole.options, sum([each.rounds for each in blocks])
         outputs = {}
         for name, y in ys.items():
-            if count > 1:  # no step is masked: see `Scheduler.absorb`
-                y = y.reshape(count, block.call.timesteps, *y.shape[1:])  # [R, T, N * batch, ...]
+            if count > 1:  # no step is masked: see `Block`
+                y = y.reshape(count, block.round_steps, *y.shape[1:])  # [R, T, N * batch, ...]
                 outputs[name] = y if options.return_sequences else y[:, -1]
             else:
                 outputs[name] = block.call.expand(
@@ -182,7 +189,7 @@ class Answering:
         if options.return_state:
             names = whole.states if whole.resets is None else [spec.name for spec in self._engine.states]
             states = {name: whole.states[name][None] for name in names}
-        return Shown(blocks, *to_wire(outputs, states, options, len(block.tags)))
+        return Shown(blocks, block.round_steps, *to_wire(outputs, states, options, len(block.tags)))
 
     def _tell(self, sink: Sink, answers: Sequence[Answers], tell: Tell) -> None:
         """Has a sink told its answers."""
@@ -203,6 +210,9 @@ class Answering:
         )
         if kept is None:
             return block
+        if block.rounds > 1 and not block.begun and any(isinstance(error, StepMismatch) for _, error in errors):
+            self._scheduler.part(block)  # its rounds are told, or replayed, each by itself
+            return self.checked(block)
         block.fail(self._not_replayed(block, errors))
         if not len(kept):
             self._scheduler.finish(block)

@@ -18,6 +18,7 @@ from rnnserve_models.masking import Compacted
 from rnnserve_models.options import LayerOptions
 from rnnserve_server.column import Index, span
 from rnnserve_server.errors import ServiceError
+from rnnserve_server.layout import same_lengths
 from rnnserve_server.resets import Resets
 
 if TYPE_CHECKING:
@@ -111,9 +112,10 @@ class Sessions:
         ended: `Group.ended` when all of them were known to be alive; -1 for unknown.
         distinct: no session is there twice, for certain.
         at: the slots as an index, see `span`; worked out if it is not given.
+        said: the request says where the chunks begin; else ``first_steps`` are filled in when that is known.
     """
 
-    __slots__ = ("at", "distinct", "ended", "first_steps", "generations", "group", "slots")
+    __slots__ = ("at", "distinct", "ended", "first_steps", "generations", "group", "said", "slots")
 
     def __init__(
         self,
@@ -132,33 +134,53 @@ class Sessions:
         self.ended = ended
         self.distinct = distinct
         self.at: Index = span(slots) if at is None else at
+        self.said = first_steps is not None
+
+    def same(self, other: Sessions) -> bool:
+        """Whether other chunks are of the very same sessions, in the same order."""
+        if (
+            other.slots is self.slots and other.generations is self.generations
+        ):  # as a stream's are that says them again
+            return True
+        return (
+            other.group is self.group
+            and other.slots.tobytes() == self.slots.tobytes()
+            and other.generations.tobytes() == self.generations.tobytes()
+        )
 
     def goes_on(self, following: Sessions, timesteps: int) -> bool:
         """Whether the following chunks are of the very same sessions, so many steps later. Fills in their steps."""
         assert self.first_steps is not None
-        if (
-            following.slots.tobytes() != self.slots.tobytes()
-            or following.generations.tobytes() != self.generations.tobytes()
-        ):
+        if not self.same(following):
             return False
         first_steps = self.first_steps + np.uint64(timesteps)
         if following.first_steps is None:
             following.first_steps = first_steps
         return following.first_steps.tobytes() == first_steps.tobytes()
 
+    def later(self, timesteps: int) -> Sessions:
+        """The same sessions, so many steps later; wherever each is, if the request does not say that."""
+        first_steps = None
+        if self.said and self.first_steps is not None:
+            first_steps = self.first_steps + np.uint64(timesteps)
+        slots, generations = self.slots, self.generations
+        return Sessions(self.group, slots, generations, first_steps, self.ended, self.distinct, self.at)
+
     def take(self, index: Array) -> Sessions:
         """Some of them."""
         first_steps = None if self.first_steps is None else self.first_steps[index]
         slots, generations = self.slots[index], self.generations[index]
-        return Sessions(self.group, slots, generations, first_steps, self.ended, self.distinct)
+        taken = Sessions(self.group, slots, generations, first_steps, self.ended, self.distinct)
+        taken.said = self.said
+        return taken
 
 
 @dataclass(slots=True, eq=False)
 class Block:
-    """N chunks of equal shape, of one model and one set of options.
+    """N chunks of equal shape, of one model and one set of options; or R rounds of them, one after the other.
 
     Attributes:
-        call: inputs, lengths and mask of all N * batch_size rows, time-major, valid steps first.
+        call: inputs, lengths and mask of all N * batch_size rows, time-major, valid steps first; the rounds end to end.
         batch_size: rows of each chunk.
         options: the options of the layer.
         sinks: where the results go, and how many of the N chunks, one sink after the other.
@@ -177,7 +199,9 @@ class Block:
         onto: the block that it follows, from whose states it runs on while that is run but not finished; None: from the
             sessions' own.
         ran: it was run to its end and is not finished.
-        rounds: the blocks that it was made of, if it has several chunks of each session: see `Scheduler.absorb`.
+        rounds: R, how many chunks of each session it has; they are of equal length, unless it is made of other blocks,
+            and without a mask.
+        parts: the blocks that it was made of, if it was: see `Scheduler.absorb`.
         queued_at: when it was queued, by the worker's clock, if anybody watches.
         traces: the frames in it that are traced, as whoever traces them knows them.
         rows: N * batch_size.
@@ -202,7 +226,8 @@ class Block:
     followers: list[Block | Barrier] = field(default_factory=list)
     onto: Block | None = None
     ran: bool = False
-    rounds: list[Block] = field(default_factory=list)
+    rounds: int = 1
+    parts: list[Block] = field(default_factory=list)
     queued_at: float = 0.0
     traces: Sequence[Trace] = ()
     rows: int = field(init=False)
@@ -213,6 +238,21 @@ class Block:
         inputs = self.call.inputs.values()
         self.steps, self.rows = next(iter(inputs)).shape[:2]
         self.nbytes = sum([x.nbytes for x in inputs])
+
+    @property
+    def pieces(self) -> Sequence[Block]:
+        """Blocks whose rounds are of equal length, which it is made of: itself, mostly."""
+        return self.parts or (self,)
+
+    @property
+    def next_steps(self) -> int:
+        """Time steps that it wants to run next: those of one round, if none of it was run yet, else what is left."""
+        return self.steps - self.done if self.done or self.rounds == 1 else self.pieces[0].round_steps
+
+    @property
+    def round_steps(self) -> int:
+        """Time steps of one of its rounds, which are of equal length."""
+        return self.call.timesteps // self.rounds
 
     @property
     def live(self) -> Array | None:
@@ -231,7 +271,7 @@ class Block:
             for name, state in states.items():
                 states[name] = self.states[name].copy()
                 states[name][live] = state
-        elif live is None and not self.options.return_sequences and not self.rounds:
+        elif live is None and not self.options.return_sequences and self.rounds == 1:
             self.outputs.clear()  # only the last step's is asked for
         self.outputs.append(outputs)
         self.states = states
@@ -239,10 +279,11 @@ class Block:
 
     def fail(self, errors: Iterable[tuple[int, ServiceError]]) -> None:
         """Tells the sinks why chunks failed: (position among the N, ascending, and the error)."""
-        if self.rounds:
+        if self.rounds > 1:
             errors = list(errors)
-            for each in self.rounds:
-                each.fail(errors)
+            for piece in self.pieces:
+                for each in piece.each():
+                    each.fail(errors)
             return
         first_steps = None if self.sessions is None else self.sessions.first_steps
         sinks = iter(self.sinks)
@@ -260,17 +301,14 @@ class Block:
         if failures:
             sink.failed(failures)
 
-    def shares(self, outputs: Arrays, states: Arrays) -> Iterator[tuple[Sink, Answers]]:
-        """Each sink's share of the results of all N chunks, which are as `Answers` has them."""
-        first_steps = None if self.sessions is None else self.sessions.first_steps
-        answers = Answers(self.tags, first_steps, self.call.timesteps, outputs, states)
-        if len(self.sinks) == 1:
-            yield self.sinks[0][0], answers
-            return
-        start = 0
-        for sink, count in self.sinks:
-            yield sink, answers.part(start, start + count)
-            start += count
+    def first_steps(self) -> Sequence[Array | None]:
+        """Where the N chunks of each of its rounds, which are of equal length, begin: uint64 [N] each, or None."""
+        if self.sessions is None or self.sessions.first_steps is None:
+            return (None,) * self.rounds
+        if self.rounds == 1:
+            return (self.sessions.first_steps,)
+        later = np.arange(0, self.call.timesteps, self.round_steps, dtype=np.uint64)
+        return list(self.sessions.first_steps + later[:, None])  # [R, N]
 
     def sink_of(self, position: int) -> Sink:
         """The sink of the chunk at a position among the N."""
@@ -279,6 +317,30 @@ class Block:
                 return sink
             position -= count
         raise IndexError(position)
+
+    def cut(self, start: int, stop: int) -> Block:
+        """A block of some of its rounds, which are of equal length, not queued. Nothing of them was run."""
+        steps = self.round_steps
+        count = (stop - start) * steps
+        return Block(
+            call=Compacted(
+                {name: x[start * steps : stop * steps] for name, x in self.call.inputs.items()},
+                same_lengths(self.rows, count),
+                count,
+                None,
+            ),
+            batch_size=self.batch_size,
+            options=self.options,
+            sinks=self.sinks,
+            tags=self.tags,
+            sessions=self.sessions and self.sessions.later(start * steps),
+            rounds=stop - start,
+            queued_at=self.queued_at,
+        )
+
+    def each(self) -> Sequence[Block]:
+        """Its rounds, which are of equal length, a block each."""
+        return (self,) if self.rounds == 1 else [self.cut(at, at + 1) for at in range(self.rounds)]
 
     def take(self, index: Array) -> Block:
         """A block of some of the chunks, not queued. ``index`` holds positions among the N, ascending."""
@@ -299,10 +361,46 @@ class Block:
             begun=self.begun,
             resets=self.resets and self.resets.take(rows),
             outputs=[{name: y[:, rows] for name, y in part.items()} for part in self.outputs],
-            rounds=[each.take(index) for each in self.rounds],
+            rounds=self.rounds,
+            parts=[each.take(index) for each in self.parts],
             queued_at=self.queued_at,
             traces=self.traces,
         )
+
+
+class ShownRound(NamedTuple):
+    """What N chunks of a block are answered.
+
+    Attributes:
+        block: it.
+        first_steps: uint64 [N], where they begin; None without sessions.
+        outputs: as `Answers` has them.
+        states: likewise.
+    """
+
+    block: Block
+    first_steps: Array | None
+    outputs: Arrays
+    states: Arrays
+
+    def shares(self) -> Iterator[tuple[Sink, Answers]]:
+        """Each sink's share of it."""
+        block = self.block
+        answers = Answers(block.tags, self.first_steps, block.round_steps, self.outputs, self.states)
+        if len(block.sinks) == 1:
+            yield block.sinks[0][0], answers
+            return
+        start = 0
+        for sink, count in block.sinks:
+            yield sink, answers.part(start, start + count)
+            start += count
+
+
+def end_to_end(calls: Sequence[Compacted]) -> Compacted:
+    """Calls of the same rows, none of them masked, as one after the other."""
+    steps = sum([call.timesteps for call in calls])
+    inputs = {name: np.concatenate([call.inputs[name] for call in calls]) for name in calls[0].inputs}
+    return Compacted(inputs, same_lengths(len(calls[0].lengths), steps), steps, None)
 
 
 def goes_on(before: Block, block: Block) -> bool:

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from rnnserve_models.engine.base import Array, Arrays
-from rnnserve_server.blocks import Block, Sessions, Sink, Trace
-from rnnserve_server.layout import Signature, to_call
+from rnnserve_server.blocks import Block, Sessions, Sink, Trace, end_to_end
+from rnnserve_server.layout import Signature, timesteps, to_call
 from rnnserve_server.sessions import Group
 
-_LARGE = 32  # lanes of a frame that is worth a block of its own: joined, it would part from what its client sends ahead
+_LARGE = 32  # lanes of a frame that is worth a block without others': joined, it would part from what is sent ahead
 
 
 @dataclass(slots=True, eq=False)
@@ -42,26 +43,30 @@ class Frame:
 
 
 class _Pile:
-    """Frames to be joined, by their sinks. No session has two chunks of one sink in it: they must run one after the
-    other.
+    """Frames to be joined, by their sinks. No session has two chunks of one sink in it, which must run one after the
+    other; or it is rounds of the very same sessions.
     """
 
-    __slots__ = ("_seen", "number", "of")
+    __slots__ = ("_seen", "_steps", "number", "of", "rounds")
 
     def __init__(self, number: int) -> None:
         self.number = number
         self.of: dict[Sink, list[Frame]] = {}
+        self.rounds: list[Frame] = []  # if there are several
+        self._steps = 0  # of all of them
         self._seen: dict[Sink, set[int]] = {}  # slots, where a sink has several frames here
 
     def takes(self, frame: Frame) -> bool:
         """Puts a frame into it, unless its sink has a chunk of one of the frame's sessions here: whether it did."""
+        if self.rounds:
+            return self._takes_round(frame)
         frames = self.of.get(frame.sink)
         if frames is None:
             self.of[frame.sink] = [frame]
             return True
         slots = frame.sessions.slots
         if frames[0].sessions.slots is slots:  # the same lanes again: the clients that send ahead do that
-            return False
+            return len(frames) == 1 and self._begins_rounds(frames[0]) and self._takes_round(frame)
         if (seen := self._seen.get(frame.sink)) is None:
             seen = self._seen[frame.sink] = set(frames[0].sessions.slots.tolist())
         said = slots.tolist()
@@ -71,9 +76,53 @@ class _Pile:
         frames.append(frame)
         return True
 
-    def frames(self) -> list[Frame]:
-        """All of them, one sink's after the other's, each sink's in the order in which they came."""
-        return [frame for frames in self.of.values() for frame in frames]
+    def _begins_rounds(self, frame: Frame) -> bool:
+        """Whether its only frame may be the first of several rounds."""
+        if len(frame.tags) < _LARGE or not _plain(frame):
+            return False
+        self.rounds.append(frame)
+        self._steps = timesteps(frame.sessions.group.options, frame.inputs)
+        return True
+
+    def _takes_round(self, frame: Frame) -> bool:
+        """Puts a frame of the same sink and signature behind the others, if it is the next round."""
+        sessions, first = frame.sessions, self.rounds[0].sessions
+        ahead = self._steps * len(self.rounds)
+        if not _plain(frame) or not (
+            first.same(sessions) if first.first_steps is None else first.goes_on(sessions, ahead)
+        ):
+            return False
+        self.rounds.append(frame)
+        return True
+
+    def gathered(self) -> Gathered:
+        """All of them, one sink's after the other's, each sink's in the order in which they came; or the rounds."""
+        if len(self.rounds) > 1:
+            return Gathered(self.rounds, len(self.rounds))
+        return Gathered([frame for frames in self.of.values() for frame in frames], 1)
+
+
+class Gathered(NamedTuple):
+    """Frames that become one block.
+
+    Attributes:
+        frames: they, in the order in which they run.
+        rounds: as many, if they are rounds of the very same sessions; else 1.
+    """
+
+    frames: Sequence[Frame]
+    rounds: int
+
+
+def _plain(frame: Frame) -> bool:
+    """Whether its steps could as well be part of a longer frame's, and nobody wants to know of it alone."""
+    group = frame.sessions.group
+    options = group.options
+    return (
+        frame.mask is None
+        and frame.trace is None
+        and not (options.return_state or options.go_backwards or group.model.engine.whole)
+    )
 
 
 class Intake:
@@ -113,20 +162,27 @@ class Intake:
         for x in frame.inputs.values():
             self.queued_bytes += x.nbytes
 
-    def empty(self) -> list[list[Frame]]:
+    def empty(self) -> list[Gathered]:
         """Takes everything out: the frames to be joined, in the order in which they run."""
         if not self._piles:
             return []
         piles = self._piles
         self._piles, self._open, self._last, self._frames, self.queued_bytes = [], {}, {}, 0, 0
-        return [pile.frames() for pile in piles]
+        return [pile.gathered() for pile in piles]
 
 
-def joined(frames: Sequence[Frame]) -> Block:
-    """Frames of one group and one signature as one block. What is one sink's, which stands together, is one answer."""
+def joined(frames: Sequence[Frame], rounds: int = 1) -> Block:
+    """Frames of one group and one signature as one block: side by side, or as so many rounds. What is one sink's, which
+    stands together, is one answer a round.
+    """
     first = frames[0]
     group = first.sessions.group
     tags, sessions, inputs, mask = first.tags, first.sessions, first.inputs, first.mask
+    if rounds > 1:
+        calls = [to_call(group.model.engine, group.options, frame.inputs, None) for frame in frames]
+        sinks = [(first.sink, len(tags))]
+        call = end_to_end(calls)
+        return Block(call, group.batch_size, group.options, sinks, tags, sessions, rounds=rounds)
     if len(frames) > 1:
         tags = np.concatenate([frame.tags for frame in frames])  # [N]
         sessions = Sessions(

@@ -372,7 +372,7 @@ class Keeper:
             for shown in reversed(parts):
                 if more > 0:
                     answered.appendleft(_answered(block, shown, count, more))
-                    more -= len(shown.blocks)
+                    more -= shown.count
         by_count = window.by_count and all(each.rest.shape[2] * limits.replies <= limits.bytes for each in answered)
         numbers = np.empty((count, 3), np.int64)  # [N, 3]
         numbers[:, EPOCH] = group.epoch[at]
@@ -566,13 +566,13 @@ def _restore(group: Group, slots: Array, replies: Sequence[Sequence[Reply]]) -> 
 
 def _answered(block: Block, shown: Shown, count: int, most: int) -> Answered:
     """What a block, or one part of it, answered N sessions: the last of no more chunks of each than that."""
-    blocks = shown.blocks
-    if len(blocks) == len(block.rounds or (block,)):  # one part is all of it
-        asked = digests(block.call, count, len(blocks))
+    if shown.count == block.rounds:  # one part is all of it
+        asked = digests(block.call, count, block.rounds)
     else:
-        asked = digests(blocks[0].call, count)
-    head, rest = pack_answers(shown.outputs, shown.states, len(blocks), count)
-    return Answered(blocks[0].call.timesteps, asked[-most:], head, rest[-most:])
+        (of,) = shown.blocks
+        asked = digests(of.call, count, of.rounds)
+    head, rest = pack_answers(shown.outputs, shown.states, shown.count, count)
+    return Answered(shown.timesteps, asked[-most:], head, rest[-most:])
 
 
 def _pieces(slots: Array) -> list[Array]:

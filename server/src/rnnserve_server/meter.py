@@ -96,7 +96,7 @@ class Meter:
         if not waiting:
             return
         for block in blocks:
-            for each in block.rounds or (block,):
+            for each in block.pieces:
                 for sink, _ in each.sinks:
                     if sink in waiting:
                         sink.ran(started, ended, rows)  # type: ignore[attr-defined]

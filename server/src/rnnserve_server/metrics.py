@@ -96,7 +96,7 @@ class Metrics(Collector):
             work.rows.add(rows, trace_id, at)
         for block in tick.finished:
             chunks = len(block.tags)
-            work.chunks += chunks * (len(block.rounds) or 1)
+            work.chunks += chunks * block.rounds
             work.steps += chunks * block.call.timesteps
 
     def _known(self, model: LoadedModel) -> _Work:

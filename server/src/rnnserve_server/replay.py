@@ -10,15 +10,16 @@ The states that a tick started from are kept too, so that a session can be taken
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import repeat
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from rnnserve_models.engine.base import Array, Arrays
 from rnnserve_models.masking import Compacted
-from rnnserve_server.blocks import Answers, Sessions
+from rnnserve_server.blocks import Answers, Sessions, ShownRound
 from rnnserve_server.digests import digests, is_digest
 
 if TYPE_CHECKING:
@@ -43,6 +44,9 @@ class Limits:
     replies: int
     bytes: int
 
+
+_Kept = tuple[Array, "Run | Array", Arrays, Arrays]
+"""Of a round where it begins, what was asked, the outputs and the states, as `Round` has them."""
 
 _NONE = np.zeros(0, np.int64)
 NO_REPLAY = Limits(0, 0)
@@ -122,13 +126,8 @@ class Round:
     start: int
     outputs: Arrays
     states: Arrays
-    nbytes: int = field(init=False)
-    alike: int = field(init=False, default=1)
-
-    def __post_init__(self) -> None:
-        self.nbytes = _bytes(self.outputs, self.states)
-        if isinstance(self.asked, Run):
-            self.nbytes += self.asked.nbytes * self.timesteps // self.asked.call.timesteps
+    nbytes: int
+    alike: int = 1
 
     def digests(self, index: Array) -> Array:
         """What tells the chunks of some of the N sessions from others for the same steps: uint8 [len(index), bytes]."""
@@ -170,6 +169,8 @@ class Round:
 
     def take(self, index: Array) -> Round:
         """A copy of some of the N."""
+        asked = self.asked.thinned(index, len(self.slots)) if isinstance(self.asked, Run) else self.asked[index]
+        outputs, states = self.shown_to(index)
         return Round(
             self.slots[index],
             self.generations[index],
@@ -177,10 +178,11 @@ class Round:
             self.timesteps,
             self.number[index],
             self.before[index] if len(self.before) else self.before,
-            self.asked.thinned(index, len(self.slots)) if isinstance(self.asked, Run) else self.asked[index],
+            asked,
             self.start,
-            {name: y[index] for name, y in self.outputs.items()},
-            {name: state[index] for name, state in self.states.items()},
+            outputs,
+            states,
+            _bytes(outputs, states) + _part_bytes(asked, self.timesteps),
         )
 
 
@@ -236,11 +238,24 @@ class Window:
         self._look_again_rounds = _SLACK_ROUNDS
 
     def remember(
-        self, sessions: Sessions, timesteps: int, run: Run, start: int, outputs: Arrays, states: Arrays
+        self, sessions: Sessions, run: Run, start: int, timesteps: int, answered: Sequence[ShownRound]
     ) -> None:
-        """Keeps what N sessions are about to be answered. Arguments as `Round` has them."""
-        assert sessions.first_steps is not None
-        self._keep(sessions, sessions.first_steps, timesteps, run, start, outputs, states)
+        """Keeps what N sessions are about to be answered.
+
+        Args:
+            sessions: they.
+            run: what ran for them.
+            start: where in it the first of the chunks began.
+            timesteps: of each chunk.
+            answered: the answers to a chunk of each, and what to the next chunk of each, and so on.
+        """
+        if not self.limits.replies:
+            return
+        rounds: list[_Kept] = []
+        for each in answered:
+            assert each.first_steps is not None
+            rounds.append((each.first_steps, run, each.outputs, each.states))
+        self._keep(sessions, start, timesteps, rounds)
 
     def restore(
         self,
@@ -256,38 +271,48 @@ class Window:
 
         Arguments as `Round` has them.
         """
-        sessions = Sessions(group, slots, group.generation[slots], first_steps)
-        self._keep(sessions, first_steps, timesteps, asked, 0, outputs, states)
+        if self.limits.replies:
+            sessions = Sessions(group, slots, group.generation[slots], first_steps)
+            self._keep(sessions, 0, timesteps, [(first_steps, asked, outputs, states)])
 
-    def _keep(
-        self,
-        sessions: Sessions,
-        first_steps: Array,
-        timesteps: int,
-        asked: Run | Array,
-        start: int,
-        outputs: Arrays,
-        states: Arrays,
-    ) -> None:
-        if not self.limits.replies:
-            return
-        group, slots, at = sessions.group, sessions.slots, sessions.at
-        number, before = group.answered[at].copy(), _NONE
-        group.answered[at] += 1
-        nbytes = _bytes(outputs, states) // len(slots)
-        if not self._bytes_count and nbytes * self.limits.replies > self.limits.bytes:
+    def _keep(self, sessions: Sessions, start: int, timesteps: int, rounds: Sequence[_Kept]) -> None:
+        """Keeps rounds of N sessions, one after the other, that are of equal length and shape."""
+        group, slots, at, recent = sessions.group, sessions.slots, sessions.at, self._recent
+        count = len(rounds)
+        numbers = _counted(group.answered[at].copy(), 1, count)
+        group.answered[at] += count
+        _, asked, outputs, states = rounds[0]
+        answers = _bytes(outputs, states)
+        nbytes = answers + _part_bytes(asked, timesteps)
+        each_bytes = answers // len(slots)
+        if not self._bytes_count and each_bytes * self.limits.replies > self.limits.bytes:
             self._count_bytes(group)
+        befores: Iterable[Array] = repeat(_NONE)
         if self._bytes_count:
-            before = group.answered_bytes[at].copy()
-            group.answered_bytes[at] += nbytes
-        round_ = Round(
-            slots, sessions.generations, first_steps, timesteps, number, before, asked, start, outputs, states
-        )
-        if self._recent and self._recent[-1].slots is slots:
-            round_.alike += self._recent[-1].alike
-        self._recent.append(round_)
-        self.nbytes += round_.nbytes
-        self._forget(group)
+            befores = _counted(group.answered_bytes[at].copy(), each_bytes, count)
+            group.answered_bytes[at] += each_bytes * count
+        alike = recent[-1].alike + 1 if recent and recent[-1].slots is slots else 1
+        for (first_steps, asked, outputs, states), number, before in zip(rounds, numbers, befores, strict=False):
+            recent.append(
+                Round(
+                    slots,
+                    sessions.generations,
+                    first_steps,
+                    timesteps,
+                    number,
+                    before,
+                    asked,
+                    start,
+                    outputs,
+                    states,
+                    nbytes,
+                    alike,
+                )
+            )
+            start += timesteps
+            alike += 1
+        self.nbytes += nbytes * count
+        self._forget(group, count)
 
     def _count_bytes(self, group: Group) -> None:
         """Has bytes count from now on, those of the answers that are remembered already too."""
@@ -378,7 +403,7 @@ class Window:
             nobody[round_] = replace(round_, generations=generations)
         self._settle()
         # Copies, so that `_forget` does not count the rounds that the session has lost as later than older ones.
-        self._recent = deque(replace(each := nobody.get(r, r), slots=each.slots.copy()) for r in self._recent)
+        self._recent = deque(replace(each := nobody.get(r, r), slots=each.slots.copy(), alike=1) for r in self._recent)
         self._thinned = deque(nobody.get(round_, round_) for round_ in self._thinned)
 
     def drop_starts(self, nbytes: int) -> int:
@@ -474,8 +499,10 @@ class Window:
         live: Array = within & (group.generation[slots] == round_.generations)
         return live
 
-    def _forget(self, group: Group) -> None:
-        """Lets go of rounds that are in no window, and of what is in none in rounds that few windows hold on to."""
+    def _forget(self, group: Group, came: int) -> None:
+        """Lets go of rounds that are in no window, and of what is in none in rounds that few windows hold on to, after
+        so many came.
+        """
         while len(self._recent) > self.limits.replies:  # before that, the oldest is in everybody's window
             if self._recent[-1].alike >= len(self._recent) or self._alike() > self.limits.replies:
                 self.nbytes -= self._recent.popleft().nbytes  # the same frame came again often enough
@@ -488,7 +515,7 @@ class Window:
         if not self._left and (self._thinned_bytes > self._look_again or len(self._thinned) > self._look_again_rounds):
             self._left = len(self._thinned)
         if self._left:
-            self._look(group, _LOOKED_AT_ONCE)
+            self._look(group, came * _LOOKED_AT_ONCE)
 
     def _look(self, group: Group, most: int) -> None:
         """Looks at some of the thinned rounds again: at all of them at once everybody would have to wait for it."""
@@ -524,6 +551,16 @@ class Window:
         self.nbytes += round_.nbytes
         self._thinned_bytes += round_.nbytes
         to.append(round_)
+
+
+def _counted(first: Array, each: int, rounds: int) -> Sequence[Array]:
+    """What N sessions had been answered before each of their rounds, which count for so much each: int64 [N] each."""
+    return (first,) if rounds == 1 else list(first + each * np.arange(rounds)[:, None])
+
+
+def _part_bytes(asked: Run | Array, timesteps: int) -> int:
+    """Bytes of what ran that are of so many of its steps."""
+    return asked.nbytes * timesteps // asked.call.timesteps if isinstance(asked, Run) else 0
 
 
 def _bytes(*kinds: Mapping[str, Array]) -> int:

@@ -27,8 +27,7 @@ from typing import NamedTuple
 import numpy as np
 
 from rnnserve_models.engine.base import Array
-from rnnserve_models.masking import Compacted
-from rnnserve_server.blocks import Barrier, Block, goes_on
+from rnnserve_server.blocks import Barrier, Block, Sessions, end_to_end, goes_on
 
 _MOST_BLOCKS = 16  # of a tick: each takes the event loop some tenths of a millisecond, beside the run
 _SHARED_RUN = 1.6  # ticks of one step, that a tick may take among others: less, and long chunks have not their share
@@ -98,7 +97,7 @@ class Scheduler:
         most, run = self.max_batch_rows, int(_SHARED_RUN * self.max_batch_rows)  # row-steps
         if among_others and not self._whole:
             first = line[0]
-            most = min(most, max(1, run // max(1, min(self.slice_steps, first.steps - first.done))))
+            most = min(most, max(1, run // max(1, min(self.slice_steps, first.next_steps))))
             if first.rows > most:
                 self._split(line, most)
         blocks = [line.popleft()]
@@ -108,77 +107,108 @@ class Scheduler:
             blocks.append(line.popleft())
         if line:
             self._ready[key] = line  # at the end: the others have their turns first
-        steps = min([block.steps - block.done for block in blocks])
+        steps = min([block.next_steps for block in blocks])
         if self._whole:
             return Tick(blocks, steps)
         if among_others:
             steps = min(steps, max(1, run // rows))
         return Tick(blocks, min(self.slice_steps, steps))
 
-    def absorb(self, block: Block, wanted: Callable[[Block], bool]) -> None:
+    def absorb(self, block: Block, wanted: Callable[[Block], bool]) -> bool:
         """Lets a block that is about to run take along those that wait for it with the next chunks of its sessions.
 
         A client that sends ahead of the answers then pays for one run, check and commit, and not for each chunk. Chunks
         are taken along as long as all of them together are no longer than others may be kept waiting for, have the same
         sessions in the same order, each at the step where the one before it ends, and nothing but their outputs is
-        asked for.
+        asked for. Of a block that has more rounds than that, the last ones wait.
 
         Args:
             block: a block that was checked, of which nothing was run.
             wanted: whether a block should run at all.
+
+        Returns:
+            Whether it has other rounds now.
         """
         sessions = block.sessions
-        if sessions is None or not block.followers or self._whole or not _plain(block):
-            return
+        if sessions is None or not (block.followers or block.rounds > 1) or self._whole or not _plain(block):
+            return False
         assert sessions.first_steps is not None
         run = _SHARED_RUN if self._ready else _LARGE_RUN
         most = min(self.slice_steps, int(run * self.max_batch_rows) // block.rows)
+        if block.steps > most and block.rounds > 1:
+            self._shorten(block, most)
+            return True
         if 2 * block.steps > most:
-            return
-        own = replace(block, states={}, initial={}, outputs=[], followers=[], onto=None)
-        rounds, followers, steps = [own], block.followers, block.steps
+            return False
+        parts, followers, steps = [block], block.followers, block.steps
         while len(followers) == 1:
             (following,) = followers
             if not (
                 isinstance(following, Block)
                 and following.sessions is not None
-                and steps + following.steps <= most
+                and steps + following.next_steps <= most
                 and _plain(following)
                 and sessions.goes_on(following.sessions, steps)
                 and wanted(following)
             ):
                 break
-            rounds.append(following)
+            if steps + following.steps > most:
+                self._shorten(following, most - steps)
+            parts.append(following)
             followers, steps = following.followers, steps + following.steps
-        if len(rounds) == 1:
-            return
-        for following in rounds[1:]:
+        if len(parts) == 1:
+            return False
+        for following in parts[1:]:
             del self._queued[following.number]
-        tail, slots = sessions.group.tail, sessions.slots
-        tail[slots[tail[slots] == rounds[-1].number]] = block.number
-        inputs = {name: np.concatenate([each.call.inputs[name] for each in rounds]) for name in block.call.inputs}
-        block.call = Compacted(inputs, np.full(block.rows, steps), steps, None)
-        block.rounds, block.followers, block.steps = rounds, followers, steps
-        block.nbytes = sum([each.nbytes for each in rounds])
+        self._pass_on(sessions, parts[-1].number, block.number)
+        parts[0] = replace(block, states={}, initial={}, outputs=[], followers=[], onto=None)
+        block.call = end_to_end([each.call for each in parts])
+        block.parts, block.followers, block.steps = parts, followers, steps
+        block.rounds = sum([each.rounds for each in parts])
+        block.nbytes = sum([each.nbytes for each in parts])
+        return True
 
     def part(self, block: Block) -> None:
-        """Undoes `absorb`: the block is what it was, nothing of it was run, and the others wait for it again."""
-        first, *others = block.rounds
+        """Has each round of a block run by itself: the block becomes the first of them, of which nothing was run, and
+        the others wait for it.
+        """
+        first, *others = [each for piece in block.pieces for each in piece.each()]
         followers = block.followers
-        block.call, block.steps, block.nbytes = first.call, first.steps, first.nbytes
-        block.states, block.initial, block.outputs, block.rounds = {}, {}, [], []
+        block.call, block.steps, block.nbytes, block.rounds, block.parts = first.call, first.steps, first.nbytes, 1, []
+        block.states, block.initial, block.outputs = {}, {}, []
         block.done, block.begun, block.resets = 0, False, None
         previous = block
         for each in others:
-            self._number += 1
-            each.number = self._number
-            self._queued[each.number] = each
+            if each.sessions is not None and not each.sessions.said:
+                each.sessions.first_steps = None  # those before it may fail
+            self._enter(each)
             previous.followers = [each]
             previous = each
         previous.followers = followers
         assert block.sessions is not None
-        tail, slots = block.sessions.group.tail, block.sessions.slots
-        tail[slots[tail[slots] == block.number]] = previous.number
+        self._pass_on(block.sessions, block.number, previous.number)
+
+    def _shorten(self, block: Block, steps: int) -> None:
+        """Leaves a block only as many of its rounds, one at least, as fit into so many steps; the others follow it."""
+        count = max(1, steps // block.round_steps)
+        first, rest = block.cut(0, count), block.cut(count, block.rounds)
+        block.call, block.steps, block.nbytes, block.rounds = first.call, first.steps, first.nbytes, count
+        self._enter(rest)
+        rest.followers, block.followers = block.followers, [rest]
+        assert block.sessions is not None
+        self._pass_on(block.sessions, block.number, rest.number)
+
+    def _enter(self, work: Block | Barrier) -> None:
+        """Puts work on the books."""
+        self._number += 1
+        work.number = self._number
+        self._queued[work.number] = work
+
+    @staticmethod
+    def _pass_on(sessions: Sessions, number: int, to: int) -> None:
+        """Has another block be the last one of those sessions of which the one of that number was."""
+        tail, slots = sessions.group.tail, sessions.slots
+        tail[slots[tail[slots] == number]] = to
 
     def requeue(self, block: Block) -> None:
         """Puts a block that has steps left at the end of the line."""
@@ -223,6 +253,8 @@ class Scheduler:
         """Whether a block of many rows may have one behind it to take along. It does so only where it runs alone, and
         that saves more, a check, commit and answer each, than to run beside others would.
         """
+        if block.rounds > 1:
+            return True
         if self._whole or block.begun or block.rows < _WIDE or len(block.followers) != 1 or not _plain(block):
             return False
         (following,) = block.followers
@@ -232,7 +264,7 @@ class Scheduler:
         """What the blocks that may run together have in common."""
         if self._whole:
             return block.steps, "mask" in block.call.inputs
-        return min(self.slice_steps, block.steps - block.done).bit_length()
+        return min(self.slice_steps, block.next_steps).bit_length()
 
     def _split(self, line: deque[Block], most: int) -> None:
         """Has no more than so many rows of the first block in a line be the first, if it has not begun and nothing
@@ -252,9 +284,7 @@ class Scheduler:
         positions = np.arange(len(block.tags))
         parts = block.take(positions[:chunks]), block.take(positions[chunks:])
         for part in parts:
-            self._number += 1
-            part.number = self._number
-            self._queued[part.number] = part
+            self._enter(part)
             self.queued_bytes += part.nbytes
             if part.sessions is not None:
                 part.sessions.group.tail[part.sessions.at] = part.number
@@ -282,9 +312,7 @@ class Scheduler:
         return parts
 
     def _queue(self, work: Block | Barrier, predecessor: int) -> None:
-        self._number += 1
-        work.number = self._number
-        self._queued[work.number] = work
+        self._enter(work)
         if isinstance(work, Barrier):
             work.group.tail[work.slot] = work.number
         elif work.sessions is not None:

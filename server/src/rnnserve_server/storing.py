@@ -90,7 +90,7 @@ class Storing:
         self._behind.add(Ran(blocks, watched))
         for block in blocks:
             self._scheduler.ran(block)
-        if not self._is_waited_for:
+        if not self._waits:
             self._begin()
 
     def comes_first(self) -> bool:
@@ -101,15 +101,12 @@ class Storing:
         always has something to run spends a fifth of its time on commits at most. What comes meanwhile is one tick; if
         another process does not answer, there may be work that is not for the store.
         """
-        if not self._is_waited_for:
+        if not self._waits or not self._behind:
             return False
-        if not self.under_way:
-            if not self._behind:
-                return False
-            if self._scheduler.has_ready and self._clock() < self._ran_at + _HELD_COMMITS * self._commit_seconds:
-                return False
-            self._begin()
-        return self.under_way and not self._takes_long
+        if self._scheduler.has_ready and self._clock() < self._ran_at + _HELD_COMMITS * self._commit_seconds:
+            return False
+        self._begin()
+        return self.is_waited_for
 
     async def wait(self) -> None:
         """Waits until nothing is under way."""
@@ -117,7 +114,12 @@ class Storing:
             await self._over.wait()
 
     @property
-    def _is_waited_for(self) -> bool:
+    def is_waited_for(self) -> bool:
+        """Whether a commit is under way during which nothing is run."""
+        return self.under_way and self._waits and not self._takes_long
+
+    @property
+    def _waits(self) -> bool:
         """Whether nothing is run during a commit: where it is this process's own work anyway, or is over so soon that
         to make two commits of what would be one is a loss.
         """
@@ -274,7 +276,7 @@ class Storing:
     def _tell(self, ran: Sequence[Ran], stored_at: float | None, answered: Sequence[Block]) -> None:
         """Ticks are over, and whoever waits for them is told."""
         blocks = [block for tick in ran for block in tick.blocks]
-        for sink in {sink for block in blocks for each in block.rounds or (block,) for sink, _ in each.sinks}:
+        for sink in {sink for block in blocks for each in block.pieces for sink, _ in each.sinks}:
             sink.flush()
         if self._observer is not None:
             for tick in ran:

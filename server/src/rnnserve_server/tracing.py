@@ -135,7 +135,7 @@ class Tracing:
         blocks = {block.number: block for block in (*tick.blocks, *tick.finished)}
         answered = {block.number for block in tick.finished}
         for number, block in blocks.items():
-            frames = [frame for each in (block.rounds or [block]) for frame in each.traces]
+            frames = [frame for each in block.pieces for frame in each.traces]
             if not frames:
                 continue
             key = (tick.model.name, tick.model.version, number)
@@ -156,7 +156,7 @@ class Tracing:
         attributes: dict[str, Any] = {
             "rnnserve.model": tick.model.name,
             "rnnserve.model_version": tick.model.version,
-            "rnnserve.chunks": len(block.tags) * (len(block.rounds) or 1),
+            "rnnserve.chunks": len(block.tags) * block.rounds,
             "rnnserve.timesteps": block.call.timesteps,
         }
 

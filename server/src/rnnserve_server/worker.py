@@ -291,6 +291,8 @@ class Worker:
 
     def _next_tick(self) -> Tick | None:
         """What is to be run next; nothing as long as what was run is stored before."""
+        if self._storing is not None and self._storing.is_waited_for:
+            return None  # what comes meanwhile is lined up together
         self.line_up()
         if self._storing is not None and self._storing.comes_first():
             return None
@@ -299,18 +301,26 @@ class Worker:
     def line_up(self) -> None:
         """Puts the frames that were taken in into the queue, where their sessions show as busy."""
         since = self._intake.since
-        for frames in self._intake.empty():
-            block = joined(frames)
+        for frames, rounds in self._intake.empty():
+            block = joined(frames, rounds)
             if since is not None:
                 block.queued_at, self._intake.since = since, None
                 block.traces = [frame.trace for frame in frames if frame.trace is not None]
-            if self._guarded and (wrong := faults(self._guarded, block.call, block.batch_size)):
-                block.fail(wrong.items())
-                left = np.delete(np.arange(len(block.tags)), list(wrong))
-                if not len(left):
-                    continue
-                block = block.take(left)
-            self._scheduler.submit(block)
+            if self._guarded and faults(self._guarded, block.call, block.batch_size):
+                for each in block.each():
+                    if (fine := self._without_faults(each)) is not None:
+                        self._scheduler.submit(fine)
+            else:
+                self._scheduler.submit(block)
+
+    def _without_faults(self, block: Block) -> Block | None:
+        """Those of the chunks of a block that hold nothing that the model forbids; the others are told."""
+        wrong = faults(self._guarded, block.call, block.batch_size)
+        if not wrong:
+            return block
+        block.fail(wrong.items())
+        left = np.delete(np.arange(len(block.tags)), list(wrong))
+        return block.take(left) if len(left) else None
 
     def _ahead(self, blocks: Sequence[Block]) -> list[str]:
         """The sessions for which chunks come from further on than they are here, where there is a store: another server
@@ -334,11 +344,11 @@ class Worker:
         tick.blocks[:] = [begun for block in tick.blocks if (begun := self._begin(block))]
         if len(tick.blocks) == 1 and not tick.blocks[0].done:
             block = tick.blocks[0]
-            self._scheduler.absorb(block, lambda block: not self._answering.gone(block))
-            if block.rounds:
+            changed = self._scheduler.absorb(block, lambda block: not self._answering.gone(block))
+            if block.rounds > 1:
                 tick = Tick(tick.blocks, block.steps)
-                if self._resetting:
-                    self._plan_resets(block)
+            if changed and self._resetting:
+                self._plan_resets(block)
         if self._resetting:
             tick = self._cut(tick)
         if not (tick.steps and tick.blocks):
@@ -461,7 +471,7 @@ class Worker:
         """Runs the blocks of a failed batch again one by one, so that only the one to blame fails."""
         log.warning("engine failed", error=str(error), **self._answering.facts(blocks))
         for block in blocks:
-            if block.rounds:
+            if block.rounds > 1:
                 self._scheduler.part(block)
                 block.solo = True
                 self._scheduler.requeue(block)
