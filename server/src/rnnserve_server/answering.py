@@ -138,8 +138,6 @@ class Answering:
         self, block: Block, shown: Sequence[Shown], *, stored: bool, ready: Sequence[Ready] | None = None
     ) -> None:
         """Moves the sessions of a block on, and answers: with what `ready` has made of it, if it has."""
-        if block.sessions is not None:
-            self._sessions.commit(block.sessions, block.states, block.call.timesteps, stored=stored)
         if ready is None:
             for some in shown:
                 for each in some.rounds:
@@ -151,6 +149,7 @@ class Answering:
         for sink, _ in block.sinks:  # an answer is on its way while the rest is done
             sink.flush()
         if block.sessions is not None:
+            self._sessions.commit(block.sessions, block.states, block.call.timesteps, stored=stored)
             self._remember(block, block.sessions, shown)
         self._scheduler.finish(block)  # after the answer, so that a lane is never closed before its chunks are answered
 
@@ -164,7 +163,7 @@ class Answering:
     def shown(self, block: Block) -> list[Shown]:
         """What a finished block, or those that it was made of, answers."""
         ys, pieces = _joined(block, self._engine), block.pieces
-        if len({each.round_steps for each in pieces}) == 1:
+        if len(pieces) == 1 or len({each.round_steps for each in pieces}) == 1:
             return [self._shown(pieces, ys, block)]
         shown, start = [], 0
         for each in pieces:

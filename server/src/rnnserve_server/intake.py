@@ -140,6 +140,7 @@ class Intake:
     def __init__(self) -> None:
         self.queued_bytes = 0
         self.since: float | None = None
+        self._lone: tuple[Frame, Signature] | None = None  # the only one, as long as there is no other
         self._frames = 0
         self._piles: list[_Pile] = []
         self._open: dict[tuple[Group, Signature, bool, Sink | None], _Pile] = {}  # the last pile of a kind
@@ -150,6 +151,19 @@ class Intake:
 
     def add(self, frame: Frame, signature: Signature) -> None:
         """Takes a frame, whose inputs and mask are known to fit and have that signature."""
+        self._frames += 1
+        for x in frame.inputs.values():
+            self.queued_bytes += x.nbytes
+        if self._frames == 1:
+            self._lone = frame, signature
+            return
+        if self._lone is not None:
+            lone, self._lone = self._lone, None
+            self._pile(*lone)
+        self._pile(frame, signature)
+
+    def _pile(self, frame: Frame, signature: Signature) -> None:
+        """Puts a frame with those that it runs with."""
         alone = frame.sink if len(frame.tags) >= _LARGE else None
         kind = (frame.sessions.group, signature, frame.sessions.first_steps is None, alone)
         pile = self._open.get(kind)
@@ -158,12 +172,12 @@ class Intake:
             pile.takes(frame)
             self._piles.append(pile)
         self._last[frame.sink] = pile.number
-        self._frames += 1
-        for x in frame.inputs.values():
-            self.queued_bytes += x.nbytes
 
     def empty(self) -> list[Gathered]:
         """Takes everything out: the frames to be joined, in the order in which they run."""
+        if self._lone is not None:
+            (frame, _), self._lone, self._frames, self.queued_bytes = self._lone, None, 0, 0
+            return [Gathered([frame], 1)]
         if not self._piles:
             return []
         piles = self._piles
@@ -206,6 +220,8 @@ def joined(frames: Sequence[Frame], rounds: int = 1) -> Block:
 
 def _sinks(frames: Sequence[Frame]) -> list[tuple[Sink, int]]:
     """The sinks, one after the other, and how many chunks are of each."""
+    if len(frames) == 1:
+        return [(frames[0].sink, len(frames[0].tags))]
     counts: dict[Sink, int] = {}
     for frame in frames:
         counts[frame.sink] = counts.get(frame.sink, 0) + len(frame.tags)

@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import repeat
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -45,8 +44,8 @@ class Limits:
     bytes: int
 
 
-_Kept = tuple[Array, "Run | Array", Arrays, Arrays]
-"""Of a round where it begins, what was asked, the outputs and the states, as `Round` has them."""
+_Answered = tuple[Array | None, Arrays, Arrays]
+"""Of a round where it begins, the outputs and the states, as `Round` has them."""
 
 _NONE = np.zeros(0, np.int64)
 NO_REPLAY = Limits(0, 0)
@@ -249,13 +248,8 @@ class Window:
             timesteps: of each chunk.
             answered: the answers to a chunk of each, and what to the next chunk of each, and so on.
         """
-        if not self.limits.replies:
-            return
-        rounds: list[_Kept] = []
-        for each in answered:
-            assert each.first_steps is not None
-            rounds.append((each.first_steps, run, each.outputs, each.states))
-        self._keep(sessions, start, timesteps, rounds)
+        if self.limits.replies:
+            self._keep(sessions, run, start, timesteps, [each[1:] for each in answered])
 
     def restore(
         self,
@@ -273,26 +267,24 @@ class Window:
         """
         if self.limits.replies:
             sessions = Sessions(group, slots, group.generation[slots], first_steps)
-            self._keep(sessions, 0, timesteps, [(first_steps, asked, outputs, states)])
+            self._keep(sessions, asked, 0, timesteps, [(first_steps, outputs, states)])
 
-    def _keep(self, sessions: Sessions, start: int, timesteps: int, rounds: Sequence[_Kept]) -> None:
+    def _keep(
+        self, sessions: Sessions, asked: Run | Array, start: int, timesteps: int, answered: Sequence[_Answered]
+    ) -> None:
         """Keeps rounds of N sessions, one after the other, that are of equal length and shape."""
         group, slots, at, recent = sessions.group, sessions.slots, sessions.at, self._recent
-        count = len(rounds)
-        numbers = _counted(group.answered[at].copy(), 1, count)
-        group.answered[at] += count
-        _, asked, outputs, states = rounds[0]
-        answers = _bytes(outputs, states)
-        nbytes = answers + _part_bytes(asked, timesteps)
-        each_bytes = answers // len(slots)
+        _, outputs, states = answered[0]
+        answer_bytes = _bytes(outputs, states)
+        nbytes, each_bytes = answer_bytes + _part_bytes(asked, timesteps), answer_bytes // len(slots)
         if not self._bytes_count and each_bytes * self.limits.replies > self.limits.bytes:
             self._count_bytes(group)
-        befores: Iterable[Array] = repeat(_NONE)
-        if self._bytes_count:
-            befores = _counted(group.answered_bytes[at].copy(), each_bytes, count)
-            group.answered_bytes[at] += each_bytes * count
-        alike = recent[-1].alike + 1 if recent and recent[-1].slots is slots else 1
-        for (first_steps, asked, outputs, states), number, before in zip(rounds, numbers, befores, strict=False):
+        number = group.answered[at].copy()  # [N]
+        before = group.answered_bytes[at].copy() if self._bytes_count else _NONE  # [N]
+        alike = recent[-1].alike if recent and recent[-1].slots is slots else 0
+        for first_steps, outputs, states in answered:
+            assert first_steps is not None
+            alike += 1
             recent.append(
                 Round(
                     slots,
@@ -309,10 +301,14 @@ class Window:
                     alike,
                 )
             )
-            start += timesteps
-            alike += 1
-        self.nbytes += nbytes * count
-        self._forget(group, count)
+            start, number = start + timesteps, number + 1
+            if self._bytes_count:
+                before = before + each_bytes
+        group.answered[at] = number
+        if self._bytes_count:
+            group.answered_bytes[at] = before
+        self.nbytes += nbytes * len(answered)
+        self._forget(group, len(answered))
 
     def _count_bytes(self, group: Group) -> None:
         """Has bytes count from now on, those of the answers that are remembered already too."""
@@ -551,11 +547,6 @@ class Window:
         self.nbytes += round_.nbytes
         self._thinned_bytes += round_.nbytes
         to.append(round_)
-
-
-def _counted(first: Array, each: int, rounds: int) -> Sequence[Array]:
-    """What N sessions had been answered before each of their rounds, which count for so much each: int64 [N] each."""
-    return (first,) if rounds == 1 else list(first + each * np.arange(rounds)[:, None])
 
 
 def _part_bytes(asked: Run | Array, timesteps: int) -> int:
