@@ -201,7 +201,7 @@ async def test_streams_that_send_ahead_are_run_one_after_the_other(house):
 
 _AHEAD = st.lists(
     st.tuples(
-        st.integers(0, 1),  # which stream
+        st.integers(0, 1),  # which half of the lanes, or which stream
         st.integers(1, 2),  # time steps
         st.sampled_from([0] * 8 + [-3, -1, 1, None]),  # how far on it goes beforehand; None: it does not say its step
         st.sampled_from([1.0] * 8 + [np.nan, 7.0]),  # 7: the engine fails
@@ -212,23 +212,23 @@ _AHEAD = st.lists(
 )
 
 
-@given(_AHEAD, st.sampled_from([SEQUENCES, LayerOptions(stateful=True)]), st.sampled_from([0, 3]))
-async def test_what_is_sent_ahead_is_told_what_it_is_one_by_one(arrivals, options, every):
-    """Whatever two streams send ahead in large frames (of any lengths, again, out of step, with numbers that the model
-    forbids or fails at, to sessions with rules that reset): each lane is told of each chunk what it is told if every
-    frame waits for the answer to the one before, and its session ends up the same.
+@given(_AHEAD, st.booleans(), st.sampled_from([SEQUENCES, LayerOptions(stateful=True)]), st.sampled_from([0, 3]))
+async def test_what_is_sent_ahead_is_told_what_it_is_one_by_one(arrivals, together, options, every):
+    """Whatever one or two streams send ahead in large frames (of any lengths, again, out of step, with numbers that the
+    model forbids or fails at, to sessions with rules that reset): each lane is told of each chunk what it is told if
+    every frame waits for the answer to the one before, and its session ends up the same.
     """
     told, ends = [], []
     for ahead in (True, False):
         house = House(finite=True)
         house.engine.poison = 7.0
         sessions = house.open(64, options, replay=Limits(4, 1 << 20), rules=ResetRules(every_steps=every))
-        sinks = [Told(), Told()]
-        columns = [Column(sinks[0], sessions[:32]), Column(sinks[1], sessions[32:])]
+        sinks = [Told()] * 2 if together else [Told(), Told()]
+        columns = [Column(sinks[0], sessions[:32]), Column(sinks[1], sessions[32:], 32)]
         at = [0, 0]
         for stream, steps, on, number, lane in arrivals:
             x = np.ones((32, 1, steps, FEATURES), np.float32)
-            x[slice(None) if number == house.engine.poison else lane] = number
+            x[lane] = number
             at[stream] = max(0, at[stream] + (on or 0))
             house.take_in(columns[stream].frame(x, None if on is None else at[stream]))
             at[stream] += steps
@@ -319,6 +319,36 @@ async def test_one_sinks_fault_is_not_anothers(house):
         ["STEP_AHEAD"],
     ]
     assert [session.step for session in sessions] == [1, 0, 0, 0, 0]
+
+
+@given(st.sets(st.integers(0, 19)), st.sampled_from([1, 40]), st.sampled_from([1, 5, 20]))
+async def test_what_the_engine_fails_at_fails_alone(guilty, steps, each):
+    """Of twenty chunks that came together, from one stream or several, those that the engine fails at (in their first
+    slice or their second) fail, and no other one: those are answered, and so are the chunks behind them.
+    """
+    house = House()
+    house.engine.poison = 7.0
+    sessions = house.open(20)
+    sinks = [Told() for _ in range(0, 20, each)]
+    for first_step in (0, steps):
+        for at, sink in enumerate(sinks):
+            x = np.ones((each, 1, steps, FEATURES), np.float32)
+            if not first_step:
+                x[[i - at * each for i in guilty if at * each <= i < (at + 1) * each], :, -1] = house.engine.poison
+            house.take_in(Column(sink, sessions[at * each : (at + 1) * each], at * each).frame(x, first_step))
+    await house.idle()
+    for at, session in enumerate(sessions):
+        told = sinks[at // each].of[at]
+        if at in guilty:
+            assert told == [(0, "ENGINE_FAILED"), (steps, "STEP_AHEAD")]
+            assert session.step == 0
+        else:
+            sums = np.arange(1, 2 * steps + 1, dtype=np.float32).repeat(FEATURES).reshape(2, -1)
+            assert told == [(0, sums[0].tobytes()), (steps, sums[1].tobytes())]
+            assert session.step == 2 * steps
+    assert (len(house.worker), house.worker.queued_bytes) == (0, 0)
+    assert not any(session.busy for session in sessions)
+    await house.worker.close()
 
 
 async def test_a_session_on_two_streams(house):

@@ -188,6 +188,22 @@ class Scheduler:
         assert block.sessions is not None
         self._pass_on(block.sessions, block.number, previous.number)
 
+    def halve(self, block: Block) -> Block:
+        """Has half of a block's N chunks, of which there are several, run before the other half, each by itself.
+
+        Returns:
+            The first half, which takes the place of the block given; the second one follows it.
+        """
+        positions, middle = np.arange(len(block.tags)), len(block.tags) // 2
+        second, followers = block.take(positions[middle:]), block.followers
+        self.queued_bytes += second.nbytes
+        self._enter(second)
+        if second.sessions is not None:
+            self._pass_on(second.sessions, block.number, second.number)
+        first = self.narrow(block, positions[:middle])
+        first.followers, second.followers, second.solo = [second], followers, True
+        return first
+
     def _shorten(self, block: Block, steps: int) -> None:
         """Leaves a block only as many of its rounds, one at least, as fit into so many steps; the others follow it."""
         count = max(1, steps // block.round_steps)

@@ -468,18 +468,21 @@ class Worker:
                 block.states = block.resets.apply(block.done, block.states, self._engine.states, block.batch_size)
 
     def _engine_failed(self, blocks: list[Block], error: EngineError) -> None:
-        """Runs the blocks of a failed batch again one by one, so that only the one to blame fails."""
-        log.warning("engine failed", error=str(error), **self._answering.facts(blocks))
+        """Runs what failed together again in ever smaller parts, so that only the chunks to blame fail: the blocks of a
+        tick one by one, the rounds of a block, its halves.
+        """
+        if not blocks[0].solo:
+            log.warning("engine failed", error=str(error), **self._answering.facts(blocks))
         for block in blocks:
             if block.rounds > 1:
                 self._scheduler.part(block)
-                block.solo = True
-                self._scheduler.requeue(block)
             elif len(blocks) == 1:
-                self._answering.drop(block, EngineFailed(str(error)))
-            else:
-                block.solo = True
-                self._scheduler.requeue(block)
+                if len(block.tags) == 1:
+                    self._answering.drop(block, EngineFailed(str(error)))
+                    return
+                block = self._scheduler.halve(block)
+            block.solo = True
+            self._scheduler.requeue(block)
 
 
 def _sinks(blocks: Sequence[Block]) -> Collection[Sink]:
