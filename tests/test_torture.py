@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -101,6 +102,18 @@ def test_a_short_torture(tmp_path: Path, kind: str, replicas: int) -> None:
     report = run(what, kind, tmp_path)
     assert report.faults == []
     assert report.steps > 300
+    assert report.kills > 0
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "redis"])
+def test_a_short_torture_of_wide_frames(tmp_path: Path, kind: str) -> None:
+    """Forty sessions of a stream go in step, up to twelve frames ahead of their answers: their frames are run and
+    stored together, and every history is the oracle's.
+    """
+    what = Torture(seed=3, seconds=5, kills=3, steps=20_000, sessions=120, abreast=40, links=3, calls=0, longest=1)
+    report = run(replace(what, ahead=12, mischief=0.002), kind, tmp_path)
+    assert report.faults == []
+    assert report.steps > 1000
     assert report.kills > 0
 
 

@@ -35,6 +35,7 @@ class Trial:
         chance: the seeded dice.
         addresses: gives the servers' addresses.
         ahead: chunks of a session that are sent before the first of them is answered.
+        abreast: there are sessions that go in step.
         counts: what happened, and how often.
         faults: what must not happen, and did.
         steps: time steps that were answered.
@@ -45,10 +46,13 @@ class Trial:
         alone: there is one server, which nobody can take a session from.
     """
 
-    def __init__(self, seed: int, addresses: Callable[[], list[str]], *, ahead: int, mischief: float) -> None:
+    def __init__(
+        self, seed: int, addresses: Callable[[], list[str]], *, ahead: int, mischief: float, abreast: bool = False
+    ) -> None:
         self.chance = random.Random(seed)
         self.addresses = addresses
         self.ahead = ahead
+        self.abreast = abreast
         self.mischief = mischief
         self.alone = len(addresses()) == 1
         self.counts: Counter[str] = Counter()
@@ -67,6 +71,7 @@ class Track:
 
     Attributes:
         plan: what it is to do.
+        column: that of the sessions that it goes in step with.
         history: what it was answered.
         total: chunks that are wanted.
         frontier: so many first chunks are answered.
@@ -77,9 +82,10 @@ class Track:
         sent: the next chunk to send on the lane; None: it is not open yet.
     """
 
-    def __init__(self, trial: Trial, plan: Plan) -> None:
+    def __init__(self, trial: Trial, plan: Plan, column: int) -> None:
         self.trial = trial
         self.plan = plan
+        self.column = column
         self.history = History(0)
         self.total = len(plan.lengths)
         self.frontier = self.high = self.known = 0
@@ -218,7 +224,11 @@ class Link:
         while True:
             request = self._say()
             if request.ByteSize():
-                await stream.write(request)
+                apart = self.trial.abreast and self.trial.chance.random() < 0.5
+                for each in _apart(request) if apart else [request]:
+                    await stream.write(each)
+                if self.trial.abreast:  # until there are several to be sent one right behind the other
+                    await asyncio.sleep(self.trial.chance.uniform(0, 0.02))
                 if self.trial.happens(0.02):
                     self.trial.counts["streams half-closed"] += 1
                     await stream.done_writing()  # all that was said is answered, and then the stream ends
@@ -236,7 +246,8 @@ class Link:
 
     def _say(self) -> pb.StreamRequest:
         request, now = pb.StreamRequest(), time.monotonic()
-        rounds: list[dict[Any, list[tuple[Track, int, bool]]]] = []
+        rounds: dict[int, dict[Any, list[tuple[Track, int, bool]]]] = {}
+        columns = self._columns()
         for track in list(self.tracks):
             if track.done:
                 continue
@@ -248,15 +259,25 @@ class Link:
             elif track.lane is None:
                 if now >= track.not_before:
                     self._open(request, track)
-            elif track.sent is not None:
-                for place, (number, wrong) in enumerate(self._wanted(request, track)):
-                    if place == len(rounds):
-                        rounds.append(defaultdict(list))
-                    rounds[place][track.plan.kind, track.plan.lengths[number]].append((track, number, wrong))
-        for alike in rounds:
+            elif (until := columns[track.column]) is not None:
+                for place, (number, wrong) in enumerate(self._wanted(request, track, until)):
+                    alike = rounds.setdefault(number if self.trial.abreast else place, defaultdict(list))
+                    kind = track.column if self.trial.abreast else track.plan.kind
+                    alike[kind, track.plan.lengths[number]].append((track, number, wrong))
+        for _, alike in sorted(rounds.items()):
             for chunks in alike.values():
                 request.frames.append(self._frame(chunks))
         return request
+
+    def _columns(self) -> dict[int, int | None]:
+        """Up to which chunk the sessions of each column may be sent now; None: not all of them are open yet."""
+        until: dict[int, int | None] = {}
+        for track in self.tracks:
+            if not track.done:
+                limit = None if track.sent is None else track.frontier + self.trial.ahead
+                before = until.get(track.column, limit)
+                until[track.column] = None if limit is None or before is None else min(limit, before)
+        return until
 
     def _open(self, request: pb.StreamRequest, track: Track) -> None:
         track.lane, track.known = len(self._lanes), track.frontier
@@ -268,10 +289,10 @@ class Link:
         asked = config(kind.model, track.plan.name, batch=kind.batch, **dict.fromkeys(kind.options, True))
         request.opens.add(lane=track.lane, create=asked)
 
-    def _wanted(self, request: pb.StreamRequest, track: Track) -> list[tuple[int, bool]]:
+    def _wanted(self, request: pb.StreamRequest, track: Track, until: int) -> list[tuple[int, bool]]:
         """The chunks to send now, and whether each is another than it should be."""
         assert track.sent is not None
-        wanted = [(number, False) for number in range(track.sent, min(track.frontier + self.trial.ahead, track.total))]
+        wanted = [(number, False) for number in range(track.sent, min(until, track.total))]
         track.sent += len(wanted)
         if not wanted or not self.trial.mischief:
             return wanted
@@ -343,6 +364,12 @@ class Link:
             track.fault("lost session", why)
         if current:
             track.again()
+
+
+def _apart(request: pb.StreamRequest) -> list[pb.StreamRequest]:
+    """A message for each frame."""
+    first = pb.StreamRequest(opens=request.opens, closes=request.closes)
+    return [*([first] if first.ByteSize() else []), *(pb.StreamRequest(frames=[each]) for each in request.frames)]
 
 
 async def call_by_call(trial: Trial, track: Track) -> None:

@@ -176,11 +176,15 @@ def make_plans(
     steps: int,
     longest: int,
     kinds: Sequence[Kind] = KINDS,
+    abreast: int = 1,
 ) -> list[Plan]:
-    """Sessions of all kinds in turn, that take so many steps together, in chunks of 1 to ``longest``."""
+    """Sessions of all kinds in turn, that take so many steps together, in chunks of 1 to ``longest``; so many that
+    follow one another are of one kind, in chunks of the same lengths.
+    """
     plans = []
     for number in range(sessions):
-        kind, rng = kinds[number % len(kinds)], np.random.default_rng((seed, number, 2))
+        column = number // abreast
+        kind, rng = kinds[column % len(kinds)], np.random.default_rng((seed, column, 2))
         lengths = rng.integers(1, longest + 1, 1 + 2 * steps // sessions // (longest + 1)).tolist()
         plans.append(Plan(f"torture-{seed}-{number}", kind, engines[kind.model], (seed, number), lengths))
     return plans

@@ -38,6 +38,7 @@ class Torture:
         replicas: servers on one store; sessions hop between them if there are several.
         links: streams.
         calls: sessions that are driven by unary calls.
+        abreast: sessions that go in step on one stream, in frames of as many lanes.
         ahead: chunks that a session is ahead of its answers.
         cut: bytes, in the mean, after which a connection is cut; None: never.
         mischief: how likely a client does something needless or wrong.
@@ -54,6 +55,7 @@ class Torture:
     replicas: int = 1
     links: int = 4
     calls: int = 4
+    abreast: int = 1
     ahead: int = 5
     cut: int | None = 300_000
     mischief: float = 0.1
@@ -122,7 +124,7 @@ async def torture(what: Torture, url: str, folder: Path) -> Report:
         folder: for models and logs.
     """
     engines = write_models(folder / "models")
-    plans = make_plans(engines, what.seed, what.sessions, what.steps, what.longest)
+    plans = make_plans(engines, what.seed, what.sessions, what.steps, what.longest, abreast=what.abreast)
     settings = {"models": str(folder / "models"), "store": url, "rest_seconds": what.rest_seconds, "drain_seconds": 2.0}
     servers = [ServerProcess(settings, folder / f"server{n}.log", what.fault) for n in range(what.replicas)]
     report, started = Report(what, url.partition(":")[0]), time.monotonic()
@@ -134,8 +136,14 @@ async def torture(what: Torture, url: str, folder: Path) -> Report:
                 await stack.enter_async_context(Proxy(server.address, random.Random(f"{what.seed}/{n}"), what.cut))
                 for n, server in enumerate(servers)
             ]
-            trial = Trial(what.seed, lambda: [p.address for p in proxies], ahead=what.ahead, mischief=what.mischief)
-            tracks = [Track(trial, plan) for plan in plans]
+            trial = Trial(
+                what.seed,
+                lambda: [p.address for p in proxies],
+                ahead=what.ahead,
+                mischief=what.mischief,
+                abreast=what.abreast > 1,
+            )
+            tracks = [Track(trial, plan, number // what.abreast) for number, plan in enumerate(plans)]
             await _run(what, trial, tracks, servers, proxies, report)
             report.cuts = dict(sum((proxy.cuts for proxy in proxies), Counter[str]()))
             trial.counts["connections refused"] = sum(proxy.resets for proxy in proxies)
@@ -178,7 +186,7 @@ async def _run(
     for link in links:
         link.others = [other for other in links if other is not link] if what.replicas > 1 else []
     for number, track in enumerate(tracks[what.calls :]):
-        links[number % len(links)].take(track)
+        links[number // what.abreast % len(links)].take(track)
     adversary = asyncio.create_task(_adversary(what, trial, servers, proxies, report))
     tasks = [asyncio.create_task(link.run()) for link in links]
     tasks += [asyncio.create_task(call_by_call(trial, track)) for track in tracks[: what.calls]]
