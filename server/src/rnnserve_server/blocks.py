@@ -138,10 +138,8 @@ class Sessions:
 
     def same(self, other: Sessions) -> bool:
         """Whether other chunks are of the very same sessions, in the same order."""
-        if (
-            other.slots is self.slots and other.generations is self.generations
-        ):  # as a stream's are that says them again
-            return True
+        if other.slots is self.slots and other.generations is self.generations:
+            return True  # as when a stream says its lanes again
         return (
             other.group is self.group
             and other.slots.tobytes() == self.slots.tobytes()

@@ -19,6 +19,7 @@ from rnnserve_server.layout import Signature, timesteps, to_call
 from rnnserve_server.sessions import Group
 
 _LARGE = 32  # lanes of a frame that is worth a block without others': joined, it would part from what is sent ahead
+_ROUNDS_BYTES = 4 << 20  # of rounds that are laid out at once: everybody waits for that
 
 
 @dataclass(slots=True, eq=False)
@@ -41,6 +42,11 @@ class Frame:
     mask: Array | None
     trace: Trace | None = None
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of input."""
+        return sum([x.nbytes for x in self.inputs.values()])
+
 
 class _Pile:
     """Frames to be joined, by their sinks. No session has two chunks of one sink in it, which must run one after the
@@ -53,7 +59,7 @@ class _Pile:
         self.number = number
         self.of: dict[Sink, list[Frame]] = {}
         self.rounds: list[Frame] = []  # if there are several
-        self._steps = 0  # of all of them
+        self._steps = 0  # of one of them
         self._seen: dict[Sink, set[int]] = {}  # slots, where a sink has several frames here
 
     def takes(self, frame: Frame) -> bool:
@@ -86,14 +92,13 @@ class _Pile:
 
     def _takes_round(self, frame: Frame) -> bool:
         """Puts a frame of the same sink and signature behind the others, if it is the next round."""
-        sessions, first = frame.sessions, self.rounds[0].sessions
-        ahead = self._steps * len(self.rounds)
-        if not _plain(frame) or not (
-            first.same(sessions) if first.first_steps is None else first.goes_on(sessions, ahead)
-        ):
+        sessions, first, count = frame.sessions, self.rounds[0].sessions, len(self.rounds)
+        if not _plain(frame) or frame.nbytes * count >= _ROUNDS_BYTES:
             return False
-        self.rounds.append(frame)
-        return True
+        goes_on = first.same(sessions) if first.first_steps is None else first.goes_on(sessions, self._steps * count)
+        if goes_on:
+            self.rounds.append(frame)
+        return goes_on
 
     def gathered(self) -> Gathered:
         """All of them, one sink's after the other's, each sink's in the order in which they came; or the rounds."""
@@ -152,8 +157,7 @@ class Intake:
     def add(self, frame: Frame, signature: Signature) -> None:
         """Takes a frame, whose inputs and mask are known to fit and have that signature."""
         self._frames += 1
-        for x in frame.inputs.values():
-            self.queued_bytes += x.nbytes
+        self.queued_bytes += frame.nbytes
         if self._frames == 1:
             self._lone = frame, signature
             return
