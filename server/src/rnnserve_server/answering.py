@@ -138,6 +138,8 @@ class Answering:
         self, block: Block, shown: Sequence[Shown], *, stored: bool, ready: Sequence[Ready] | None = None
     ) -> None:
         """Moves the sessions of a block on, and answers: with what `ready` has made of it, if it has."""
+        if block.sessions is not None:  # first: whoever has the answer may look at the session
+            self._sessions.commit(block.sessions, block.states, block.call.timesteps, stored=stored)
         if ready is None:
             for some in shown:
                 for each in some.rounds:
@@ -149,7 +151,6 @@ class Answering:
         for sink, _ in block.sinks:  # an answer is on its way while the rest is done
             sink.flush()
         if block.sessions is not None:
-            self._sessions.commit(block.sessions, block.states, block.call.timesteps, stored=stored)
             self._remember(block, block.sessions, shown)
         self._scheduler.finish(block)  # after the answer, so that a lane is never closed before its chunks are answered
 
