@@ -244,6 +244,40 @@ async def test_what_is_sent_ahead_is_told_what_it_is_one_by_one(arrivals, togeth
     assert ends[0] == ends[1]
 
 
+@pytest.mark.parametrize(
+    ("lanes", "steps", "rounds"),
+    [
+        (32, [0, 1, 2, 3], [4]),
+        (32, [None] * 4, [4]),
+        (32, [0, 1, 1, 2, 5], [2, 2, 1]),  # sent again; ahead
+        (31, [0, 1, 2, 3], [1] * 4),  # those of several streams are joined instead
+    ],
+)
+def test_wide_frames_that_go_on_are_rounds_of_one_block(lanes, steps, rounds):
+    """Frames of the same lanes that each begin where the one before it ends are laid out together as they come in."""
+    found, model, intake = table(), loaded(), Intake()
+    column = Column(Told(), [opened(found, model, options=SEQUENCES) for _ in range(lanes)])
+    for number, step in enumerate(steps):
+        x = np.full((lanes, 1, 1, FEATURES), number, np.float32)
+        taken_in(intake, column.frame(x, step))
+    gathered = intake.empty()
+    assert [each for _, each in gathered] == rounds
+    blocks = [joined(frames, each) for frames, each in gathered]
+    assert [block.rounds for block in blocks] == rounds
+    assert np.concatenate([block.call.inputs["input"][:, 0, 0] for block in blocks]).tolist() == list(range(len(steps)))
+
+
+def test_rounds_are_laid_out_a_few_at_a_time(monkeypatch):
+    """However many frames came, no more bytes of them are copied at once than everybody can wait for."""
+    found, model, intake = table(), loaded(), Intake()
+    column = Column(Told(), [opened(found, model, options=SEQUENCES) for _ in range(32)])
+    x = np.zeros((32, 1, 1, FEATURES), np.float32)
+    monkeypatch.setattr("rnnserve_server.intake._ROUNDS_BYTES", 3 * x.nbytes)
+    for step in range(8):
+        taken_in(intake, column.frame(x, step))
+    assert [rounds for _, rounds in intake.empty()] == [3, 3, 2]
+
+
 async def test_rounds_that_come_again(house):
     """A stream that lost its answers sends all of its frames again, and the next ones: those that the window holds are
     answered as before, those behind it refused, and the next ones run.

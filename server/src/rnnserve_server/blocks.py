@@ -394,8 +394,20 @@ class ShownRound(NamedTuple):
             start += count
 
 
+def only_outputs(options: LayerOptions) -> bool:
+    """Whether chunks without a mask could as well be one longer chunk: nothing is asked for between them."""
+    return not (options.return_state or options.go_backwards)
+
+
 def end_to_end(calls: Sequence[Compacted]) -> Compacted:
-    """Calls of the same rows, none of them masked, as one after the other."""
+    """Calls of the same rows, none of them masked, as one call.
+
+    Args:
+        calls: R of them, each input [T, N * batch, *shape], T of each its own.
+
+    Returns:
+        Each input [sum of T, N * batch, *shape], a copy.
+    """
     steps = sum([call.timesteps for call in calls])
     inputs = {name: np.concatenate([call.inputs[name] for call in calls]) for name in calls[0].inputs}
     return Compacted(inputs, same_lengths(len(calls[0].lengths), steps), steps, None)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from rnnserve_models.engine.base import Array, Arrays
-from rnnserve_server.blocks import Block, Sessions, Sink, Trace, end_to_end
+from rnnserve_server.blocks import Block, Sessions, Sink, Trace, end_to_end, only_outputs
 from rnnserve_server.layout import Signature, timesteps, to_call
 from rnnserve_server.sessions import Group
 
@@ -58,7 +58,7 @@ class _Pile:
     def __init__(self, number: int) -> None:
         self.number = number
         self.of: dict[Sink, list[Frame]] = {}
-        self.rounds: list[Frame] = []  # if there are several
+        self.rounds: list[Frame] = []  # its only frame and those that go on from there, once one might
         self._steps = 0  # of one of them
         self._seen: dict[Sink, set[int]] = {}  # slots, where a sink has several frames here
 
@@ -72,7 +72,10 @@ class _Pile:
             return True
         slots = frame.sessions.slots
         if frames[0].sessions.slots is slots:  # the same lanes again: the clients that send ahead do that
-            return len(frames) == 1 and self._begins_rounds(frames[0]) and self._takes_round(frame)
+            if len(frames) > 1 or len(slots) < _LARGE or not _plain(frames[0]):
+                return False
+            self.rounds, self._steps = [frames[0]], timesteps(frame.sessions.group.options, frame.inputs)
+            return self._takes_round(frame)
         if (seen := self._seen.get(frame.sink)) is None:
             seen = self._seen[frame.sink] = set(frames[0].sessions.slots.tolist())
         said = slots.tolist()
@@ -80,14 +83,6 @@ class _Pile:
             return False
         seen.update(said)
         frames.append(frame)
-        return True
-
-    def _begins_rounds(self, frame: Frame) -> bool:
-        """Whether its only frame may be the first of several rounds."""
-        if len(frame.tags) < _LARGE or not _plain(frame):
-            return False
-        self.rounds.append(frame)
-        self._steps = timesteps(frame.sessions.group.options, frame.inputs)
         return True
 
     def _takes_round(self, frame: Frame) -> bool:
@@ -122,12 +117,7 @@ class Gathered(NamedTuple):
 def _plain(frame: Frame) -> bool:
     """Whether its steps could as well be part of a longer frame's, and nobody wants to know of it alone."""
     group = frame.sessions.group
-    options = group.options
-    return (
-        frame.mask is None
-        and frame.trace is None
-        and not (options.return_state or options.go_backwards or group.model.engine.whole)
-    )
+    return frame.mask is None and frame.trace is None and only_outputs(group.options) and not group.model.engine.whole
 
 
 class Intake:

@@ -9,8 +9,9 @@ Ready blocks are kept by the magnitude of the time steps they have left. The mag
 tick is much longer than one of ``max_batch_rows`` rows and one step: neither one long chunk nor many of them keep a
 short one waiting for longer, and the short ones come back for their share before all of the long ones had theirs.
 
-A client that sends ahead has blocks of the very same sessions behind one another. If they have many rows, the first
-runs alone and takes some of the others along (see `Scheduler.absorb`): fewer while there is work beside it.
+A client that sends ahead has blocks of the very same sessions behind one another, or rounds of one block (`intake`). If
+they have many rows, the first runs alone and takes some of the others along (see `Scheduler.absorb`): fewer while there
+is work beside it.
 
 Where calls must stay whole, blocks are kept by their number of steps and run in one tick, never padded or cut.
 
@@ -27,7 +28,7 @@ from typing import NamedTuple
 import numpy as np
 
 from rnnserve_models.engine.base import Array
-from rnnserve_server.blocks import Barrier, Block, Sessions, end_to_end, goes_on
+from rnnserve_server.blocks import Barrier, Block, Sessions, end_to_end, goes_on, only_outputs
 
 _MOST_BLOCKS = 16  # of a tick: each takes the event loop some tenths of a millisecond, beside the run
 _SHARED_RUN = 1.6  # ticks of one step, that a tick may take among others: less, and long chunks have not their share
@@ -383,7 +384,7 @@ def _before(block: Block) -> int:
 
 def _plain(block: Block) -> bool:
     """Whether its steps could as well be part of a longer chunk."""
-    return block.call.mask is None and not (block.solo or block.options.return_state or block.options.go_backwards)
+    return block.call.mask is None and not block.solo and only_outputs(block.options)
 
 
 def _distinct(block: Block) -> Iterator[Block]:
