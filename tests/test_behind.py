@@ -13,9 +13,11 @@ import pytest
 from house import FEATURES, AddingEngine, Clock, Notes, chunks, loaded, table
 from rnnserve_models.options import LayerOptions
 from rnnserve_server.behind import Behind, Ran
-from rnnserve_server.blocks import Block
+from rnnserve_server.blocks import Block, Sessions
 from rnnserve_server.errors import InternalError, SessionAway, SessionClosed, SessionTakenOver, StoreDown
+from rnnserve_server.intake import Frame
 from rnnserve_server.keeper import Keeper
+from rnnserve_server.layout import signature
 from rnnserve_server.replay import Limits
 from rnnserve_server.repository import Repository
 from rnnserve_server.resets import ResetRules
@@ -122,6 +124,16 @@ class House:
         )
         self.sinks.append(sink)
         return sink
+
+    def take_in(self, name: str, first_step: int) -> None:
+        """A chunk of one session, as a stream's frame."""
+        session = self.sessions.get(name)
+        group, slots = session.group, np.array([session.slot])
+        sink = Witness(self.store, [name])
+        sessions = Sessions(group, slots, group.generation[slots], np.array([first_step], np.uint64))
+        inputs = {"input": np.ones((1, 1, 1, FEATURES), np.float32)}
+        self.worker.take_in(Frame(sink, np.zeros(1, np.int64), sessions, inputs, None), signature(inputs, None))
+        self.sinks.append(sink)
 
     async def turns(self) -> None:
         """Until nothing goes on that does not wait for the store."""
@@ -560,6 +572,27 @@ async def test_a_commit_elsewhere_is_waited_for_while_it_is_quick(house, monkeyp
     await house.worker.settle()
     monkeypatch.setattr("rnnserve_server.storing._HELD_SECONDS", 0.0)
     assert await runs_during_a_commit() == 2
+
+
+async def test_what_comes_during_a_commit_is_lined_up_together(house):
+    """However many turns of the loop it takes until a commit is over, what came meanwhile is one block then."""
+    await house.open("a", "b", "c")
+    house.store.embedded = True
+    house.store.gate.clear()
+    house.send("a", 0)
+    await house.turns()
+    for name in "bc":
+        house.take_in(name, 0)
+        await house.turns()
+    assert (len(house.scheduler), len(house.worker)) == (1, 3)
+    house.store.gate.set()
+    blocks: list[Block] = []
+    submit = house.scheduler.submit
+    house.scheduler.submit = lambda block: (blocks.append(block), submit(block))
+    await house.worker.settle()
+    assert [len(block.sinks) for block in blocks] == [2]
+    assert all(sink.results for sink in house.sinks)
+    assert house.store.asked == 2
 
 
 @pytest.mark.parametrize(("embedded", "near"), [(False, 0.0), (False, 1.0), (True, 0.0)])
