@@ -108,7 +108,11 @@ def opened(
 
 
 class Notes:
-    """A sink that writes down what it is told, in order."""
+    """A sink that writes down what it is told, in order.
+
+    Attributes:
+        unsent: results that were told and not flushed.
+    """
 
     def __init__(self, deadline: float | None = None, names: dict[int, str] | None = None) -> None:
         self.cancelled = False
@@ -119,6 +123,7 @@ class Notes:
         self.told: list[int] = []
         self.readied: list[int] = []
         self.flushes = 0
+        self.unsent = 0
         self._names = names or {}
 
     def session_id(self, tag: int) -> str:
@@ -133,6 +138,7 @@ class Notes:
         elif y is not None:
             y = y.reshape(-1, y.shape[-1])
         self.told += answers.tags.tolist()
+        self.unsent += len(answers.tags)
         self.results.append((answers.tags.tolist(), y))
         if answers.first_steps is not None:
             self.first_steps.append(answers.first_steps.tolist())
@@ -152,6 +158,7 @@ class Notes:
 
     def flush(self):
         self.flushes += 1
+        self.unsent = 0
 
 
 def chunks(

@@ -1045,6 +1045,22 @@ def test_one_session_on_several_lanes(served):
     assert served.get(session_id).step == 4
 
 
+def test_two_streams_of_a_session_send_at_once(served, held):
+    """Chunks that wait for one another are answered on the stream on which each came."""
+    session_id = served.create().session_id
+    with Stream(served) as one, Stream(served) as two, Stream(served) as other:
+        for stream in (one, two):
+            stream.send(opens=[opening(0, session_id)])
+            stream.read(1)
+        other.send(opens=[opening(0, version="1")], frames=[frame([0])])
+        assert held.running.wait(10)
+        for first_step, stream in enumerate((one, two)):
+            stream.send(frames=[frame([0], first_steps=[first_step])])
+            until_queued(served, 2 + first_step)
+        held.gate.set()
+        assert [stream.read(1).results[0][0][1].tolist() for stream in (one, two)] == [[[1, 1]], [[2, 2]]]
+
+
 def test_a_lane_is_free_after_its_close(served):
     """A closed lane takes another session; its old session lives on and can be taken by its id."""
     with Stream(served) as stream:

@@ -163,6 +163,7 @@ async def house(tmp_path):
     assert house.worker.queued_bytes == 0
     for sink in house.sinks:
         assert sorted(sink.told) == list(range(len(sink._names))), "each chunk is answered once"
+        assert not sink.unsent
 
 
 async def test_the_next_ticks_run_while_one_is_stored(house):
@@ -621,6 +622,7 @@ async def test_whatever_happens_every_answer_is_the_oracles(tmp_path, monkeypatc
                         before.append(expected)
                     assert before[first_step + 1] == row[0] == expected
             assert not any(error.reason == "INTERNAL" for error in sink.errors.values())
+            assert not sink.unsent
         todo.clear()
 
     for _ in range(300):

@@ -12,6 +12,7 @@ from house import FEATURES, AddingEngine, Clock, Notes, chunks, loaded, opened, 
 from rnnserve_models.masking import compact
 from rnnserve_models.options import LayerOptions
 from rnnserve_server.blocks import Barrier, Block
+from rnnserve_server.resets import ResetRules
 from rnnserve_server.scheduler import Scheduler
 from rnnserve_server.worker import Worker
 
@@ -443,6 +444,59 @@ async def test_waiting_chunks_of_a_session_run_as_one(house, sequences):
     assert [y[:, 0].tolist() for y in last] == [[2, 2], [4, 4], [5, 5]]
     assert [len(y) for _, y in sink.results] == ([1, 2, 1] if sequences else [2, 2, 2])
     assert [(session.step, house.state(session), session.busy) for session in made] == [(5, [5], False)] * 2
+
+
+async def test_a_session_on_two_streams(house):
+    """Chunks that run in one go may have come on several streams: each of these has its answers sent."""
+    group, slots, _ = house.open()
+    sinks = [Notes(), Notes()]
+    house.hold()
+    house.worker.submit(chunks(group, slots))
+    await house.held()
+    for first_step, sink in enumerate(sinks, 1):
+        house.worker.submit(chunks(group, slots, sink=sink, first_steps=[first_step]))
+    house.engine.gate.set()
+    await house.idle()
+    assert house.engine.calls == [(1, [1]), (2, [2])]
+    assert [(sink.first_steps, sink.unsent) for sink in sinks] == [([[1]], 0), ([[2]], 0)]
+
+
+@pytest.mark.parametrize("said", [True, False])
+@pytest.mark.parametrize("gone", [0, 1])
+async def test_one_of_two_streams_of_a_session_goes_amid_a_run(house, gone, said):
+    """Of chunks that run in one go, but not in one piece, those that nobody waits for any more leave nothing of
+    themselves: what came before them is answered, and what came behind them is as if they had not been sent.
+    """
+    house.scheduler.slice_steps = 8
+    group, slots, (session,) = house.open(rules=ResetRules(every_steps=3))
+    sinks = [Notes(), Notes()]
+    house.hold()
+    house.worker.submit(chunks(group, slots))
+    await house.held()
+    for number, sink in enumerate(sinks):
+        first_steps = [1 + 4 * number] if said else None
+        house.worker.submit(chunks(group, slots, 4, sink=sink, first_steps=first_steps))
+    run = house.engine.run
+
+    def during(*batch):
+        sinks[gone].cancelled = True
+        return run(*batch)
+
+    house.engine.run = during
+    house.engine.gate.set()
+    await house.idle()
+    assert house.engine.calls[1] == (2, [2]), "up to the reset"
+    reasons = [[error.reason for error in sink.errors.values()] for sink in sinks]
+    told = [sink.first_steps for sink in sinks]
+    assert not any(sink.unsent for sink in sinks)
+    if gone == 1:
+        assert (reasons, told, session.step) == ([[], ["CANCELLED"]], [[[1]], []], 5)
+    elif said:
+        assert (reasons, told, session.step) == ([["CANCELLED"], ["STEP_AHEAD"]], [[], []], 1)
+    else:
+        assert (reasons, told, session.step) == ([["CANCELLED"], []], [[], [[1]]], 5)
+    assert house.state(session) == [session.step % 3]
+    assert not session.busy
 
 
 @pytest.mark.parametrize("why", ["states", "mask", "step", "sessions", "long"])

@@ -148,7 +148,7 @@ class Answering:
         else:
             for sink, shares, tell in ready:
                 self._tell(sink, shares, tell)
-        for sink, _ in block.sinks:  # an answer is on its way while the rest is done
+        for sink in block.all_sinks:  # an answer is on its way while the rest is done
             sink.flush()
         if block.sessions is not None:
             self._remember(block, block.sessions, shown)

@@ -7,7 +7,7 @@ many clients many blocks: those that came at the same time and are of one shape 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -241,6 +241,13 @@ class Block:
     def pieces(self) -> Sequence[Block]:
         """Blocks whose rounds are of equal length, which it is made of: itself, mostly."""
         return self.parts or (self,)
+
+    @property
+    def all_sinks(self) -> Collection[Sink]:
+        """The sinks of its pieces, each once: a session may be on several streams."""
+        if not self.parts:
+            return [sink for sink, _ in self.sinks]
+        return {sink for each in self.parts for sink, _ in each.sinks}
 
     @property
     def next_steps(self) -> int:

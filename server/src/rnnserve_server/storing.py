@@ -276,7 +276,7 @@ class Storing:
     def _tell(self, ran: Sequence[Ran], stored_at: float | None, answered: Sequence[Block]) -> None:
         """Ticks are over, and whoever waits for them is told."""
         blocks = [block for tick in ran for block in tick.blocks]
-        for sink in {sink for block in blocks for each in block.pieces for sink, _ in each.sinks}:
+        for sink in {sink for block in blocks for sink in block.all_sinks}:
             sink.flush()
         if self._observer is not None:
             for tick in ran:

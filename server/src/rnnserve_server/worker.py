@@ -420,6 +420,10 @@ class Worker:
 
     def _begin(self, block: Block) -> Block | None:
         """Readies a block for its next slice: what is left of it to run, or None."""
+        if any(self._answering.gone(each) for each in block.parts):
+            self._scheduler.part(block)  # others may still wait for theirs
+            self._scheduler.requeue(block)
+            return None
         if block.onto is not None and not block.begun:
             self._start(block, block.onto.states)
         if gone := self._answering.gone(block):
