@@ -385,6 +385,16 @@ async def test_what_the_engine_fails_at_fails_alone(guilty, steps, each):
     await house.worker.close()
 
 
+async def test_a_session_on_two_streams(house):
+    """When two streams send a chunk for one session at the same time, one runs after the other."""
+    sinks, (session,) = [Notes(), Notes()], house.open(1)
+    house.take_in(*(frame(sink, [session]) for sink in sinks))
+    await house.idle()
+    assert [sink.results[0][1].tolist() for sink in sinks] == [[[[1, 1]]], [[[2, 2]]]]
+    assert session.step == 2
+    assert not any(sink.unsent for sink in sinks)
+
+
 @given(st.lists(st.integers(0, 2), min_size=1, max_size=12), st.sampled_from([1, 3, 32]))
 async def test_sessions_on_several_streams(streams, lanes):
     """When several streams send chunks for the same sessions at the same time, these run in the order of their steps,

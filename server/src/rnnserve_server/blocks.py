@@ -199,7 +199,7 @@ class Block:
         ran: it was run to its end and is not finished.
         rounds: R, how many chunks of each session it has; they are of equal length, unless it is made of other blocks,
             and without a mask.
-        parts: the blocks that it was made of, if it was: see `Scheduler.absorb`.
+        parts: the blocks that it was made of, if it was: see `Scheduler.absorb`. Their sinks may be different ones.
         queued_at: when it was queued, by the worker's clock, if anybody watches.
         traces: the frames in it that are traced, as whoever traces them knows them.
         rows: N * batch_size.
@@ -244,7 +244,7 @@ class Block:
 
     @property
     def all_sinks(self) -> Collection[Sink]:
-        """The sinks of its pieces, each once: a session may be on several streams."""
+        """The sinks of all its pieces, each once: a session may be on several streams, which send at the same time."""
         if not self.parts:
             return [sink for sink, _ in self.sinks]
         return {sink for each in self.parts for sink, _ in each.sinks}
@@ -399,6 +399,13 @@ class ShownRound(NamedTuple):
         for sink, count in block.sinks:
             yield sink, answers.part(start, start + count)
             start += count
+
+
+def sinks_of(blocks: Sequence[Block]) -> Collection[Sink]:
+    """The sinks of blocks, each once."""
+    if len(blocks) == 1:
+        return blocks[0].all_sinks
+    return {sink for block in blocks for sink in block.all_sinks}
 
 
 def only_outputs(options: LayerOptions) -> bool:

@@ -18,7 +18,7 @@ import structlog
 from rnnserve_models.engine.base import Array
 from rnnserve_server.answering import Answering, Ready, Shown, internal_error
 from rnnserve_server.behind import Behind, Chain, Ran
-from rnnserve_server.blocks import Block
+from rnnserve_server.blocks import Block, sinks_of
 from rnnserve_server.errors import SessionAway, StoreDown
 from rnnserve_server.keeper import Keeper
 from rnnserve_server.observer import Observer, Ticked
@@ -276,7 +276,7 @@ class Storing:
     def _tell(self, ran: Sequence[Ran], stored_at: float | None, answered: Sequence[Block]) -> None:
         """Ticks are over, and whoever waits for them is told."""
         blocks = [block for tick in ran for block in tick.blocks]
-        for sink in {sink for block in blocks for sink in block.all_sinks}:
+        for sink in sinks_of(blocks):
             sink.flush()
         if self._observer is not None:
             for tick in ran:

@@ -23,7 +23,7 @@ import structlog
 from rnnserve_models.engine.base import Array, Arrays, Engine, EngineError
 from rnnserve_models.load import LoadedModel
 from rnnserve_server.answering import Answering, internal_error
-from rnnserve_server.blocks import Barrier, Block, Sink
+from rnnserve_server.blocks import Barrier, Block, Sink, sinks_of
 from rnnserve_server.errors import EngineFailed, StoreDown
 from rnnserve_server.intake import Frame, Intake, joined
 from rnnserve_server.keeper import Keeper
@@ -224,7 +224,7 @@ class Worker:
             self._begin_loop(self._loop(tick))
             return
         self._begins()
-        sinks = _sinks(tick.blocks)
+        sinks = sinks_of(tick.blocks)
         try:
             ready = self._ready(tick)
             if not self._is_short(ready):
@@ -247,7 +247,7 @@ class Worker:
             while tick is not None:
                 if ready is None:
                     self._begins()
-                    sinks = _sinks(tick.blocks)
+                    sinks = sinks_of(tick.blocks)
                 try:
                     if ready is None:
                         if self._keeper is not None and (ahead := self._ahead(tick.blocks)):
@@ -421,7 +421,7 @@ class Worker:
     def _begin(self, block: Block) -> Block | None:
         """Readies a block for its next slice: what is left of it to run, or None."""
         if any(self._answering.gone(each) for each in block.parts):
-            self._scheduler.part(block)  # others may still wait for theirs
+            self._scheduler.part(block)  # whoever waits for one of the others has it run by itself
             self._scheduler.requeue(block)
             return None
         if block.onto is not None and not block.begun:
@@ -487,13 +487,6 @@ class Worker:
                 block = self._scheduler.halve(block)
             block.solo = True
             self._scheduler.requeue(block)
-
-
-def _sinks(blocks: Sequence[Block]) -> Collection[Sink]:
-    """The sinks of blocks, each once."""
-    if len(blocks) == 1 and len(blocks[0].sinks) == 1:
-        return (blocks[0].sinks[0][0],)
-    return {sink for block in blocks for sink, _ in block.sinks}
 
 
 def _assemble(tick: Tick) -> Batch:
