@@ -309,6 +309,43 @@ async def test_a_refused_commit_fails_what_ran_ahead(house):
     await house.check_store("b")
 
 
+@pytest.mark.parametrize("when", ["before it is asked why", "while it is asked why"])
+async def test_a_session_that_is_found_gone_by_two_at_once(house, monkeypatch, when):
+    """A commit finds that a session was taken over, and so does who looks for it at that moment: it ends once, and the
+    session that has its slot by then goes on.
+    """
+    await house.open("a")
+    gone = house.sessions.get("a")
+    begin, ended = house.store.begin_commit, house.store.ended
+
+    def give_away() -> None:
+        house.sessions.lose(gone.group, np.array([gone.slot]), SessionTakenOver)
+        options = LayerOptions(stateful=True)
+        house.sessions.create(house.model, 1, options, initial_states=None, idle_lifetime=1e6, session_id="b")
+
+    def begin_commit(ticks, told):
+        def told_of(applied):
+            told(applied)
+            if when == "before it is asked why":
+                give_away()
+
+        begin(ticks, told_of)
+
+    async def asked(ids, now):
+        give_away()
+        return await ended(ids, now)
+
+    monkeypatch.setattr(house.store, "begin_commit", begin_commit)
+    if when == "while it is asked why":
+        monkeypatch.setattr(house.store, "ended", asked)
+    await house.store.take(["a"], house.clock())
+    sink = house.send("a", 0)
+    await house.worker.settle()
+    assert isinstance(sink.errors[0], SessionTakenOver)
+    assert [session.id for session in house.sessions.after(0)] == ["b"]
+    assert len(house.sessions) == 1
+
+
 def head_of(record: Record) -> Head:
     return Head(record.id, record.meta, record.epoch, record.revision, record.step, record.last_used)
 

@@ -130,11 +130,11 @@ class Group:
 
     def release(self, slots: Array) -> None:
         """Takes N distinct slots back. Work that is queued for them will find another generation."""
+        self.arena.release(slots)
         self.generation[slots] += 1
         self.dirty[slots] = False
         self.live -= len(slots)
         self.ended += len(slots)
-        self.arena.release(slots)
 
     def unname(self, slots: Array) -> list[str]:
         """Takes the ids off sessions in N slots that leave: [N]."""
@@ -179,6 +179,11 @@ class Session:
     def step(self) -> int:
         """The number of time steps it has consumed."""
         return int(self.group.step[self.slot])
+
+    @property
+    def live(self) -> bool:
+        """Whether it has not ended since."""
+        return bool(self.group.generation[self.slot] == self.generation)
 
     @property
     def busy(self) -> bool:

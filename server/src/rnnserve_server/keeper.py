@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from operator import attrgetter
 
@@ -54,7 +54,7 @@ from rnnserve_server.records import (
 )
 from rnnserve_server.repository import Repository
 from rnnserve_server.resets import NO_RULES, ResetRules
-from rnnserve_server.sessions import Group, SessionTable
+from rnnserve_server.sessions import Group, Session, SessionTable
 from rnnserve_server.store.base import End, Head, Record, Reply, Store, StoreError, Write, first_epoch
 from rnnserve_server.store.tick import EPOCH, REVISION, STEP, Answered, Tick
 
@@ -206,10 +206,13 @@ class Keeper:
             heads = await self.store.peek(here)
         except StoreError as error:
             raise StoreDown(error) from error
-        for session, epoch, head in zip(before, epochs, heads, strict=True):
-            group, slot = session.group, session.slot
-            if (head is None or head.epoch != epoch) and group.generation[slot] == session.generation:
-                await self.lose(group, np.array([slot]))
+        await self.lose(
+            [
+                session
+                for session, epoch, head in zip(before, epochs, heads, strict=True)
+                if head is None or head.epoch != epoch
+            ]
+        )
 
     def _adopt(self, records: list[Record], model: LoadedModel) -> dict[str, ServiceError]:
         """Puts sessions that differ by their ids and their past alone into memory: why it could not, by id."""
@@ -418,8 +421,8 @@ class Keeper:
                 kept = np.array(applied) & alive
                 group.revision[piece[kept]] += 1
                 group.stored_used[piece[kept]] = used[kept]
-                if (lost := piece[alive & ~np.array(applied)]).size:
-                    await self.lose(group, lost)
+                lost = piece[alive & ~np.array(applied)]
+                await self.lose([self._sessions.at(group, slot) for slot in lost.tolist()])
 
     async def save_all(self) -> None:
         """Stores everything that is in memory and not stored."""
@@ -453,28 +456,27 @@ class Keeper:
             writes.append(write)
         return writes
 
-    async def lose(self, group: Group, slots: Array) -> list[ServiceError]:
-        """The store says that sessions in N slots are not ours any more: ends them here, and says why."""
-        ids, generations = [group.ids[slot] for slot in slots.tolist()], group.generation[slots].tolist()
+    async def lose(self, sessions: Iterable[Session]) -> None:
+        """The store says that sessions are not ours any more: ends those here that are live, and finds out why."""
+        lost = [session for session in sessions if session.live]
+        if not lost:
+            return
+        ids = [session.id for session in lost]
         try:
             ended = await self.store.ended(ids, self._wall_clock())
         except StoreError:
             ended = [None] * len(ids)
-        errors: list[ServiceError] = []
-        for slot, generation, session_id, why in zip(slots.tolist(), generations, ids, ended, strict=True):
-            kind = SessionTakenOver if why is None else _ERRORS[why.why]
-            if group.generation[slot] == generation:  # else it has ended meanwhile, and the slot may be another's
-                self._sessions.lose(group, np.array([slot]), kind)
-            errors.append(kind(session_id))
+        for session, why in zip(lost, ended, strict=True):
+            if session.live:  # it may have ended meanwhile, and its slot be another's
+                kind = SessionTakenOver if why is None else _ERRORS[why.why]
+                self._sessions.lose(session.group, np.array([session.slot]), kind)
         log.warning(
             "sessions are not ours any more",
-            model=group.model.name,
-            version=group.model.version,
+            models=sorted({session.group.model.name for session in lost}),
             count=len(ids),
             taken=sum(why is None for why in ended),
             sessions=ids[:_SHOWN],
         )
-        return errors
 
     # Ending
 

@@ -434,8 +434,8 @@ class SessionTable(Lifetimes):
     def _release(self, group: Group, slots: Array) -> None:
         if not len(slots):
             return
-        self._live -= len(slots)
         group.release(slots)
+        self._live -= len(slots)
         self.state_bytes -= len(slots) * group.arena.session_bytes
         if not group.live:  # give its memory back; work that is still queued holds on to the group it was sent to
             key = key_of(group.model, group.batch_size, group.options, group.window.limits, group.rules or NO_RULES)

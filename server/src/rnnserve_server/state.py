@@ -67,7 +67,8 @@ class Arena:
         return slots
 
     def release(self, slots: Array) -> None:
-        """Takes slots back, N distinct ones."""
+        """Takes slots back, N distinct ones that were given out."""
+        assert self._used.array[slots].all(), "a session ends once"
         self._used.array[slots] = False
         self._lowest = min(self._lowest, int(slots.min()))
         self._trimmed = False

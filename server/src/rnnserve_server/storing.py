@@ -15,7 +15,6 @@ from functools import partial
 import numpy as np
 import structlog
 
-from rnnserve_models.engine.base import Array
 from rnnserve_server.answering import Answering, Ready, Shown, internal_error
 from rnnserve_server.behind import Behind, Chain, Ran
 from rnnserve_server.blocks import Block, sinks_of
@@ -23,7 +22,7 @@ from rnnserve_server.errors import SessionAway, StoreDown
 from rnnserve_server.keeper import Keeper
 from rnnserve_server.observer import Observer, Ticked
 from rnnserve_server.scheduler import Scheduler
-from rnnserve_server.sessions import Group, SessionTable
+from rnnserve_server.sessions import Session, SessionTable
 from rnnserve_server.store.base import Applied, StoreError
 
 log = structlog.get_logger(__name__)
@@ -203,9 +202,9 @@ class Storing:
             self._failed(ran)
         self._end(ran, stored_at, answered)
 
-    def _move_on(self, living: Sequence[Chained], applied: Applied) -> list[tuple[Group, Array]]:
-        """Moves the revisions of what was kept on: the slots of sessions that were not, of each chain that has any."""
-        lost: list[tuple[Group, Array]] = []
+    def _move_on(self, living: Sequence[Chained], applied: Applied) -> list[Session]:
+        """Moves the revisions of what was kept on: the sessions that were not."""
+        lost: list[Session] = []
         for ((block, _), *_), each in zip(living, applied, strict=True):
             assert block.sessions is not None
             group, slots = block.sessions.group, block.sessions.slots
@@ -215,22 +214,20 @@ class Storing:
             good = np.array(each)
             alive = group.generation[slots] == block.sessions.generations
             group.revision[slots[good & alive]] += 1
-            if len(gone := slots[~good & alive]):
-                lost.append((group, gone))
+            lost += [self._sessions.at(group, slot) for slot in slots[~good & alive].tolist()]
         return lost
 
     async def _lose(
         self,
         ran: Sequence[Ran],
         living: Sequence[Chained],
-        lost: Sequence[tuple[Group, Array]],
+        lost: Sequence[Session],
         stored_at: float | None,
     ) -> None:
         """Some of the sessions of chains are not ours any more; the others are answered."""
         answered: list[Block] = []
         try:
-            for group, slots in lost:
-                await self._keeper.lose(group, slots)
+            await self._keeper.lose(lost)
             answered = self._answer(living, {})
         except Exception:
             self._failed(ran)

@@ -90,7 +90,7 @@ async def session_messages(sessions: Iterable[Session | Head]) -> list[session_p
     for number, session in enumerate(sessions):
         if number and number % _MESSAGES_AT_ONCE == 0:
             await asyncio.sleep(0)
-        if isinstance(session, Head) or session.group.generation[session.slot] == session.generation:
+        if isinstance(session, Head) or session.live:
             told.append(session_message(session))
     return told
 

@@ -471,7 +471,7 @@ def _digest(request: pb.ModelInferRequest) -> bytes:
 
 def _end(core: Core, session: Session) -> None:
     """Ends a session, if it is live."""
-    if session.group.generation[session.slot] == session.generation:
+    if session.live:
         core.sessions.delete_many(session.group, np.array([session.slot]))
 
 
