@@ -117,6 +117,20 @@ def test_a_short_torture_of_wide_frames(tmp_path: Path, kind: str) -> None:
     assert report.kills > 0
 
 
+@pytest.mark.parametrize(("kind", "replicas"), [("sqlite", 2), ("redis", 1)])
+def test_a_short_torture_of_shared_sessions(tmp_path: Path, kind: str, replicas: int) -> None:
+    """Three streams step each session at once, ahead of each other's answers; of some, two and unary calls: whoever
+    asks for a chunk is answered with the same bits, and every history is the oracle's.
+    """
+    what = Torture(seed=4, seconds=5, kills=3, steps=4000, sessions=16, shared=3, replicas=replicas, mischief=0.2)
+    report = run(what, kind, tmp_path)
+    assert report.faults == []
+    assert report.steps > 300
+    assert report.kills > 0
+    assert report.counts["replays"] > 100
+    assert report.counts["silences"] > 0
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "names"),

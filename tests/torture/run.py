@@ -15,11 +15,12 @@ from typing import Any
 from redis_server import running_redis
 from rnnserve_server.records import unpack_states
 from rnnserve_server.store import open_store
-from torture.client import Link, Track, Trial, call_by_call
+from torture.client import Link, call_by_call
 from torture.history import Fault, check
 from torture.plan import Plan, make_plans, write_models
 from torture.proxy import Proxy
 from torture.servers import ServerProcess
+from torture.track import Track, Trial
 
 _GRACE = 120.0  # seconds that what is under way may take when the time is up
 
@@ -39,6 +40,7 @@ class Torture:
         links: streams.
         calls: sessions that are driven by unary calls.
         abreast: sessions that go in step on one stream, in frames of as many lanes.
+        shared: drivers of each session, who step it at once: each on a stream of its own, or by unary calls.
         ahead: chunks that a session is ahead of its answers.
         cut: bytes, in the mean, after which a connection is cut; None: never.
         mischief: how likely a client does something needless or wrong.
@@ -56,6 +58,7 @@ class Torture:
     links: int = 4
     calls: int = 4
     abreast: int = 1
+    shared: int = 1
     ahead: int = 5
     cut: int | None = 300_000
     mischief: float = 0.1
@@ -142,6 +145,7 @@ async def torture(what: Torture, url: str, folder: Path) -> Report:
                 ahead=what.ahead,
                 mischief=what.mischief,
                 abreast=what.abreast > 1,
+                shared=what.shared > 1,
             )
             tracks = [Track(trial, plan, number // what.abreast) for number, plan in enumerate(plans)]
             await _run(what, trial, tracks, servers, proxies, report)
@@ -185,8 +189,10 @@ async def _run(
     links = [Link(trial) for _ in range(what.links)]
     for link in links:
         link.others = [other for other in links if other is not link] if what.replicas > 1 else []
-    for number, track in enumerate(tracks[what.calls :]):
-        links[number // what.abreast % len(links)].take(track)
+    for number, track in enumerate(tracks):
+        first = max(0, number - what.calls) // what.abreast
+        for other in range(what.shared - (number < what.calls)):
+            links[(first + other) % len(links)].take(track)
     adversary = asyncio.create_task(_adversary(what, trial, servers, proxies, report))
     tasks = [asyncio.create_task(link.run()) for link in links]
     tasks += [asyncio.create_task(call_by_call(trial, track)) for track in tracks[: what.calls]]
