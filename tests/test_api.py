@@ -7,6 +7,7 @@ import gc
 import itertools
 import queue
 import random
+import time
 from collections import Counter, defaultdict
 from contextlib import suppress
 from typing import Any
@@ -41,6 +42,7 @@ from rnnserve_server.core import Core
 from rnnserve_server.errors import Draining
 from rnnserve_server.repository import Repository
 from rnnserve_server.sessions import Group
+from rnnserve_server.store import open_store
 from serving import ZOO, running_server
 
 OPEN, STEP, CLOSE = (
@@ -1150,6 +1152,72 @@ def test_closes_in_bulk(served, held):
         assert served.get(stream.opened[3].session_id).step == 0
         for lane in (0, 5, 150, 199):
             assert_fails(lambda lane=lane: served.get(stream.opened[lane].session_id), "NOT_FOUND", "SESSION_CLOSED")
+
+
+def test_a_lane_that_waits_to_be_closed(served, held):
+    """It takes no more chunks, nor another close, and is not free before the chunks that came before are answered: what
+    is told of it is told of the session that was on it.
+    """
+    with Stream(served) as stream:
+        stream.send(opens=[opening(5, version="1")], frames=[frame([5])])
+        stream.read(1)
+        assert held.running.wait(30)
+        stream.send(closes=[inference_pb2.LaneClose(lane=5)])
+        stream.send(opens=[opening(5)], frames=[frame([5])], closes=[inference_pb2.LaneClose(lane=5)])
+        stream.read(3)
+        told = [(error.operation, details(error.status)[0].reason) for error in stream.errors]
+        assert told == [(OPEN, "LANE_OPEN"), (STEP, "LANE_UNKNOWN"), (CLOSE, "LANE_UNKNOWN")]
+        held.gate.set()
+        stream.read(2)
+        assert stream.timeline[-2:] == [("result", 5), ("closed", 5)]
+        assert served.get(stream.opened[5].session_id).step == 1
+        stream.send(opens=[opening(5)], frames=[frame([5])])
+        stream.read(2)
+        assert len(stream.results[5]) == 2
+
+
+def test_what_waits_for_a_session_that_went_and_came_back(tmp_path, monkeypatch):
+    """A chunk is being stored while another server takes its session, and somebody here takes it back: the chunk is
+    told so before the lane has the session again, or is closed; and of its session, not of none.
+    """
+    url = f"sqlite:///{tmp_path / 'sessions.db'}"
+    kept: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+    async def take(session_id: str) -> None:
+        store = await open_store(url)
+        assert await store.take([session_id], time.time()) != [None]
+        await store.close()
+
+    monkeypatch.setattr("rnnserve_server.storing._NEAR_SECONDS", 0.0)
+    with (
+        running_server(repository(), store=url, durability="step") as server,
+        grpc.insecure_channel(server.address) as channel,
+    ):
+        served = Served(server, channel)
+        store = server.server.core.keeper.store
+        begin = store.begin_commit
+        monkeypatch.setattr(store, "embedded", False)  # what need not wait for the commit does not
+        monkeypatch.setattr(
+            store, "begin_commit", lambda ticks, told: begin(ticks, lambda applied: kept.put((told, applied)))
+        )
+        with Stream(served) as stream, Stream(served) as other:
+            stream.send(opens=[opening(5, version="1")], frames=[frame([5])])
+            stream.read(1)
+            told, applied = kept.get(timeout=30)
+            session_id = stream.opened[5].session_id
+            try:
+                asyncio.run(take(session_id))
+                other.send(opens=[opening(1, session_id)])
+                other.read(1)
+                assert other.opened[1].step == 1
+                stream.send(closes=[inference_pb2.LaneClose(lane=5, delete_session=True)])
+                until_queued(served, 2)
+            finally:
+                server.call(lambda: told(applied))
+            stream.read(2)
+            assert stream.timeline == [("opened", 5), ("error", 5), ("closed", 5)]
+            info, *_ = details(stream.error().status)
+            assert (info.reason, info.metadata["session_id"]) == ("STORE_DOWN", session_id)
 
 
 def test_sessions_outlive_their_stream(served):

@@ -18,10 +18,12 @@ from rnnserve_models.options import LayerOptions
 from rnnserve_server import directory
 from rnnserve_server.errors import (
     SessionAged,
+    SessionAway,
     SessionClosed,
     SessionExists,
     SessionExpired,
     SessionsFull,
+    SessionTakenOver,
     SessionUnknown,
 )
 
@@ -98,6 +100,36 @@ def test_an_id_is_free_again_after_the_end():
     assert second != first
     sessions.delete("mine")
     with pytest.raises(SessionClosed):
+        sessions.get("mine")
+
+
+def test_why_chunks_that_waited_have_lost_their_session():
+    """It was deleted, though its id may be another's by now; it was taken over; or it came back from wherever it was,
+    and is here again, or at rest: then it has to be fetched, for it is not unknown.
+    """
+    sessions = table()
+    first = opened(sessions, MODEL, session_id="mine")
+    waiting = columns(first, first_steps=[0])
+
+    def told():
+        _, ((_, error),) = sessions.check(waiting, lambda _: "mine")
+        return type(error)
+
+    sessions.delete("mine")
+    assert told() is SessionClosed
+    sessions.delete(opened(sessions, MODEL, session_id="mine").id)
+    assert told() is SessionClosed
+    opened(sessions, MODEL, session_id="mine")
+    assert told() is SessionClosed
+    here = sessions.get("mine")
+    here.group.epoch[here.slot] = 1
+    assert told() is SessionAway
+    sessions.lose(here.group, np.array([here.slot]), SessionTakenOver)
+    assert told() is SessionTakenOver
+    back = opened(sessions, MODEL, session_id="mine")
+    sessions.forget(back.group, np.array([back.slot]))
+    assert told() is SessionAway
+    with pytest.raises(SessionUnknown):
         sessions.get("mine")
 
 

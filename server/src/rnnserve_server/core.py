@@ -29,7 +29,6 @@ from rnnserve_server.errors import (
     QueueFull,
     ServiceError,
     SessionAway,
-    SessionClosed,
     SessionsFull,
     StoreDown,
     TooLarge,
@@ -379,8 +378,8 @@ class Core:
 
     def check_alive(self, session: Session) -> None:
         """Raises SessionError if a session has ended meanwhile."""
-        if self.sessions.get(session.id) != session:  # and the id was used again
-            raise SessionClosed(session.id)
+        if not session.live:
+            raise self.sessions.gone(session.group, session.id)
 
     async def save(self, session: Session) -> None:
         """Has the store keep what a session's turn has changed.

@@ -166,10 +166,12 @@ class SessionTakenOver(SessionError):
 
 
 class SessionAway(SessionError):
-    """The session is stored, but not in memory, because the store did not answer."""
+    """The session is stored, but not in memory any more, or not the one that the chunk came for: the store did not
+    answer, or it has come back meanwhile.
+    """
 
     reason = "STORE_DOWN"
-    ended = "has to be fetched from the store again, which did not answer; send the chunk again"
+    ended = "has left memory, and is to be fetched from the store again; send the chunk again"
 
     def __init__(self, session_id: str) -> None:
         super().__init__(session_id)

@@ -22,6 +22,7 @@ from rnnserve_server.errors import (
     SessionExists,
     SessionsFull,
     SessionTakenOver,
+    SessionUnknown,
     step_mismatch,
 )
 from rnnserve_server.group import Group, Session, key_of
@@ -224,6 +225,17 @@ class SessionTable(Lifetimes):
         """Why a session is not here that was: SessionUnknown or SessionAway for one that may live on in a store."""
         return type(self._gone(session_id))
 
+    def gone(self, group: Group, session_id: str) -> SessionError:
+        """Why a session of a group that was here is not any more: SessionAway for one that may live on in a store."""
+        error = self._gone(session_id)
+        if not isinstance(error, SessionUnknown):
+            return error
+        if session_id in self:  # another session has its id by now
+            return SessionClosed(session_id)
+        if self.rested[group.model.name, group.model.version]:  # it came back from wherever it was, and rests
+            return SessionAway(session_id)
+        return error
+
     def delete(self, session_id: str) -> None:
         """Ends a session and forgets its state.
 
@@ -316,7 +328,7 @@ class SessionTable(Lifetimes):
         errors: list[tuple[int, ServiceError]] = [
             (int(index), step_mismatch(int(here[index]), int(first_steps[index])))
             if alive[index]
-            else (int(index), self._gone(session_id(int(index))))
+            else (int(index), self.gone(group, session_id(int(index))))
             for index in np.flatnonzero(~fine)
         ]
         return np.flatnonzero(fine), errors

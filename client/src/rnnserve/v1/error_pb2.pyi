@@ -39,7 +39,8 @@ Every error has a google.rpc.ErrorInfo whose domain is "rnnserve" and whose reas
   STEP_AHEAD             OUT_OF_RANGE         the chunk starts after the step that the session expects
   STEP_BEHIND            OUT_OF_RANGE         the chunk starts before it, and before the session's replay window
   STEP_CONFLICT          ABORTED              another chunk than this one was applied at its step
-  STORE_DOWN             UNAVAILABLE          the store of sessions does not answer; what is sent again is settled
+  STORE_DOWN             UNAVAILABLE          the store of sessions does not answer, or the session went there and came
+                                              back meanwhile; what is sent again is settled
   QUEUE_FULL             RESOURCE_EXHAUSTED   more work is waiting than the server accepts
   TOO_LARGE              RESOURCE_EXHAUSTED   the message, chunk or batch is larger than the server accepts
   DEADLINE_PASSED        DEADLINE_EXCEEDED    the deadline passed before the work was run; the state is untouched

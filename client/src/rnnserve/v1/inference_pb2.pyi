@@ -321,7 +321,8 @@ Global___LaneOpen: _TypeAlias = LaneOpen  # noqa: Y015
 
 @_typing.final
 class LaneClose(_message.Message):
-    """Takes a lane's number back, once the chunks sent on it before are answered.
+    """Takes a lane's number back, once the chunks sent on it before are answered. It is not open any more for chunks that
+    are sent on it later.
 
     Errors on the lane: NOT_FOUND when it is not open.
     """

@@ -17,6 +17,7 @@ from rnnserve_server.sessions import Group
 
 _FOUND_LANES = 65536  # of frames whose sessions are remembered
 _NONE = np.zeros(0, np.int64)
+_FREE, _SHUT = -1, -2  # lanes that are not open, in the column of groups
 
 
 class Lanes:
@@ -24,7 +25,7 @@ class Lanes:
 
     Attributes:
         groups: the groups of the sessions, by a number of the stream's own.
-        group: int64 [capacity], the number of the lane's group; -1: the lane is not open.
+        group: int64 [capacity], the number of the lane's group; less than 0: the lane is not open.
         slot: int64 [capacity], the session's slot in its group.
         generation: int64 [capacity], the slot's generation when the session was put here.
         ids: [capacity], the session's id.
@@ -33,7 +34,7 @@ class Lanes:
 
     def __init__(self) -> None:
         self.groups: dict[int, Group] = {}
-        self.group = np.full(64, -1)
+        self.group = np.full(64, _FREE)
         self.slot = np.zeros(64, np.int64)
         self.generation = np.zeros(64, np.int64)
         self.ids = [""] * 64
@@ -46,20 +47,24 @@ class Lanes:
         return len(self.group)
 
     def is_open(self, lane: int) -> bool:
-        """Whether there is a session on a lane."""
+        """Whether there is a session on a lane, for which chunks may come."""
         return lane < len(self.group) and bool(self.group[lane] >= 0)
+
+    def is_free(self, lane: int) -> bool:
+        """Whether a session may be put on a lane."""
+        return lane >= len(self.group) or bool(self.group[lane] == _FREE)
 
     def is_here(self, lane: int) -> bool:
         """Whether the session on an open lane is where it was when it was put there."""
         group = self.groups[int(self.group[lane])]
         return bool(group.generation[self.slot[lane]] == self.generation[lane])
 
-    def session(self, lane: int) -> tuple[str, int, int]:
-        """What tells the session on a lane from others that were there, or will be."""
-        return self.ids[lane], int(self.slot[lane]), int(self.generation[lane])
+    def place(self, lane: int) -> tuple[Group, int]:
+        """Where the session on an open lane was when it was put there: its group and its slot."""
+        return self.groups[int(self.group[lane])], int(self.slot[lane])
 
     def id(self, lane: int) -> str:
-        """The id of the session on a lane; empty for none."""
+        """The id of the session on a lane that is not free; empty for none."""
         return self.ids[lane] if lane < len(self.ids) else ""
 
     def one_group(self, lanes: list[int]) -> Group | None:
@@ -85,12 +90,18 @@ class Lanes:
             self.ids[lane] = group.ids[slot]
 
     def vacate(self, lanes: list[int]) -> None:
-        """Takes the sessions, all of one group, off N lanes."""
-        self._forget()
-        number = int(self.group[lanes[0]])
-        self.group[lanes] = -1
+        """Takes the sessions, all of one group, off N lanes, which are free then."""
+        if self.is_open(lanes[0]):
+            self.shut(lanes)
+        self.group[lanes] = _FREE
         for lane in lanes:
             self.ids[lane] = ""
+
+    def shut(self, lanes: list[int]) -> None:
+        """No more chunks may come for the sessions, all of one group, on N open lanes, which `vacate` takes off."""
+        self._forget()
+        number = int(self.group[lanes[0]])
+        self.group[lanes] = _SHUT
         self._counts[number] -= len(lanes)
         if not self._counts[number]:  # its memory is given back although the stream goes on
             del self.groups[number], self._counts[number]
@@ -117,9 +128,9 @@ class Lanes:
         if (twice := ordered[1:][ordered[1:] == ordered[:-1]]).size:
             raise LaneRepeated(int(twice[0]))
         inside = np.minimum(tags, len(self.group) - 1)
-        groups = np.where(inside == tags, self.group[inside], -1)  # [N]
+        groups = np.where(inside == tags, self.group[inside], _FREE)  # [N]
         if away:
-            groups[np.isin(tags, list(away))] = -1
+            groups[np.isin(tags, list(away))] = _FREE
         numbers = np.unique(groups).tolist()
         found = []
         for number in numbers:
@@ -146,7 +157,7 @@ class Lanes:
         """Makes the columns reach to a lane."""
         while lane >= len(self.group):
             missing = (0, len(self.group))
-            self.group = np.pad(self.group, missing, constant_values=-1)
+            self.group = np.pad(self.group, missing, constant_values=_FREE)
             self.slot = np.pad(self.slot, missing)
             self.generation = np.pad(self.generation, missing)
             self.ids += [""] * missing[1]

@@ -276,6 +276,7 @@ class LaneStream:
             away = self._away(lanes, failed)
             if not away:
                 return failed
+            await self._hear_out(away)
             errors = await self._attach(list({self._lanes.ids[lane] for lane in away}))
             for lane in away:
                 if (session_id := self._lanes.ids[lane]) in self._core.sessions:
@@ -285,6 +286,19 @@ class LaneStream:
                 elif error := errors.get(session_id):
                     failed[lane] = error
         return failed | {lane: SessionAway(self._lanes.ids[lane]) for lane in self._away(lanes, failed)}
+
+    async def _hear_out(self, lanes: Sequence[int]) -> None:
+        """Waits until the chunks that have come for the sessions which were on lanes are told what has become of them:
+        before any later ones are answered, and before the lane may be another's.
+        """
+        for lane in lanes:
+            if self._lanes.is_open(lane):
+                group, slot = self._lanes.place(lane)
+                worker = self._core.worker(group.model)
+                worker.line_up()
+                if group.tail[slot] >= 0:
+                    async with worker.turn(group, slot):
+                        pass
 
     def _away(self, lanes: Sequence[int], failed: Collection[int]) -> list[int]:
         """The lanes whose sessions have left memory, and may be had again."""
@@ -319,7 +333,7 @@ class LaneStream:
             lane = opening.lane
             if lane >= self._core.settings.max_lanes:
                 self._fail_opens([lane], TooLarge("lane", self._core.settings.max_lanes - 1, lane))
-            elif self._lanes.is_open(lane):
+            elif not self._lanes.is_free(lane):
                 self._fail_opens([lane], LaneOpen(lane))
             elif (session_id := opening.create.session_id) in self._core.sessions:
                 self._fail_opens([lane], SessionExists(session_id))
@@ -392,18 +406,16 @@ class LaneStream:
         if not self._lanes.is_open(lane):
             self._fail(lane, pb.LANE_OPERATION_CLOSE, LaneUnknown(lane))
             return
-        group, slot = self._lanes.groups[int(self._lanes.group[lane])], int(self._lanes.slot[lane])
-        session = self._lanes.session(lane)
+        group, slot = self._lanes.place(lane)
+        session_id = self._lanes.id(lane)
+        self._lanes.shut([lane])
 
         def close() -> None:
             self._unanswered -= 1
-            if self._lanes.session(lane) != session:  # closed twice
-                self._fail(lane, pb.LANE_OPERATION_CLOSE, LaneUnknown(lane))
-                return
             self._lanes.vacate([lane])
             try:
                 if delete:
-                    self._core.sessions.delete(session[0])
+                    self._core.sessions.delete(session_id)
             except ServiceError as error:
                 self._fail(lane, pb.LANE_OPERATION_CLOSE, error)
             else:
