@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 
 from rnnserve_models.engine.base import Arrays
+from torture.hands import check_seen
 from torture.history import History, check
-from torture.plan import KINDS, Kind, Plan, make_plans, write_models
+from torture.plan import KINDS, Kind, Plan, digest, make_plans, write_models
 from torture.run import Report, Torture, empty_store, torture
+from torture.track import Track, Trial
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +131,36 @@ def test_a_short_torture_of_shared_sessions(tmp_path: Path, kind: str, replicas:
     assert report.kills > 0
     assert report.counts["replays"] > 100
     assert report.counts["silences"] > 0
+
+
+@pytest.mark.parametrize(("kind", "replicas"), [("sqlite", 1), ("redis", 2)])
+def test_a_short_torture_of_sessions_in_hand(tmp_path: Path, kind: str, replicas: int) -> None:
+    """While sessions are stepped they are looked at, forked and taken back: what is seen of them is the oracle's, their
+    forks answer as they would, and every history is the oracle's.
+    """
+    what = Torture(seed=5, seconds=5, kills=3, steps=8000, sessions=16, longest=3, replicas=replicas, hands=3)
+    report = run(what, kind, tmp_path)
+    assert report.faults == []
+    assert report.steps > 300
+    assert all(report.counts[what] > 0 for what in ("looks", "forks", "taken back"))
+
+
+def test_what_is_seen_wrong_of_a_session_in_hand(plans: list[Plan]) -> None:
+    """States of another step, and what a fork answered from there, are found."""
+    trial = Trial(0, lambda: ["here"], ahead=1, mischief=0.0)
+    tracks = [Track(trial, plan, 0) for plan in plans[:3]]
+    for track in tracks:
+        before = track.plan.states_between(4)
+        track.seen[3] = digest({}, before[3])
+        track.forked.append((3, track.plan.answer(3, before[3])[0]))
+    assert check_seen(tracks) == []
+    before = plans[1].states_between(4)
+    tracks[1].seen[2] = digest({}, before[3])
+    tracks[2].forked.append((2, plans[2].answer(2, plans[2].states_between(4)[3])[0]))
+    assert [(fault.session, fault.name) for fault in check_seen(tracks)] == [
+        (plans[1].name, "wrong states"),
+        (plans[2].name, "wrong answer"),
+    ]
 
 
 @pytest.mark.slow

@@ -23,6 +23,7 @@ def main() -> int:
     parser.add_argument("--links", type=int, default=4, help="streams")
     parser.add_argument("--abreast", type=int, default=1, help="sessions of a stream that go in step, in wide frames")
     parser.add_argument("--shared", type=int, default=1, help="streams that step each session at once")
+    parser.add_argument("--hands", type=int, default=0, help="who look at sessions, fork them and take some back")
     parser.add_argument("--mischief", type=float, default=0.1, help="how likely a chunk is sent twice, or wrong")
     parser.add_argument("--ahead", type=int, default=3, help="chunks that a session is ahead of its answers")
     parser.add_argument(

@@ -200,7 +200,9 @@ class Link:
         """The chunks to send now, and whether each is another than it should be."""
         track = each.track
         assert each.sent is not None
-        start = max(each.sent, track.high if onward else track.frontier)
+        start = each.sent if track.taken_back else max(each.sent, track.frontier)
+        if onward:
+            start = max(start, track.high)
         wanted = [(number, False) for number in range(start, min(until, track.total))]
         if wanted:
             each.sent = start + len(wanted)
@@ -208,7 +210,7 @@ class Link:
             return wanted
         if track.frontier and self.trial.happens():
             old = max(0, track.frontier - 1 - int(self.trial.chance.expovariate(0.1)))
-            wrong = self.trial.chance.random() < 0.2
+            wrong = self.trial.chance.random() < 0.2 and not track.taken_back  # where it might be taken
             self.trial.counts["chunks sent wrong" if wrong else "chunks sent twice"] += 1
             wanted.insert(self.trial.chance.randrange(len(wanted) + 1), (old, wrong))
         if self.trial.happens(0.2):
@@ -241,8 +243,8 @@ class Link:
         for opened in response.opened:
             each = self._lanes[opened.lane]
             if self._is_current(each, opened.lane):
-                each.track.opened(opened.session.step, each.known)
-                each.sent = each.track.frontier
+                stands = each.track.stands(opened.session.step, each.known)
+                each.sent = each.track.frontier if stands is None else min(stands, each.track.frontier)
             else:
                 each.track.created = True
         for answers in response.frames:

@@ -16,6 +16,7 @@ from redis_server import running_redis
 from rnnserve_server.records import unpack_states
 from rnnserve_server.store import open_store
 from torture.client import Link, call_by_call
+from torture.hands import check_seen, take_in_hand
 from torture.history import Fault, check
 from torture.plan import Plan, make_plans, write_models
 from torture.proxy import Proxy
@@ -41,6 +42,7 @@ class Torture:
         calls: sessions that are driven by unary calls.
         abreast: sessions that go in step on one stream, in frames of as many lanes.
         shared: drivers of each session, who step it at once: each on a stream of its own, or by unary calls.
+        hands: who look at sessions, fork them, and take some of them back, those that no unary calls drive.
         ahead: chunks that a session is ahead of its answers.
         cut: bytes, in the mean, after which a connection is cut; None: never.
         mischief: how likely a client does something needless or wrong.
@@ -59,6 +61,7 @@ class Torture:
     calls: int = 4
     abreast: int = 1
     shared: int = 1
+    hands: int = 0
     ahead: int = 5
     cut: int | None = 300_000
     mischief: float = 0.1
@@ -166,6 +169,7 @@ async def torture(what: Torture, url: str, folder: Path) -> Report:
         ]
         broken = {fault.session for fault in trial.faults}  # what follows is wrong for the same reason
         sound = [track for track in tracks if track.plan.name not in broken]
+        report.faults += check_seen(sound)
         report.faults += check([t.plan for t in sound], {t.plan.name: t.history for t in tracks})
         report.steps, report.longest_pause, report.patient = trial.steps, trial.longest, trial.patient
         report.chunks = sum(len(track.history.answers) for track in tracks)
@@ -193,9 +197,12 @@ async def _run(
         first = max(0, number - what.calls) // what.abreast
         for other in range(what.shared - (number < what.calls)):
             links[(first + other) % len(links)].take(track)
+    for track in tracks[what.calls :: 2] if what.hands else ():
+        track.taken_back = True
     adversary = asyncio.create_task(_adversary(what, trial, servers, proxies, report))
     tasks = [asyncio.create_task(link.run()) for link in links]
     tasks += [asyncio.create_task(call_by_call(trial, track)) for track in tracks[: what.calls]]
+    tasks += [asyncio.create_task(take_in_hand(trial, tracks)) for _ in range(what.hands)]
     try:
         end = time.monotonic() + what.seconds
         late = False

@@ -76,6 +76,9 @@ class Track:
         high: so many chunks were sent ever.
         created: it was made, and that was acknowledged.
         exists: somebody has said that it exists, who may not have stored it yet.
+        taken_back: it is taken back now and then, so that what was answered may have to be sent again.
+        seen: digests of its states, by how many chunks it had taken.
+        forked: answers of its forks to a chunk: its number, and the digest of what was answered.
         moved: who is to be told that it was answered.
     """
 
@@ -86,7 +89,9 @@ class Track:
         self.history = History(0)
         self.total = len(plan.lengths)
         self.frontier = self.high = 0
-        self.created = self.exists = False
+        self.created = self.exists = self.taken_back = False
+        self.seen: dict[int, bytes] = {}
+        self.forked: list[tuple[int, bytes]] = []
         self.moved: list[asyncio.Event] = []
         self._numbers = {step: number for number, step in enumerate(plan.starts)}
         self._answers: dict[int, bytes] = {}
@@ -109,13 +114,18 @@ class Track:
             self.trial.counts["resends"] += 1
         self.high = max(self.high, number + 1)
 
-    def opened(self, step: int, known: int) -> None:
-        """The server says where the session is, of which so many chunks were answered when that was asked."""
+    def stands(self, step: int, known: int) -> int | None:
+        """The server says where the session is, of which so many chunks were answered when that was asked: how many it
+        has taken, or None if that cannot be.
+        """
         self.created = True
-        if step < self.plan.starts[known]:
+        if step < self.plan.starts[known] and not self.taken_back:
             self.fault("lost commit", f"is at step {step}, chunks up to {self.plan.starts[known]} were answered")
         elif step > self.plan.starts[self.high] or step not in self._numbers:
             self.fault("doubled step", f"is at step {step}, chunks up to {self.plan.starts[self.high]} were sent")
+        else:
+            return self._numbers[step]
+        return None
 
     def answered(self, first_step: int, what: bytes) -> None:
         """A chunk was answered."""
