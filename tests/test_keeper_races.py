@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from house import Clock, chunks, loaded, table
+from house import Clock, chunks, loaded
 from rnnserve_models.options import LayerOptions
 from rnnserve_server.errors import SessionError
 from rnnserve_server.keeper import Keeper
@@ -17,7 +17,7 @@ from rnnserve_server.repository import Repository
 from rnnserve_server.sessions import Group, SessionTable
 from rnnserve_server.store.memory import MemoryStore
 
-MODEL = loaded()
+MODEL, OPTIONS = loaded(), LayerOptions(stateful=True)
 
 
 class SlowStore(MemoryStore):
@@ -27,6 +27,10 @@ class SlowStore(MemoryStore):
         super().__init__()
         self.gate = asyncio.Event()
         self.gate.set()
+
+    async def peek(self, ids):
+        await self.gate.wait()
+        return await super().peek(ids)
 
     async def commit(self, writes):
         await self.gate.wait()
@@ -40,17 +44,19 @@ class House:
 
     def __init__(self, tmp_path) -> None:
         self.clock = Clock()
-        self.sessions: SessionTable = table(self.clock)
-        self.store = SlowStore()
-        self.keeper = Keeper(
-            self.store, "interval", self.sessions, Repository(tmp_path), clock=self.clock, wall_clock=self.clock
+        self.sessions = SessionTable(
+            max_sessions=1000, max_state_bytes=1 << 30, clock=self.clock, wall_clock=self.clock
         )
+        self.store = SlowStore()
+        models = Repository(tmp_path)
+        models.put(MODEL.name, MODEL.version, MODEL)
+        self.keeper = Keeper(self.store, "interval", self.sessions, models, clock=self.clock, wall_clock=self.clock)
 
     async def create(self, *ids: str) -> tuple[Group, np.ndarray]:
         group, slots, full = self.sessions.create_many(
             MODEL,
             1,
-            LayerOptions(stateful=True),
+            OPTIONS,
             len(ids),
             initial_states=None,
             idle_lifetime=1000.0,
@@ -95,6 +101,37 @@ async def test_a_session_that_ends_while_its_save_waits_in_line(house):
     house.check()
     assert {session.id for session in house.sessions.after(0)} == {"first", "stays"}
     assert [head.step for head in await house.store.peek(["first", "stays"])] == [1, 1]
+
+
+async def test_a_session_that_is_asked_for_while_another_of_its_id_is_made(house):
+    """Whoever asks for the session that is in the store has it, though somebody would make one of that id here: who is
+    told that there is one.
+    """
+    group, slots = await house.create("mine")
+    house.use("mine")
+    await house.keeper.save_all()
+    house.sessions.forget(group, slots)
+
+    async def make() -> bool:
+        group, slots, _ = house.sessions.create_many(
+            MODEL, 1, OPTIONS, 1, initial_states=None, idle_lifetime=1000.0, session_ids=["mine"]
+        )
+        (made,) = await house.keeper.create(group, slots)
+        if not made:
+            house.sessions.forget(group, slots)
+        return made
+
+    house.store.gate.clear()
+    asking = asyncio.create_task(house.keeper.attach(["mine"], lambda group: None))
+    await asyncio.sleep(0)
+    making = asyncio.create_task(make())
+    await asyncio.sleep(0)
+    assert len(house.sessions) == 1
+    house.store.gate.set()
+    assert await asking == {}
+    assert not await making
+    assert house.sessions.get("mine").step == 1
+    house.check()
 
 
 DEEDS = ["create", "use", "use", "end", "save", "rest", "room", "stop", "go"]

@@ -211,8 +211,9 @@ class Link:
         if track.frontier and self.trial.happens():
             old = max(0, track.frontier - 1 - int(self.trial.chance.expovariate(0.1)))
             wrong = self.trial.chance.random() < 0.2 and not track.taken_back  # where it might be taken
-            self.trial.counts["chunks sent wrong" if wrong else "chunks sent twice"] += 1
-            wanted.insert(self.trial.chance.randrange(len(wanted) + 1), (old, wrong))
+            if (old, False) not in wanted:
+                self.trial.counts["chunks sent wrong" if wrong else "chunks sent twice"] += 1
+                wanted.insert(self.trial.chance.randrange(len(wanted) + 1), (old, wrong))
         if self.trial.happens(0.2):
             self.trial.counts["chunks out of order"] += len(wanted) > 1
             self.trial.chance.shuffle(wanted)

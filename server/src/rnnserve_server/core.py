@@ -325,7 +325,7 @@ class Core:
         if self.keeper is not None:
             with suppress(StoreDown):
                 await self.keeper.verify([session_id])
-        if self.keeper is None or session_id in self.sessions:
+        if self.keeper is None or self.sessions.is_stored(session_id):
             return self.sessions.get(session_id)
         return await self.keeper.peek(session_id)
 

@@ -33,7 +33,6 @@ from rnnserve_server.errors import (
     SessionClosed,
     SessionError,
     SessionEvicted,
-    SessionExists,
     SessionExpired,
     SessionTakenOver,
     SessionUnknown,
@@ -141,18 +140,20 @@ class Keeper:
         Raises:
             StoreDown: the store cannot be reached.
         """
-        async with self._attaching:  # or two streams that ask for one session would take it from each other
-            failed: dict[str, ServiceError] = {}
-            for _ in range(_TRIES):  # those that were here may have come to rest while the others were fetched
+        failed: dict[str, ServiceError] = {}
+        for _ in range(_TRIES):  # those that were here may have come to rest while the others were fetched
+            async with self._attaching:  # or two streams that ask for one session would take it from each other
                 missing = [x for x in dict.fromkeys(ids) if x not in failed and not self._sessions.is_stored(x)]
                 if not missing:
                     return failed
-                try:
-                    failed |= await self._attach(missing, line_up)
-                except StoreError as error:
-                    raise StoreDown(error) from error
-            away = [each for each in ids if each not in failed and not self._sessions.is_stored(each)]
-            return failed | {each: SessionAway(each) for each in away}
+                # Those that are here all the same are being made: whoever makes them has a turn before the next try.
+                if away := [each for each in missing if each not in self._sessions]:
+                    try:
+                        failed |= await self._attach(away, line_up)
+                    except StoreError as error:
+                        raise StoreDown(error) from error
+        away = [each for each in ids if each not in failed and not self._sessions.is_stored(each)]
+        return failed | {each: SessionAway(each) for each in away}
 
     async def _attach(self, ids: list[str], line_up: Callable[[Group], None]) -> dict[str, ServiceError]:
         failed: dict[str, ServiceError] = {}
@@ -182,11 +183,9 @@ class Keeper:
             failed[session_id] = (SessionUnknown if ended is None else _ERRORS[ended.why])(session_id)
         alike: dict[tuple[str, str], list[Record]] = {}
         for record in records:  # from here to where they are used nothing is awaited, or they might rest again
-            if record.id in self._sessions:
-                failed[record.id] = SessionExists(record.id)
-                continue
-            terms = replace(record.meta, create_time=0.0).to_json()
-            alike.setdefault((scope_of(record.id), terms), []).append(record)
+            if record.id not in self._sessions:  # else somebody is about to learn that there is one of that id
+                terms = replace(record.meta, create_time=0.0).to_json()
+                alike.setdefault((scope_of(record.id), terms), []).append(record)
         for some in alike.values():
             failed |= self._adopt(some, models[some[0].id])
         return failed
