@@ -201,7 +201,7 @@ class Link:
         track = each.track
         assert each.sent is not None
         start = each.sent if track.taken_back else max(each.sent, track.frontier)
-        if onward:
+        if onward and track.high < until:  # else it might say nothing, and wait for nothing
             start = max(start, track.high)
         wanted = [(number, False) for number in range(start, min(until, track.total))]
         if wanted:
