@@ -96,6 +96,18 @@ def run(what: Torture, kind: str, folder: Path) -> Report:
     return report
 
 
+@pytest.mark.parametrize(("kind", "replicas"), [("sqlite", 1), ("redis", 2)])
+def test_a_short_torture_of_the_sdk(tmp_path: Path, kind: str, replicas: int) -> None:
+    """Applications send chunks, some ahead, through one client of the SDK, while servers are killed and connections
+    cut: each gets every output, once and the right one, and never an error.
+    """
+    what = Torture(seed=6, seconds=5, kills=3, steps=4000, sessions=24, calls=0, sdk=20, replicas=replicas)
+    report = run(what, kind, tmp_path)
+    assert report.faults == []
+    assert report.steps > 300
+    assert report.kills > 0
+
+
 @pytest.mark.parametrize("replicas", [1, 2])
 @pytest.mark.parametrize("kind", ["sqlite", "redis"])
 def test_a_short_torture(tmp_path: Path, kind: str, replicas: int) -> None:

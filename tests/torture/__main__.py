@@ -20,6 +20,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=1_100_000, help="of all sessions together")
     parser.add_argument("--sessions", type=int, default=60)
     parser.add_argument("--calls", type=int, default=12, help="of the sessions, those that are driven by unary calls")
+    parser.add_argument("--sdk", type=int, default=0, help="of the sessions, those that are driven by the SDK")
     parser.add_argument("--links", type=int, default=4, help="streams")
     parser.add_argument("--abreast", type=int, default=1, help="sessions of a stream that go in step, in wide frames")
     parser.add_argument("--shared", type=int, default=1, help="streams that step each session at once")

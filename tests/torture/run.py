@@ -20,6 +20,7 @@ from torture.hands import check_seen, take_in_hand
 from torture.history import Fault, check
 from torture.plan import Plan, make_plans, write_models
 from torture.proxy import Proxy
+from torture.sdk import by_sdk, client
 from torture.servers import ServerProcess
 from torture.track import Track, Trial
 
@@ -40,6 +41,7 @@ class Torture:
         replicas: servers on one store; sessions hop between them if there are several.
         links: streams.
         calls: sessions that are driven by unary calls.
+        sdk: sessions that are driven by the SDK, one client for all.
         abreast: sessions that go in step on one stream, in frames of as many lanes.
         shared: drivers of each session, who step it at once: each on a stream of its own, or by unary calls.
         hands: who look at sessions, fork them, and take some of them back, those that no unary calls drive.
@@ -59,6 +61,7 @@ class Torture:
     replicas: int = 1
     links: int = 4
     calls: int = 4
+    sdk: int = 0
     abreast: int = 1
     shared: int = 1
     hands: int = 0
@@ -193,16 +196,22 @@ async def _run(
     links = [Link(trial) for _ in range(what.links)]
     for link in links:
         link.others = [other for other in links if other is not link] if what.replicas > 1 else []
-    for number, track in enumerate(tracks):
+    called, rest = tracks[: what.calls], tracks[what.calls :]
+    by_client, streamed = rest[: what.sdk], rest[what.sdk :]
+    for number, track in enumerate([*called, *streamed]):
         first = max(0, number - what.calls) // what.abreast
         for other in range(what.shared - (number < what.calls)):
             links[(first + other) % len(links)].take(track)
-    for track in tracks[what.calls :: 2] if what.hands else ():
+    for track in streamed[::2] if what.hands else ():
         track.taken_back = True
     adversary = asyncio.create_task(_adversary(what, trial, servers, proxies, report))
     tasks = [asyncio.create_task(link.run()) for link in links]
-    tasks += [asyncio.create_task(call_by_call(trial, track)) for track in tracks[: what.calls]]
-    tasks += [asyncio.create_task(take_in_hand(trial, tracks)) for _ in range(what.hands)]
+    tasks += [asyncio.create_task(call_by_call(trial, track)) for track in called]
+    sdk = client(trial)
+    tasks += [asyncio.create_task(by_sdk(trial, track, sdk)) for track in by_client]
+    # Whoever has a session looked at by another server takes it from the SDK, whose application is told that.
+    at_hand = tracks if trial.alone else [*called, *streamed]
+    tasks += [asyncio.create_task(take_in_hand(trial, at_hand)) for _ in range(what.hands)]
     try:
         end = time.monotonic() + what.seconds
         late = False
@@ -232,6 +241,7 @@ async def _run(
         for task in tasks:
             task.cancel()
         await asyncio.gather(adversary, *tasks, return_exceptions=True)
+        await sdk.close()
         for server in servers:
             if not server.alive:
                 await asyncio.to_thread(server.start)
