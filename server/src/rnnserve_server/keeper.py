@@ -147,9 +147,9 @@ class Keeper:
                 if not missing:
                     return failed
                 # Those that are here all the same are being made: whoever makes them has a turn before the next try.
-                if away := [each for each in missing if each not in self._sessions]:
+                if absent := [each for each in missing if each not in self._sessions]:
                     try:
-                        failed |= await self._attach(away, line_up)
+                        failed |= await self._attach(absent, line_up)
                     except StoreError as error:
                         raise StoreDown(error) from error
         away = [each for each in ids if each not in failed and not self._sessions.is_stored(each)]

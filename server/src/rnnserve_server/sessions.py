@@ -213,21 +213,21 @@ class SessionTable(Lifetimes):
         """
         place = self._directory.find(session_id)
         if place is None:
-            raise self._gone(session_id)
+            raise self._why(session_id)
         index, slot = place
         return self.at(self._by_index[index], slot)
 
     def was_taken(self, session_id: str) -> bool:
         """Whether another server has taken a session over, which was here."""
-        return isinstance(self._gone(session_id), SessionTakenOver)
+        return isinstance(self._why(session_id), SessionTakenOver)
 
     def why_ended(self, session_id: str) -> type[SessionError]:
         """Why a session is not here that was: SessionUnknown or SessionAway for one that may live on in a store."""
-        return type(self._gone(session_id))
+        return type(self._why(session_id))
 
     def gone(self, group: Group, session_id: str) -> SessionError:
         """Why a session of a group that was here is not any more: SessionAway for one that may live on in a store."""
-        error = self._gone(session_id)
+        error = self._why(session_id)
         if not isinstance(error, SessionUnknown):
             return error
         if session_id in self:  # another session has its id by now
@@ -388,7 +388,7 @@ class SessionTable(Lifetimes):
                 return
             self.dropped += 1
 
-    def _gone(self, session_id: str) -> SessionError:
+    def _why(self, session_id: str) -> SessionError:
         if self.is_stored(session_id):  # it left memory, and came back while this work waited
             return SessionAway(session_id)
         return self._directory.why(session_id)(session_id)

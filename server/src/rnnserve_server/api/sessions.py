@@ -45,7 +45,7 @@ class SessionServicer(session_pb2_grpc.SessionServiceServicer):
             most = min(max(request.page_size, 0) or _PAGE, _PAGE)
             heads = await core.keeper.page(request.page_token, most + 1, request.model, scope)
             stored, token = page(heads, request.page_size, _PAGE, lambda head: head.cursor)
-            shown = [core.sessions.get(each.id) if each.id in core.sessions else each for each in stored]
+            shown = [core.sessions.get(each.id) if core.sessions.is_stored(each.id) else each for each in stored]
             return pb.ListSessionsResponse(sessions=await session_messages(shown), next_page_token=token)
         number = page_number(request.page_token)
         after = core.sessions.of(scope, number, request.model) if scope else core.sessions.after(number, request.model)

@@ -276,10 +276,10 @@ class LaneStream:
             away = self._away(lanes, failed)
             if not away:
                 return failed
-            await self._hear_out(away)
+            await self._await_told(away)
             errors = await self._attach(list({self._lanes.ids[lane] for lane in away}))
             for lane in away:
-                if (session_id := self._lanes.ids[lane]) in self._core.sessions:
+                if self._core.sessions.is_stored(session_id := self._lanes.ids[lane]):  # not one that is being made
                     session = self._core.sessions.get(session_id)
                     self._lanes.vacate([lane])
                     self._put([lane], session.group, np.array([session.slot]))
@@ -287,7 +287,7 @@ class LaneStream:
                     failed[lane] = error
         return failed | {lane: SessionAway(self._lanes.ids[lane]) for lane in self._away(lanes, failed)}
 
-    async def _hear_out(self, lanes: Sequence[int]) -> None:
+    async def _await_told(self, lanes: Sequence[int]) -> None:
         """Waits until the chunks that have come for the sessions which were on lanes are told what has become of them:
         before any later ones are answered, and before the lane may be another's.
         """

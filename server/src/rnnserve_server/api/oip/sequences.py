@@ -149,8 +149,8 @@ class Sequences:
             session = await core.session(named, sure=True)
             async with core.turn(session):
                 core.sessions.delete(named)
-        except (SessionUnknown, SessionClosed, SessionExpired, SessionAged, SessionTakenOver):
-            return  # it has ended by itself
+        except (SessionUnknown, SessionClosed, SessionExpired, SessionAged, SessionTakenOver, SessionAway):
+            return  # it has ended by itself, or left memory and come back: then that one is in the way, and is next
         await core.settle()
 
     def told(self, model: str, asked: Asked, error: SessionError) -> ServiceError:
