@@ -80,16 +80,29 @@ class Link:
                 self.trial.counts["lost streams"] += 1
             except TimeoutError:
                 self.trial.counts["stalled streams"] += 1
-                if self._silent and self._unheard > 0:
-                    self.trial.faults.append(Fault("kept waiting", f"{self._unheard} chunks of a silent stream"))
+                if self._silent:
+                    self.kept_waiting()
+            self._unheard = 0
+            self._wake.set()
             for each in self.carried:
                 each.lane = each.sent = None
             await asyncio.sleep(self.trial.chance.uniform(0, 0.1))
 
+    def kept_waiting(self) -> None:
+        """What was asked on the stream should have been answered by now."""
+        if self._unheard > 0:
+            self.trial.faults.append(Fault("kept waiting", f"{self._unheard} chunks of a stream"))
+
+    async def settled(self) -> None:
+        """Waits until all that was asked on the stream is answered, or it is lost."""
+        while self._unheard > 0:
+            self._wake.clear()
+            await self._wake.wait()
+
     async def _converse(self, address: str) -> None:
         async with channel(address) as connection:
             stream: Any = inference_pb2_grpc.InferenceServiceStub(connection).Stream()
-            self._lanes, self._wrong, self._unheard, self._silent = {}, set(), 0, False
+            self._lanes, self._wrong, self._silent = {}, set(), False
             patience = (6 if self.trial.shared else 1) * PATIENCE
             writer = asyncio.create_task(self._write(stream))
             try:
@@ -131,9 +144,7 @@ class Link:
         """Says nothing until all that was asked is answered, whatever others ask of the same sessions meanwhile."""
         self.trial.counts["silences"] += 1
         self._silent = True
-        while self._unheard > 0:
-            self._wake.clear()
-            await self._wake.wait()
+        await self.settled()
         self._silent = False
 
     # What is said

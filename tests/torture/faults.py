@@ -93,10 +93,35 @@ def _applies_twice() -> None:
     SessionTable.check = credulous  # type: ignore[method-assign]
 
 
+def _keeps_an_answer() -> None:
+    """Now and then an answer is taken for sent, and lies there."""
+    from rnnserve_server.api.stream import LaneStream
+
+    answer, chance = LaneStream._answer, random.Random(5)
+
+    def forgetful(self: Any, parts: Any, chunks: int, nbytes: int) -> None:
+        if chance.random() < 0.02:
+            self._unanswered -= chunks
+        else:
+            answer(self, parts, chunks, nbytes)
+
+    LaneStream._answer = forgetful  # type: ignore[method-assign]
+
+
+def _shows_new_states() -> None:
+    """The states of a session that are looked at, or that a fork gets, are those of a new one."""
+    from rnnserve_server import states
+
+    shown = states.all_states_of
+    states.all_states_of = lambda session: {name: np.zeros_like(state) for name, state in shown(session).items()}
+
+
 FAULTS = {
     "drops-a-commit": _drops_a_commit,
     "answers-before-commit": _answers_before_commit,
     "forgets-answers": _forgets_answers,
     "writes-to-the-neighbour": _writes_to_the_neighbour,
     "applies-twice": _applies_twice,
+    "keeps-an-answer": _keeps_an_answer,
+    "shows-new-states": _shows_new_states,
 }

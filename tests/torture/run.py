@@ -15,7 +15,7 @@ from typing import Any
 from redis_server import running_redis
 from rnnserve_server.records import unpack_states
 from rnnserve_server.store import open_store
-from torture.client import Link, call_by_call
+from torture.client import PATIENCE, Link, call_by_call
 from torture.hands import check_seen, take_in_hand
 from torture.history import Fault, check
 from torture.plan import Plan, make_plans, write_models
@@ -234,6 +234,10 @@ async def _run(
                 late = True
                 for track in tracks:
                     track.total = track.high
+        for link in links if not trial.faults else ():
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(link.settled(), PATIENCE)
+            link.kept_waiting()
     finally:
         trial.over = True
         trial.moved.set()
