@@ -163,11 +163,11 @@ def test_what_is_seen_wrong_of_a_session_in_hand(plans: list[Plan]) -> None:
     tracks = [Track(trial, plan, 0) for plan in plans[:3]]
     for track in tracks:
         before = track.plan.states_between(4)
-        track.seen[3] = digest({}, before[3])
+        track.seen.append((3, digest({}, before[3])))
         track.forked.append((3, track.plan.answer(3, before[3])[0]))
     assert check_seen(tracks) == []
     before = plans[1].states_between(4)
-    tracks[1].seen[2] = digest({}, before[3])
+    tracks[1].seen.append((2, digest({}, before[3])))
     tracks[2].forked.append((2, plans[2].answer(2, plans[2].states_between(4)[3])[0]))
     assert [(fault.session, fault.name) for fault in check_seen(tracks)] == [
         (plans[1].name, "wrong states"),

@@ -49,7 +49,7 @@ async def _look(trial: Trial, track: Track, connection: grpc.aio.Channel) -> Non
     found = await stub.GetState(session_pb2.GetStateRequest(session_id=track.plan.name), timeout=_SECONDS)
     if (number := track.stands(found.session.step, known)) is not None:
         trial.counts["looks"] += 1
-        track.seen[number] = digest({}, decode_named(found.states, "states"))
+        track.seen.append((number, digest({}, decode_named(found.states, "states"))))
 
 
 async def _fork(trial: Trial, track: Track, connection: grpc.aio.Channel) -> None:
@@ -92,11 +92,11 @@ def check_seen(tracks: list[Track]) -> list[Fault]:
     """What is wrong with the states that were seen, and with what forks answered."""
     faults = []
     for track in tracks:
-        plan, seen = track.plan, [*track.seen, *(number for number, _ in track.forked)]
-        before = plan.states_between(max(seen)) if seen else []
+        plan, numbers = track.plan, [number for number, _ in [*track.seen, *track.forked]]
+        before = plan.states_between(max(numbers, default=0))
         faults += [
             Fault("wrong states", plan.name, f"were seen behind chunk {number}")
-            for number, what in track.seen.items()
+            for number, what in track.seen
             if what != digest({}, before[number])
         ]
         faults += [

@@ -77,7 +77,7 @@ class Track:
         created: it was made, and that was acknowledged.
         exists: somebody has said that it exists, who may not have stored it yet.
         taken_back: it is taken back now and then, so that what was answered may have to be sent again.
-        seen: digests of its states, by how many chunks it had taken.
+        seen: its states as they were seen: how many chunks it had taken, and their digest.
         forked: answers of its forks to a chunk: its number, and the digest of what was answered.
         moved: who is to be told that it was answered.
     """
@@ -90,7 +90,7 @@ class Track:
         self.total = len(plan.lengths)
         self.frontier = self.high = 0
         self.created = self.exists = self.taken_back = False
-        self.seen: dict[int, bytes] = {}
+        self.seen: list[tuple[int, bytes]] = []
         self.forked: list[tuple[int, bytes]] = []
         self.moved: list[asyncio.Event] = []
         self._numbers = {step: number for number, step in enumerate(plan.starts)}
