@@ -82,6 +82,50 @@ async def test_nothing_is_told_before_it_is_on_the_disk(
     await store.close()
 
 
+async def test_a_log_is_written_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A log grows by whole pieces before SQLite comes to its end, up to the length at which it is moved back, whoever
+    of two processes writes; and whenever both are killed, all is there that was told.
+    """
+    monkeypatch.setattr("rnnserve_server.store.sqlite_file._LOG_PAGES", 100)
+    monkeypatch.setattr("rnnserve_server.store.sqlite_file._PAGES_HERE", 50)
+    path, log = tmp_path / "s.db", tmp_path / "s.db-wal"
+    store, sessions = await opened(path, HERE)
+    other = await SqliteStore.open(path, inline_seconds=HERE)
+    sizes = {log.stat().st_size}
+    for number in range(60):
+        writer = other if number % 20 >= 10 else store
+        if number % 10 == 0:
+            sessions = [session for session in await writer.take(SESSIONS, NOW) if session is not None]
+        assert await begun(writer, columns(sessions)) == [[True] * len(SESSIONS)]
+        sessions = stepped(sessions)
+        sizes.add(log.stat().st_size)
+        killed = tmp_path / f"killed{number}"
+        killed.mkdir()
+        for each in (path, log):
+            shutil.copy(each, killed)
+        again = await SqliteStore.open(killed / "s.db")
+        assert [head and head.step for head in await again.peek(SESSIONS)] == [session.step for session in sessions]
+        await again.close()
+    await other.close()
+    await store.close()
+    assert not [size for size in sizes if size % 131072]
+    assert len(sizes) > 2
+    assert max(sizes) <= 2 * 100 * 16408
+
+
+async def test_a_log_that_cannot_be_written_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is room for what is stored, but not for more, it is stored."""
+
+    def fails(log: int, what: bytes, offset: int) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", fails)
+    store, sessions = await opened(tmp_path / "s.db", HERE)
+    assert await begun(store, columns(sessions)) == [[True] * len(SESSIONS)]
+    assert (tmp_path / "s.db-wal").stat().st_size % 131072
+    await store.close()
+
+
 @pytest.mark.parametrize("inline_seconds", [HERE, HANDED_OVER])
 async def test_a_disk_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inline_seconds: float) -> None:
     """What may not be on the disk is not told as stored, nor is anything after it, though the disk may seem well: it is

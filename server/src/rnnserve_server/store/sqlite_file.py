@@ -15,7 +15,7 @@ import sqlite3
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Literal, ParamSpec, TypeVar
@@ -25,6 +25,12 @@ from rnnserve_server.store.base import StoreCorrupt, StoreError, StoreMisconfigu
 PAGE_BYTES = 16384
 _LOG_PAGES = 4000  # a page written many times is moved back into the file once
 _CACHE_KIB = 65536
+_FRAME_BYTES = PAGE_BYTES + 24  # of the log: a page and what is said of it
+# What Linux keeps of a file in memory lies in pieces as large as what was first written there at once. To write to
+# large ones again, and to have them on the disk, takes two thirds as long; and SQLite writes page by page.
+_PIECE = bytes(131072)
+_LEAST_AHEAD_BYTES = 1 << 20
+_MOST_AHEAD_BYTES = 4 << 20  # written at once, in two or three milliseconds
 _RETRY_SECONDS = 0.001
 _PAGES_HERE = _LOG_PAGES // 2  # that the event loop writes before the thread has its turns
 _TURNS = 2  # of the thread: one that may move the log, and the next, which begins it anew and waits for the disk
@@ -174,7 +180,7 @@ class SqliteFile:
         self.db.execute(f"PRAGMA cache_size = -{_CACHE_KIB}")
         self.db.execute("SELECT 1 FROM sqlite_schema").fetchone()  # there is a log from the first look on
         _, _, file = self.db.execute("PRAGMA database_list").fetchone()  # of a link, what it leads to
-        self._log = os.open(f"{file}-wal", os.O_RDONLY | os.O_CLOEXEC)
+        self._log = os.open(f"{file}-wal", os.O_RDWR | os.O_CLOEXEC)
 
     def abandon(self) -> None:
         """Closes the connection."""
@@ -190,6 +196,7 @@ class SqliteFile:
         """A transaction that writes."""
         self.db.execute("BEGIN IMMEDIATE")
         try:
+            self._write_ahead()
             yield
             self.db.execute("COMMIT")
             self._committed += 1
@@ -198,6 +205,21 @@ class SqliteFile:
             if self.db.in_transaction:
                 self.db.execute("ROLLBACK")
             raise
+
+    def _write_ahead(self) -> None:
+        """Writes zeros behind the log, in large pieces, if SQLite is about to come to its end: in a transaction, where
+        nobody else writes. SQLite reads a log as far as it is whole, so that zeros are nothing to it.
+        """
+        # By `fstat` one asks for the time of the last write, too: Linux then notes the next one's, and syncs it as well.
+        if self._log < 0 or (size := os.lseek(self._log, 0, os.SEEK_END)) >= _LOG_PAGES * _FRAME_BYTES:
+            return
+        near = os.pread(self._log, _FRAME_BYTES, max(size // 2, size - _LEAST_AHEAD_BYTES))
+        if size and not near.strip(b"\0"):
+            return
+        end = size + max(len(_PIECE), min(size, _MOST_AHEAD_BYTES))
+        with suppress(OSError):  # SQLite says so, if it has to
+            while size < end:
+                size += os.pwrite(self._log, _PIECE[size % len(_PIECE) :], size)
 
     def _move_log(self, may: bool) -> None:
         """Whether a commit may move a long log back into the file."""
