@@ -82,6 +82,33 @@ async def test_nothing_is_told_before_it_is_on_the_disk(
     await store.close()
 
 
+async def test_only_a_fast_disk_keeps_the_event_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The event loop waits for the disk itself as long as that takes less than it may; once it has taken longer, the
+    store's thread does, until the disk has been fast for a while.
+    """
+    seconds = itertools.chain([0.0001] * 8, [0.1], itertools.repeat(0.0001))
+    now, waited = 0.0, list[bool]()
+
+    def takes_time(log: int) -> None:
+        nonlocal now
+        now += next(seconds)
+        waited.append(threading.current_thread() is threading.main_thread())
+
+    monkeypatch.setattr(os, "fdatasync", takes_time)
+    monkeypatch.setattr("rnnserve_server.store.sqlite_file._clock", lambda: now)
+    store, sessions = await opened(tmp_path / "s.db", 0.0005)
+    waited.clear()
+    for _ in range(60):
+        assert await begun(store, columns(sessions)) == [[True] * len(SESSIONS)]
+        sessions = stepped(sessions)
+    await store.close()
+    fast, slow = waited.index(False), waited.count(False)
+    assert fast > 0
+    assert slow > 10
+    assert waited == [True] * fast + [False] * slow + [True] * (60 - fast - slow)
+    assert waited[-1]
+
+
 async def test_a_log_is_written_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A log grows by whole pieces before SQLite comes to its end, up to the length at which it is moved back, whoever
     of two processes writes; and whenever both are killed, all is there that was told.

@@ -59,7 +59,8 @@ async def open_store(
         prefix: of Redis: what all keys begin with.
         remember: seconds for which it is remembered why a session ended.
         patience: seconds to wait for Redis, or for another process that writes to the file.
-        inline_seconds: of SQLite: for which the event loop may be kept to append ticks to the file.
+        inline_seconds: of SQLite: for which the event loop may be kept to append ticks to the file, and to wait for the
+            disk.
 
     Raises:
         StoreMisconfigured: there is no such store; the message says what is.

@@ -119,7 +119,7 @@ class SqliteStore(Store):
         self._path = path
         self._remember = remember
         self._most_bytes_here = inline_seconds * _BYTES_PER_SECOND
-        self._file = SqliteFile(path, synchronous, patience, forget=lambda: self._journal.forget())
+        self._file = SqliteFile(path, synchronous, patience, inline_seconds, forget=lambda: self._journal.forget())
         self._db: sqlite3.Connection
         self._journal: SqliteJournal
 
@@ -140,7 +140,8 @@ class SqliteStore(Store):
             synchronous: what a commit waits for: "full" for the disk, "normal" for the operating system.
             remember: seconds for which it is remembered why a session ended.
             patience: seconds to wait for another process's transaction.
-            inline_seconds: for which the event loop may be kept to append ticks; 0: the store's thread does that.
+            inline_seconds: for which the event loop may be kept to append ticks, and to wait for the disk; 0: both are
+                the store's thread's.
 
         Raises:
             StoreMisconfigured: there can be no such file, or it belongs to another program or a later release.

@@ -1,15 +1,17 @@
 """A SQLite file that several processes may have open: the connection, the thread, the write-ahead log.
 
-All that may take long is the thread's: to wait for another process, for the disk, and to move the log back into the
+All that may take long is the thread's: to wait for another process, for a slow disk, and to move the log back into the
 file. To append to the log is neither, and the event loop may do it itself when the thread has nothing to do with the
 connection: to hand it over and back takes as long as to do it. So it is not SQLite that syncs the log within a commit,
-but the thread, behind it. Nothing is told before that.
+but the thread, behind it; or, if the disk is as fast as that, the event loop, a turn later. Nothing is told before.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextvars
+import ctypes
+import math
 import os
 import sqlite3
 import time
@@ -31,12 +33,18 @@ _FRAME_BYTES = PAGE_BYTES + 24  # of the log: a page and what is said of it
 _PIECE = bytes(131072)
 _LEAST_AHEAD_BYTES = 1 << 20
 _MOST_AHEAD_BYTES = 4 << 20  # written at once, in two or three milliseconds
+_WRITE = 2  # of `sync_file_range`
 _RETRY_SECONDS = 0.001
 _PAGES_HERE = _LOG_PAGES // 2  # that the event loop writes before the thread has its turns
 _TURNS = 2  # of the thread: one that may move the log, and the next, which begins it anew and waits for the disk
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+_clock = time.perf_counter
+_sync_file_range = None
+with suppress(OSError, AttributeError, TypeError):
+    _sync_file_range = ctypes.CDLL(None).sync_file_range
 
 
 class SqliteFile:
@@ -46,6 +54,7 @@ class SqliteFile:
         path: where it is.
         synchronous: what a commit waits for: "full" for the disk, "normal" for the operating system.
         patience: seconds to wait for another process's transaction.
+        inline_seconds: for which the event loop may wait for the disk.
         forget: called when a transaction was rolled back.
 
     Attributes:
@@ -54,18 +63,26 @@ class SqliteFile:
     """
 
     def __init__(
-        self, path: Path, synchronous: Literal["full", "normal"], patience: float, *, forget: Callable[[], None]
+        self,
+        path: Path,
+        synchronous: Literal["full", "normal"],
+        patience: float,
+        inline_seconds: float,
+        *,
+        forget: Callable[[], None],
     ) -> None:
         self.db: sqlite3.Connection
         self._path = path
         self._full = synchronous == "full"
         self._patience = patience
+        self._inline_seconds = inline_seconds
         self._forget = forget
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="store")
         # What the thread was given to do with the connection, counted by the loop, and has done, counted by the thread.
         self._given = self._done = 0
         self._log = -1  # a descriptor of the log
         self._committed = self._synced = 0  # transactions
+        self._sync_seconds = math.inf  # that the disk is expected to take
         self.failed = ""
         self._moves_log = True  # a commit moves the log back into the file when it is long
         self._pages_here = 0  # written by the event loop since the thread had its turns
@@ -120,14 +137,27 @@ class SqliteFile:
 
     def synced(self, told: Callable[[Exception | None], None]) -> None:
         """Tells when all that was committed is stored, as `begin` does."""
-        if self._full:
+        soon = partial(asyncio.get_running_loop().call_soon, context=contextvars.Context())
+        if not self._full:
+            soon(told, None)
+        elif self._sync_seconds < self._inline_seconds:
+            _begin_writing(self._log)  # which takes place beside what is done in this turn, and what comes in meanwhile
+            soon(self._sync_here, told)
+        else:
             self._begin(self._sync, told)
             time.sleep(0)  # lets the thread begin, so that what the caller does next takes place beside it
+
+    def _sync_here(self, told: Callable[[Exception | None], None]) -> None:
+        try:
+            self._sync()
+        except StoreUnavailable as error:
+            told(error)
         else:
-            asyncio.get_running_loop().call_soon(told, None, context=contextvars.Context())
+            told(None)
 
     async def close(self) -> None:
         """Waits for what is under way, and closes the file."""
+        await asyncio.sleep(0)  # a sync may be next
         closed: asyncio.Future[Exception | None] = asyncio.get_running_loop().create_future()
         self._begin(self._close, closed.set_result)
         error = await closed
@@ -210,7 +240,7 @@ class SqliteFile:
         """Writes zeros behind the log, in large pieces, if SQLite is about to come to its end: in a transaction, where
         nobody else writes. SQLite reads a log as far as it is whole, so that zeros are nothing to it.
         """
-        # By `fstat` one asks for the time of the last write, too: Linux then notes the next one's, and syncs it as well.
+        # Who asks `fstat` asks for the time of the last write, too: Linux then notes the next one's, and syncs that.
         if self._log < 0 or (size := os.lseek(self._log, 0, os.SEEK_END)) >= _LOG_PAGES * _FRAME_BYTES:
             return
         near = os.pread(self._log, _FRAME_BYTES, max(size // 2, size - _LEAST_AHEAD_BYTES))
@@ -257,6 +287,7 @@ class SqliteFile:
         committed = self._committed  # what is committed meanwhile may come too late for this one
         if committed == self._synced:
             return
+        began_at = _clock()
         try:
             getattr(os, "fdatasync", os.fsync)(self._log)  # macOS has no fdatasync
         except OSError as error:
@@ -267,6 +298,8 @@ class SqliteFile:
             )
             raise StoreUnavailable(self.failed) from error
         self._synced = committed
+        seconds, before = _clock() - began_at, self._sync_seconds
+        self._sync_seconds = seconds if before == math.inf else before + 0.2 * (seconds - before)
 
     def _close(self) -> None:
         try:
@@ -297,6 +330,12 @@ class SqliteFile:
                 f"`sqlite3 {self._path} .recover | sqlite3 mended.db`, or move it away and lose its sessions"
             )
         return StoreCorrupt(f"{what}: the file does not hold what rnnserve keeps in it; move it away, or name another")
+
+
+def _begin_writing(log: int) -> None:
+    """Has the system write a log to the disk, and does not wait: where it can be told to, which is Linux."""
+    if _sync_file_range is not None:
+        _sync_file_range(log, ctypes.c_int64(0), ctypes.c_int64(0), _WRITE)
 
 
 def _code(error: sqlite3.Error) -> int:
