@@ -186,6 +186,7 @@ def test_what_is_seen_wrong_of_a_session_in_hand(plans: list[Plan]) -> None:
         ("applies-twice", {"doubled step", "answer to nothing", "another answer"}),
         ("keeps-an-answer", {"unanswered at the end", "kept waiting"}),
         ("shows-new-states", {"wrong states", "wrong answer"}),
+        ("forgets-a-gap", {"wrong answer", "lost commit", "swapped state"}),
     ],
 )
 def test_a_fault_in_the_server_is_found(tmp_path: Path, fault: str, names: set[str]) -> None:
@@ -201,4 +202,6 @@ def test_a_fault_in_the_server_is_found(tmp_path: Path, fault: str, names: set[s
 def test_the_kinds_are_of_both_engines_and_all_options() -> None:
     assert {kind.masked for kind in KINDS} == {True, False}
     assert len({kind.batch for kind in KINDS}) == 3
+    assert {bool(kind.every_steps) for kind in KINDS if not kind.masked_steps} == {True, False}
+    assert any(kind.masked_steps for kind in KINDS)
     assert all(isinstance(kind, Kind) for kind in KINDS)

@@ -17,7 +17,7 @@ from rnnserve.codec import decode_named, encode_named
 from rnnserve.v1 import inference_pb2 as pb
 from rnnserve.v1 import inference_pb2_grpc, session_pb2, session_pb2_grpc
 from torture.history import Fault
-from torture.plan import digest
+from torture.plan import Plan, digest
 from torture.track import AGAIN, Track, Trial
 from torture.wire import channel, config, frame, reason
 
@@ -203,9 +203,7 @@ class Link:
         if track.created or track.exists:
             request.opens.add(lane=each.lane, session_id=track.plan.name)
             return
-        kind = track.plan.kind
-        asked = config(kind.model, track.plan.name, batch=kind.batch, **dict.fromkeys(kind.options, True))
-        request.opens.add(lane=each.lane, create=asked)
+        request.opens.add(lane=each.lane, create=_config(track.plan))
 
     def _wanted(self, request: pb.StreamRequest, each: Carried, until: int, *, onward: bool) -> list[tuple[int, bool]]:
         """The chunks to send now, and whether each is another than it should be."""
@@ -299,17 +297,24 @@ def _apart(request: pb.StreamRequest) -> list[pb.StreamRequest]:
     return [*([first] if first.ByteSize() else []), *(pb.StreamRequest(frames=[each]) for each in request.frames)]
 
 
+def _config(plan: Plan) -> session_pb2.SessionConfig:
+    kind = plan.kind
+    asked = config(kind.model, plan.name, batch=kind.batch, **dict.fromkeys(kind.options, True))
+    asked.reset_rules.every_steps, asked.reset_rules.masked_steps = kind.every_steps, kind.masked_steps
+    return asked
+
+
 async def call_by_call(trial: Trial, track: Track) -> None:
     """Drives a session by Predict, one chunk after the other, with deadlines that pass and calls that are cancelled."""
-    plan, kind, number = track.plan, track.plan.kind, 0
+    plan, number = track.plan, 0
     while not trial.over and not track.done:
         async with channel(trial.chance.choice(trial.addresses())) as connection:
             sessions = session_pb2_grpc.SessionServiceStub(connection)
             stub = inference_pb2_grpc.InferenceServiceStub(connection)
             try:
                 if not track.exists:
-                    asked = config(kind.model, plan.name, batch=kind.batch, **dict.fromkeys(kind.options, True))
-                    await sessions.CreateSession(session_pb2.CreateSessionRequest(config=asked), timeout=PATIENCE)
+                    asked = session_pb2.CreateSessionRequest(config=_config(plan))
+                    await sessions.CreateSession(asked, timeout=PATIENCE)
                     track.exists = track.created = True
                 while not trial.over and not track.done and not trial.happens(0.05):
                     number = track.frontier

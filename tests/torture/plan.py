@@ -30,12 +30,16 @@ class Kind:
         batch: rows of every call.
         masked: every chunk has a mask.
         options: those of the layer that are true.
+        every_steps: whenever their step is a multiple of it, they are reset; 0: not.
+        masked_steps: with so many masked steps in a row, that row is; 0: not.
     """
 
     model: str
     batch: int = 1
     masked: bool = False
     options: tuple[str, ...] = ("return_sequences",)
+    every_steps: int = 0
+    masked_steps: int = 0
 
     @property
     def sequences(self) -> bool:
@@ -49,6 +53,8 @@ KINDS = (
     Kind("lstm-4-numpy", batch=2, masked=True),
     Kind("gru-8", options=("return_sequences", "return_state")),
     Kind("lstm-4", masked=True, options=("return_sequences", "zero_output_for_mask")),
+    Kind("lstm-4", options=("return_sequences", "return_state"), every_steps=17),
+    Kind("lstm-4-numpy", batch=2, masked=True, every_steps=61, masked_steps=2),
 )
 
 
@@ -109,6 +115,19 @@ class Plan:
             return None
         return np.random.default_rng((*self.seed, 1)).random((self.starts[-1], self.kind.batch)) < 0.7
 
+    @cached_property
+    def fresh(self) -> Array:
+        """Which rows the kind's rules reset behind which steps, bool [T, batch]."""
+        steps, run = np.arange(1, self.starts[-1] + 1), np.zeros(self.kind.batch, np.int64)
+        fresh = np.zeros((len(steps), self.kind.batch), np.bool_)
+        if self.kind.every_steps:
+            fresh[steps % self.kind.every_steps == 0] = True
+        if self.kind.masked_steps and self.mask is not None:
+            for each, counts in zip(fresh, self.mask, strict=True):
+                run = np.where(counts, 0, run + 1)
+                each |= run == self.kind.masked_steps
+        return fresh
+
     def chunk(self, number: int) -> tuple[Array, Array | None]:
         """The inputs of a chunk, [batch, time, features], and its mask, [batch, time]."""
         steps = slice(self.starts[number], self.starts[number + 1])
@@ -122,7 +141,7 @@ class Plan:
 
     def expected(self, count: int) -> tuple[list[bytes], Arrays]:
         """The digests of the first answers, and the states behind them, as one run over the whole sequence has them."""
-        if "return_state" in self.kind.options:  # the states between the chunks are wanted too
+        if "return_state" in self.kind.options or self.fresh.any():  # the states between the chunks are wanted too
             return self._chunk_by_chunk(count)
         stop, states = self.starts[count], self.beginning
         if not stop:
@@ -145,7 +164,10 @@ class Plan:
         """The digest of the answer to one chunk from given states, and the states behind it."""
         x, mask = self.chunk(number)
         call = compact({"input": x.swapaxes(0, 1)}, None if mask is None else mask.T, go_backwards=False)
-        y, after = _run(self.engine, call.inputs, call.lengths, states)
+        if self.fresh[self.starts[number] : self.starts[number + 1]].any():
+            y, after = self._step_by_step(number, states)
+        else:
+            y, after = _run(self.engine, call.inputs, call.lengths, states)
         out = call.expand(
             y,
             return_sequences=self.kind.sequences,
@@ -153,6 +175,22 @@ class Plan:
         )
         shown = after if "return_state" in self.kind.options else {}
         return digest({"output": out.swapaxes(0, 1) if self.kind.sequences else out}, shown), after
+
+    def _step_by_step(self, number: int, states: Mapping[str, Array]) -> tuple[Array, Arrays]:
+        """The outputs of a chunk's steps that count, [T', batch, units], and the states behind it, by the rules."""
+        steps = range(self.starts[number], self.starts[number + 1])
+        (spec,) = self.engine.outputs
+        y = np.zeros((len(steps), self.kind.batch, *spec.shape), spec.dtype)
+        ran = np.zeros(self.kind.batch, np.int64)
+        after, beginning = dict(states), self.beginning
+        for step in steps:
+            counts = np.ones(self.kind.batch, np.bool_) if self.mask is None else self.mask[step]
+            out, after = _run(self.engine, {"input": self.x[step : step + 1]}, counts.astype(np.int64), after)
+            y[ran[counts], np.flatnonzero(counts)] = out[0, counts]
+            ran += counts
+            for name, state in after.items():
+                state[self.fresh[step]] = beginning[name][self.fresh[step]]
+        return y, after
 
     def _chunk_by_chunk(self, count: int) -> tuple[list[bytes], Arrays]:
         states, digests = self.beginning, []

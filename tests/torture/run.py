@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from redis_server import running_redis
-from rnnserve_server.records import unpack_states
+from rnnserve_server.records import rules_of, unpack_states
 from rnnserve_server.store import open_store
 from torture.client import PATIENCE, Link, call_by_call
 from torture.hands import check_seen, take_in_hand
@@ -314,6 +314,8 @@ async def _look(url: str, tracks: list[Track]) -> None:
                     continue
                 track.history.step = record.step
                 plan: Plan = track.plan
-                track.history.states = unpack_states(plan.engine.states, plan.kind.batch, record.states)
+                specs = (*plan.engine.states, *rules_of(record.meta).states)
+                states = unpack_states(specs, plan.kind.batch, record.states)
+                track.history.states = {spec.name: states[spec.name] for spec in plan.engine.states}
     finally:
         await store.close()

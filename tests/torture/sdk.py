@@ -27,7 +27,12 @@ async def by_sdk(trial: Trial, track: Track, client: aio.Client) -> None:
     number = 0
     try:
         session = await client.session(
-            kind.model, session_id=plan.name, batch_size=kind.batch, **dict.fromkeys(kind.options, True)
+            kind.model,
+            session_id=plan.name,
+            batch_size=kind.batch,
+            reset_every=kind.every_steps or None,
+            reset_after_masked=kind.masked_steps or None,
+            **dict.fromkeys(kind.options, True),
         )
         track.created = True
         while number < track.total or waiting:
