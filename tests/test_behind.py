@@ -633,6 +633,28 @@ async def test_what_comes_during_a_commit_is_lined_up_together(house):
     assert house.store.asked == 2
 
 
+@pytest.mark.parametrize(("embedded", "frames", "runs"), [(False, 3, 0), (False, 4, 1), (True, 4, 0)])
+async def test_far_more_than_is_being_stored_runs_meanwhile(house, monkeypatch, embedded, frames, runs):
+    """While one frame is stored elsewhere, four times as much runs, and is stored next; less waits, and runs as one."""
+    monkeypatch.setattr("rnnserve_server.storing._HELD_SECONDS", 60.0)
+    await house.open("a", "b", "c", "d", "e")
+    house.store.embedded = embedded
+    house.store.gate.clear()
+    house.take_in("a", 0)
+    await house.turns()
+    calls = len(house.engine.calls)
+    for name in "bcde"[:frames]:
+        house.take_in(name, 0)
+    await house.turns()
+    assert len(house.engine.calls) == calls + runs
+    assert house.store.asked == 1
+    house.store.gate.set()
+    await house.worker.settle()
+    assert len(house.engine.calls) == calls + 1
+    assert house.store.asked == 2
+    assert all(sink.results for sink in house.sinks)
+
+
 @pytest.mark.parametrize(("embedded", "near"), [(False, 0.0), (False, 1.0), (True, 0.0)])
 @pytest.mark.parametrize("seed", range(8))
 async def test_whatever_happens_every_answer_is_the_oracles(tmp_path, monkeypatch, seed, embedded, near):

@@ -29,6 +29,7 @@ log = structlog.get_logger(__name__)
 
 _HELD_COMMITS = 4  # as long as the last commit took: so often a commit is held back while there is more to run
 _HELD_SECONDS = 0.01  # which a commit is taken to take at most, whatever the disk did the last time
+_FAR_MORE = 4  # times the input of what is stored: what is run meanwhile
 _NEAR_SECONDS = 0.005  # which a commit elsewhere may take to be waited for: less than two commits cost more than one
 
 Chained = list[tuple[Block, list[Shown]]]
@@ -79,6 +80,7 @@ class Storing:
         self._began_at = 0.0  # when what is under way began
         self._commit_seconds = 0.0  # what the last commit took, as far as it shall count
         self._takes_long = False  # what is under way: nothing waits for it any more
+        self._stored_bytes = 0  # of input of what is under way
         self._patience: asyncio.TimerHandle | None = None  # says when that is
         self._losing: asyncio.Task[None] | None = None  # held on to, or it might be collected
 
@@ -105,16 +107,25 @@ class Storing:
         if self._scheduler.has_ready and self._clock() < self._ran_at + _HELD_COMMITS * self._commit_seconds:
             return False
         self._begin()
-        return self.is_waited_for
+        return self._is_waited_for
 
     async def wait(self) -> None:
         """Waits until nothing is under way."""
         if self.under_way:
             await self._over.wait()
 
+    def holds_back(self, nbytes: int) -> bool:
+        """Whether a commit is under way during which so many bytes of input are not run.
+
+        What is far more than it stores is run, if it is not this process's own work: of what a client sends ahead the
+        first often comes alone, and is on its way to the store when the others come, which make a commit of their own
+        in any case.
+        """
+        return self._is_waited_for and (self._keeper.store.embedded or nbytes < _FAR_MORE * self._stored_bytes)
+
     @property
-    def is_waited_for(self) -> bool:
-        """Whether a commit is under way during which nothing is run."""
+    def _is_waited_for(self) -> bool:
+        """Whether a commit is under way that what comes meanwhile waits for."""
         return self.under_way and self._waits and not self._takes_long
 
     @property
@@ -138,6 +149,7 @@ class Storing:
                 self._tell(ran, None, ())
                 continue
             self.under_way, self._takes_long, self._began_at = True, False, self._clock()
+            self._stored_bytes = sum([block.nbytes for chain in living for block, _ in chain])
             self._over.clear()
             if not self._keeper.store.embedded:
                 loop = asyncio.get_running_loop()

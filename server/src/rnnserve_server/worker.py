@@ -291,7 +291,7 @@ class Worker:
 
     def _next_tick(self) -> Tick | None:
         """What is to be run next; nothing as long as what was run is stored before."""
-        if self._storing is not None and self._storing.is_waited_for:
+        if self._storing is not None and self._storing.holds_back(self._intake.queued_bytes):
             return None  # what comes meanwhile is lined up together
         self.line_up()
         if self._storing is not None and self._storing.comes_first():
