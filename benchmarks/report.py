@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -17,15 +17,17 @@ from numpy.typing import NDArray
 from benchmarks.findings import number
 from benchmarks.processes import CORES, Cpu
 from benchmarks.rows import Row, Sample
+from benchmarks.stores import StoreRow
 
 Rounds = NDArray[np.float64]
 """A figure of each round: [rounds]."""
 
 _PACKAGES = ("grpcio", "protobuf", "onnxruntime", "numpy", "uvloop")
 _CPU = ("server_cpu_seconds", "client_cpu_seconds")
+_RATIOS = ("of_engine", "of_sum_of_parts", "of_bare", "of_memory")
 _HEAD = (
-    "| | steps/s | round trip p50, p99 | server, client CPU a trip | × engine | × sum of parts | × bare |\n"
-    "|---|--:|--:|--:|--:|--:|--:|"
+    "| | steps/s | round trip p50, p99 | server, client CPU a trip | × engine | × sum of parts | × bare | × memory |\n"
+    "|---|--:|--:|--:|--:|--:|--:|--:|"
 )
 
 
@@ -75,12 +77,21 @@ def of_bare(lines: Mapping[Row, Line], row: Row) -> Rounds:
     return lines[row.bare].server_cpu / lines[row].server_cpu
 
 
+def of_memory(lines: Mapping[Row, Line], row: StoreRow) -> Rounds:
+    """Steps/s over those of the server without a store, round by round. KeyError: it was not measured."""
+    return lines[row].steps_per_second / lines[row.in_memory].steps_per_second
+
+
 def figures(lines: Mapping[Row, Line], row: Row) -> dict[str, Any]:
     """The figures of a row, one for each round. CPU is that of a step."""
     line = lines[row]
-    measured = {"of_engine": of_engine, "of_sum_of_parts": of_parts} if row.server in ("bare", "rnnserve") else {}
+    measured: dict[str, Callable[..., Rounds]] = {}
+    if row.server in ("bare", "rnnserve"):
+        measured = {"of_engine": of_engine, "of_sum_of_parts": of_parts}
     if row.server == "rnnserve":
         measured["of_bare"] = of_bare
+    if isinstance(row, StoreRow):
+        measured["of_memory"] = of_memory
     ratios = {}
     for name, ratio in measured.items():
         with suppress(KeyError):
@@ -117,7 +128,7 @@ def markdown(rows: Iterable[dict[str, Any]]) -> str:
     for row in rows:
         if row["part"] != part:
             part = row["part"]
-            lines.append(f"| **{part}** | | | | | | |")
+            lines.append(f"| **{part}** | | | | | | | |")
         p50, p99 = (np.median(row[name]) * 1e3 for name in ("p50_seconds", "p99_seconds"))
         steps = row["lanes"] * row["steps"]
         of_both = _CPU if row["part"] != "engine" else _CPU[:1]  # the engine is its own client
@@ -127,7 +138,7 @@ def markdown(rows: Iterable[dict[str, Any]]) -> str:
             _spread(row["steps_per_second"]),
             f"{p50:.2f} ms, {p99:.2f} ms",
             ", ".join(cpu),
-            *(_spread(row[key]) if key in row else "" for key in ("of_engine", "of_sum_of_parts", "of_bare")),
+            *(_spread(row[key]) if key in row else "" for key in _RATIOS),
         )
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from benchmarks import stores
 from benchmarks.findings import Finding, at_least, at_most
-from benchmarks.report import Line, of_engine, of_parts
+from benchmarks.report import Line, of_engine, of_memory, of_parts
 from benchmarks.rows import EchoRow, Row, ServerRow
 from benchmarks.sdk import GroupRow, TasksRow, ThreadsRow
 from benchmarks.stores import StoreRow
@@ -28,7 +28,8 @@ FRAMES_OF_CHUNKS = ServerRow(lanes=64, steps=20, depth=4)
 SERVER = [ONE, *STREAMS, CHUNKS, FRAMES_16, FRAMES_64, DEEP_64, GATEWAYS, FRAMES_256, DEEP_256, FRAMES_OF_CHUNKS]
 TASKS = [TasksRow(streams=n) for n in (1, 16, 64, 256)]
 SDK = [ThreadsRow(), ThreadsRow(streams=64), *TASKS, GroupRow(lanes=64), GroupRow(lanes=64, steps=20)]
-STORES = [*stores.rows(DEEP_64), *stores.rows(FRAMES_64)]
+STORES = stores.rows(DEEP_64)
+WAITING = stores.rows(FRAMES_64)  # for each commit, with all that it has under way
 TRITON = [
     *(TritonRow(streams=n, steps=steps) for n, steps in ((1, 1), (16, 1), (64, 1), (256, 1), (64, 20))),
     # With more sequences its streams crash, or, in batches of 8, are slower than its calls and stall at times.
@@ -43,7 +44,7 @@ OIP = [*(OipRow(streams=n) for n in (1, 16, 64, 256)), *(OipRow(streams=n, strea
 _ENGINE = sorted({row.engine for row in SERVER + SDK}, key=lambda row: (row.steps, row.sessions))
 _ECHO = sorted({row.echo for row in SERVER + SDK}, key=lambda row: (row.lanes, row.steps, row.streams, row.depth))
 _BARE = [row.bare for row in SERVER]
-ROWS: list[Row] = [*_ENGINE, *_ECHO, *_BARE, *SERVER, *STORES, *SDK, *TRITON, *OIP]
+ROWS: list[Row] = [*_ENGINE, *_ECHO, *_BARE, *SERVER, *STORES, *WAITING, *SDK, *TRITON, *OIP]
 
 Seen = Callable[[Lines], NDArray[Any]]
 """From the lines to a figure of each round; KeyError where a row was not measured."""
@@ -113,7 +114,7 @@ def _trips(row: Row, quantile: float, *others: Row) -> Seen:
 
 
 def _kept(row: StoreRow) -> Seen:
-    return _rates(row, row.in_memory)
+    return lambda lines: of_memory(lines, row)
 
 
 def _kept_cpu(row: StoreRow) -> Seen:
