@@ -148,12 +148,12 @@ class SqliteFile:
             time.sleep(0)  # lets the thread begin, so that what the caller does next takes place beside it
 
     def _sync_here(self, told: Callable[[Exception | None], None]) -> None:
+        error: Exception | None = None
         try:
             self._sync()
-        except StoreUnavailable as error:
-            told(error)
-        else:
-            told(None)
+        except Exception as failure:  # told, as of what the thread does
+            error = failure
+        told(error)
 
     async def close(self) -> None:
         """Waits for what is under way, and closes the file."""
