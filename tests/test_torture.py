@@ -189,8 +189,11 @@ def test_what_is_seen_wrong_of_a_session_in_hand(plans: list[Plan]) -> None:
         ("forgets-a-gap", {"wrong answer", "lost commit", "swapped state"}),
     ],
 )
-def test_a_fault_in_the_server_is_found(tmp_path: Path, fault: str, names: set[str]) -> None:
+def test_a_fault_in_the_server_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str, names: set[str]
+) -> None:
     """With any of these faults planted in its servers a short torture fails, and says how."""
+    monkeypatch.setattr("torture.client.PATIENCE", 2.0)  # or a minute would have to pass until a stream waits in vain
     what = Torture(seed=2, seconds=8, kills=2, steps=6000, sessions=16, links=2, calls=2, fault=fault, mischief=0.3)
     if fault == "keeps-an-answer":  # which others are given, so that nobody stands still
         what = replace(what, links=3, calls=0, shared=3)
