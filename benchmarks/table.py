@@ -28,8 +28,7 @@ FRAMES_OF_CHUNKS = ServerRow(lanes=64, steps=20, depth=4)
 SERVER = [ONE, *STREAMS, CHUNKS, FRAMES_16, FRAMES_64, DEEP_64, GATEWAYS, FRAMES_256, DEEP_256, FRAMES_OF_CHUNKS]
 TASKS = [TasksRow(streams=n) for n in (1, 16, 64, 256)]
 SDK = [ThreadsRow(), ThreadsRow(streams=64), *TASKS, GroupRow(lanes=64), GroupRow(lanes=64, steps=20)]
-STORES = stores.rows(DEEP_64)
-WAITING = stores.rows(FRAMES_64)  # for each commit, with all that it has under way
+STORES = [*stores.rows(DEEP_64), *stores.rows(FRAMES_64)]
 TRITON = [
     *(TritonRow(streams=n, steps=steps) for n, steps in ((1, 1), (16, 1), (64, 1), (256, 1), (64, 20))),
     # With more sequences its streams crash, or, in batches of 8, are slower than its calls and stall at times.
@@ -44,7 +43,7 @@ OIP = [*(OipRow(streams=n) for n in (1, 16, 64, 256)), *(OipRow(streams=n, strea
 _ENGINE = sorted({row.engine for row in SERVER + SDK}, key=lambda row: (row.steps, row.sessions))
 _ECHO = sorted({row.echo for row in SERVER + SDK}, key=lambda row: (row.lanes, row.steps, row.streams, row.depth))
 _BARE = [row.bare for row in SERVER]
-ROWS: list[Row] = [*_ENGINE, *_ECHO, *_BARE, *SERVER, *STORES, *WAITING, *SDK, *TRITON, *OIP]
+ROWS: list[Row] = [*_ENGINE, *_ECHO, *_BARE, *SERVER, *STORES, *SDK, *TRITON, *OIP]
 
 Seen = Callable[[Lines], NDArray[Any]]
 """From the lines to a figure of each round; KeyError where a row was not measured."""

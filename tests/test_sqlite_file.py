@@ -111,7 +111,7 @@ async def test_only_a_fast_disk_keeps_the_event_loop(tmp_path: Path, monkeypatch
 
 async def test_a_log_is_written_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A log grows by whole pieces before SQLite comes to its end, up to the length at which it is moved back, whoever
-    of two processes writes; and whenever both are killed, all is there that was told.
+    of two stores on it writes; and of a machine that is killed at any time, all is there that was told.
     """
     monkeypatch.setattr("rnnserve_server.store.sqlite_file._LOG_PAGES", 100)
     monkeypatch.setattr("rnnserve_server.store.sqlite_file._PAGES_HERE", 50)
